@@ -53,15 +53,11 @@ def arguments():
     p.add_argument("--output", required=True, help="pairs.jsonl: a superset of TRL's preference format")
     # Which pairs
     p.add_argument("--strategy", choices=STRATEGIES, default="max_min", help="default: max_min")
-    p.add_argument(
-        "--pairs_per_prompt", type=int, default=1, help="default 1: one update per prompt and sample"
-    )
+    p.add_argument("--pairs_per_prompt", type=int, default=1, help="default 1: one update per prompt and sample")
     # Which answers
     p.add_argument("--min_margin", type=float, default=0.0, help="least difference in score; default 0: any")
     p.add_argument("--length_penalty", type=float, default=0.0, help="reward per completion token; default 0")
-    p.add_argument(
-        "--keep_truncated", action="store_true", help='let answers with finish_reason "length" take part'
-    )
+    p.add_argument("--keep_truncated", action="store_true", help='let answers with finish_reason "length" take part')
     # Where in the run
     p.add_argument("--iteration", type=int, default=0, help="recorded in each pair, and part of its seed")
     p.add_argument("--seed", type=int, default=0, help="of max_random and random; default 0")
@@ -95,9 +91,7 @@ def make_pairs(row: dict, args, balance: dict[str, Counter], where: str) -> list
 
     rng = random.Random(seed_of("make_pairs", args.seed, args.iteration, row["id"]))
     pairs, refused = [], Counter()
-    for w, l in (
-        rank_pairs([s for _, _, s in answers], args.strategy, args.pairs_per_prompt, rng) if answers else []
-    ):
+    for w, l in rank_pairs([s for _, _, s in answers], args.strategy, args.pairs_per_prompt, rng) if answers else []:
         (wi, chosen, score_w), (li, rejected, score_l) = answers[w], answers[l]
         if chosen["text"] == rejected["text"]:
             refused["identical"] += 1
@@ -131,9 +125,7 @@ def make_pairs(row: dict, args, balance: dict[str, Counter], where: str) -> list
     if pairs:
         balance["rows"]["out"] += 1
     else:
-        reason = next(
-            iter(refused), "truncated" if len(row["candidates"]) > 1 and dropped else "single_candidate"
-        )
+        reason = next(iter(refused), "truncated" if len(row["candidates"]) > 1 and dropped else "single_candidate")
         balance["rows"][reason] += 1
     return pairs
 

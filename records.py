@@ -177,9 +177,7 @@ def hash_path(path) -> str:
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file())
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL: a sharded 7B model takes seconds
-            listing = [
-                f"{f.relative_to(path)} {h}" for f, h in zip(files, pool.map(hash_path, files), strict=True)
-            ]
+            listing = [f"{f.relative_to(path)} {h}" for f, h in zip(files, pool.map(hash_path, files), strict=True)]
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()
     if str(path).count("/") <= 1 and not str(path).startswith((".", "/")):
         from transformers import AutoConfig
@@ -389,9 +387,7 @@ def barrier() -> None:
 
 def _git() -> dict:
     def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True
-        ).stdout
+        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True).stdout
 
     try:
         return {
@@ -415,9 +411,7 @@ def _versions() -> dict:
 def finite(value: float, where: str) -> float:
     """`value`, or Stop naming the place: a NaN that slips into a ranking poisons every later stage."""
     if not math.isfinite(value):
-        raise Stop(
-            f"{where}: the value is {value}. Nothing was written from it; mend its source and run again."
-        )
+        raise Stop(f"{where}: the value is {value}. Nothing was written from it; mend its source and run again.")
     return value
 
 
@@ -436,7 +430,5 @@ def run(main: Callable[[], None]) -> None:
                 "command again: what was finished is kept."
             ) from None
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise Stop(
-                f"{e.filename}: cannot write here ({e.strerror}). Check --output and its permissions."
-            ) from None
+            raise Stop(f"{e.filename}: cannot write here ({e.strerror}). Check --output and its permissions.") from None
         raise

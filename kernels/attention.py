@@ -1,40 +1,39 @@
 """Packed, prefix-shared attention for Hugging Face models: the prompt of a preference pair is computed once.
 
 DPO needs log p(chosen | prompt) and log p(rejected | prompt). Run as two padded sequences, the prompt is computed
-twice and every pad token costs as much as a real one. Here a whole microbatch of pairs is one row of tokens without
-padding, [P|C|R][P|C|R]..., and the mask of one pair is
+twice and every pad costs as much as a token. Here a microbatch of pairs is one row without padding,
+[P|C|R][P|C|R]..., each pair its prompt, chosen and rejected answer. What one pair's tokens may look at:
 
-              keys   P P P  C C  R R R
-    queries P        x . .  . .  . . .
-            P        x x .  . .  . . .      x = may look, . = may not
-            P        x x x  . .  . . .
-            C        x x x  x .  . . .      The chosen answer sees the prompt and itself,
-            C        x x x  x x  . . .
-            R        x x x  . .  x . .      and so does the rejected one: never the chosen.
-            R        x x x  . .  x x .
-            R        x x x  . .  x x x
+                      keys
+                 P P P  C C  R R R
+             P   x . .  . .  . . .
+             P   x x .  . .  . . .       x = looks at, . = does not
+             P   x x x  . .  . . .
+    queries  C   x x x  x .  . . .       The chosen answer sees the prompt and itself,
+             C   x x x  x x  . . .
+             R   x x x  . .  x . .       and so does the rejected one. It never sees the chosen,
+             R   x x x  . .  x x .       and its positions go on from len(P), as if C were not there.
+             R   x x x  . .  x x x
 
-Positions restart: R continues from len(P), as if C were not there. So each answer is computed exactly as it would be
-alone behind its prompt, and only attention has to know: every other layer works on tokens one by one.
+So each answer is computed exactly as if it stood alone behind its prompt, and of all layers only attention has to know:
+the others work token by token. The mask is no new kind of mask either, but two causal ones, a segment each:
 
-That mask is two ordinary causal ones. Cut the queries into segments and give each the keys that belong to it:
-
-    segment 1    q = [P|C]    k = [P|C]     the causal square
+    segment 1    q = [P|C]    k = [P|C]     a causal square
     segment 2    q = [R]      k = [P|R]     the last len(R) rows of the causal square of [P|R]
 
-The queries of the segments in turn are the row itself; their keys are gathered (`kv_index`), the prompt's twice. In the
-backward pass the two gradients of a prompt key are added, which is what sharing means.
+The segments' queries, one after another, are the row itself. Their keys and values are gathered from it (`kv_index`),
+the prompt's twice; the gather's backward pass adds the two gradients of a prompt's key, and that is all of sharing.
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=ATTENTION)
     position_ids, layout = prefix_layout([(len(p), len(c), len(r)) for p, c, r in pairs], device)
-    hidden = model.model(input_ids=row, position_ids=position_ids, use_cache=False, layout=layout)[0]    # [1, T, D]
+    hidden = model.model(input_ids=row, position_ids=position_ids, use_cache=False, layout=layout)[0]  # [1, T, D]
 
-`layout` is no argument that transformers knows: it rides through its **kwargs down to the function registered below.
-On a GPU one `varlen_attn` call (torch >= 2.11, the flash kernel, causal masks aligned to the bottom right) does all
-segments; elsewhere SDPA does one at a time.
+`layout` is no argument transformers knows. It rides through the models' **kwargs to the function registered below; a
+model that drops it on the way, masks that are not plainly causal and padding are errors, never a silent approximation.
+With torch >= 2.11 on a GPU all segments are one call of the flash kernel; otherwise SDPA runs them one at a time.
 
-Prefix sharing for preference pairs: Wang and Hegde, "Accelerating Direct Preference Optimization with Prefix Sharing",
-arXiv:2410.20305, there with FlexAttention.
+Prefix sharing for pairs: Wang and Hegde, "Accelerating Direct Preference Optimization with Prefix Sharing",
+arXiv:2410.20305. They build the mask with FlexAttention; two segments need no compiler and run on a CPU too.
 """
 
 import inspect
@@ -43,103 +42,186 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 
-ATTENTION = "iterdpo_packed"  # the attn_implementation under which transformers finds `packed_attention`
+ATTENTION = "iterdpo_packed"  # pass it as attn_implementation
+
+
+# ---- the row: who looks at whom ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Layout:
-    """Which queries look at which keys. Segment i owns q[cu_seqlens_q[i]:cu_seqlens_q[i+1]] and the same of k."""
+    """S segments tile the row of T tokens. Segment i's queries end where its keys end: causal, bottom-right aligned."""
 
-    cu_seqlens_q: torch.Tensor  # [S+1] int32, where each segment's queries start in the row
-    cu_seqlens_k: torch.Tensor  # [S+1] int32, where its keys start among the gathered keys
-    kv_index: torch.Tensor | None  # [Tk] int64, the row's keys in the order of the segments; None: as they stand
+    cu_seqlens_q: torch.Tensor  # [S+1] int32: segment i's queries are q[cu_seqlens_q[i] : cu_seqlens_q[i+1]]
+    cu_seqlens_k: torch.Tensor  # [S+1] int32: its keys are k[kv_index][cu_seqlens_k[i] : cu_seqlens_k[i+1]]
+    kv_index: torch.Tensor | None  # [Tk] int64: the row's keys in the order of the segments; None: as they stand
     max_seqlen_q: int
     max_seqlen_k: int
-    q_lengths: list[int]  # the same lengths on the host: a GPU is never asked for them
+    q_lengths: list[int]  # the same lengths on the host, so that no one ever waits for a GPU to learn them
     k_lengths: list[int]
-
-
-def _layout(positions, kv_index, q_lengths: list[int], k_lengths: list[int], device) -> tuple[torch.Tensor, Layout]:
-    """Python lists in, tensors on `device` out: position_ids [1, T] and the Layout."""
-
-    def starts(lengths):
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-
-    position_ids = torch.cat(positions)[None].to(device, non_blocking=True)  # [1, T]
-    if kv_index is not None:
-        kv_index = torch.cat(kv_index).to(device, non_blocking=True)  # [Tk]
-    return position_ids, Layout(
-        starts(q_lengths), starts(k_lengths), kv_index, max(q_lengths), max(k_lengths), q_lengths, k_lengths
-    )
 
 
 def prefix_layout(lengths: list[tuple[int, int, int]], device="cpu") -> tuple[torch.Tensor, Layout]:
     """(prompt, chosen, rejected) lengths of each pair -> position_ids [1, T] and Layout of the row [P|C|R][P|C|R]..."""
     positions, kv_index, q_lengths, k_lengths, start = [], [], [], [], 0
-    for p, c, r in lengths:
-        pc, pcr = start + p + c, start + p + c + r
+    for i, (p, c, r) in enumerate(lengths):
+        if min(p, c, r) < 1:  # a prompt's last token predicts an answer's first: without it there is no log-prob
+            raise ValueError(
+                f"pair {i} of the row has lengths {(p, c, r)}: prompt and answers need a token or more each"
+            )
+        prompt, chosen, rejected = torch.arange(start, start + p + c + r).split(
+            [p, c, r]
+        )  # where they stand in the row
         positions += [torch.arange(p + c), torch.arange(p, p + r)]
-        kv_index += [torch.arange(start, pc), torch.arange(start, start + p), torch.arange(pc, pcr)]
+        kv_index += [prompt, chosen, prompt, rejected]
         q_lengths += [p + c, r]
         k_lengths += [p + c, p + r]
-        start = pcr
-    return _layout(positions, kv_index, q_lengths, k_lengths, device)
+        start += p + c + r
+    return _layout(positions, torch.cat(kv_index), q_lengths, k_lengths, device)
 
 
 def packed_layout(lengths: list[int], device="cpu") -> tuple[torch.Tensor, Layout]:
-    """Lengths of independent sequences -> position_ids [1, T] and Layout of the row that holds them one after another."""
+    """Lengths of unrelated sequences -> position_ids [1, T] and Layout of the row that holds one after another."""
     return _layout([torch.arange(n) for n in lengths], None, list(lengths), list(lengths), device)
 
 
-def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout: Layout | None = None, **kwargs
-):
-    """The function transformers calls in every layer. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]."""
-    gqa = query.shape[1] != key.shape[1]
+def _layout(positions, kv_index, q_lengths, k_lengths, device):
+    def starts(lengths):
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+    kv_index = None if kv_index is None else kv_index.to(device)
+    sizes = (max(q_lengths), max(k_lengths), q_lengths, k_lengths)
+    return torch.cat(positions)[None].to(device), Layout(starts(q_lengths), starts(k_lengths), kv_index, *sizes)
+
+
+# ---- the attention function, called by transformers in every layer -------------------------------------------------
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D]. Without a layout: B rows, one sequence each."""
+    _check(module, query, key, attention_mask, dropout, layout, kwargs)
+    gqa = query.shape[1] != key.shape[1]  # grouped-query attention: H / Hkv query heads share a key head
     if layout is None:
-        if query.shape[2] != key.shape[2]:
-            raise ValueError(f"{ATTENTION} attention has no key-value cache: pass use_cache=False")
-        out = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True, enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2), None  # [B, T, H, D]
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # token-major: [T, H, D], [T, Hkv, D]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # tokens first: [T, H, D], [T, Hkv, D]
     if layout.kv_index is not None:
+        # A key is gathered at most twice, so its gradient is a sum of two: the same in any order, on a GPU too.
         k, v = k.index_select(0, layout.kv_index), v.index_select(0, layout.kv_index)  # [Tk, Hkv, D]
+
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _flash_head_dims(q, v):
+        # window_size (-1, 0) is causal, and causal is aligned to the bottom right: query i of n sees keys up to m-n+i.
+        out = varlen_attn(
+            q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k,
+            scale=scaling, window_size=(-1, 0), enable_gqa=gqa,
+        )  # fmt: skip
+        return out[None], None  # [1, T, H, D]
+
+    # split() and not slices: the backward pass of n slices of a row writes n rows of zeros, that of split() one.
+    segments = zip(q.split(layout.q_lengths), k.split(layout.k_lengths), v.split(layout.k_lengths), strict=True)
     outs = []
-    for q_i, k_i, v_i in zip(
-        q.split(layout.q_lengths), k.split(layout.k_lengths), v.split(layout.k_lengths), strict=True
-    ):
+    for q_i, k_i, v_i in segments:
         n, m = len(q_i), len(k_i)
+        # SDPA's is_causal is aligned to the top left: right for a square, wrong for [R] against [P|R].
         mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        out = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (q_i, k_i, v_i)),  # [1, H, n, D], [1, Hkv, m, D]
-            attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa,
-        )
+        q_i, k_i, v_i = (x.transpose(0, 1)[None] for x in (q_i, k_i, v_i))  # [1, H, n, D], [1, Hkv, m, D]
+        out = F.scaled_dot_product_attention(q_i, k_i, v_i, mask, 0.0, mask is None, scale=scaling, enable_gqa=gqa)
         outs.append(out.transpose(1, 2))  # [1, n, H, D]
     return torch.cat(outs, dim=1), None
 
 
+def _flash_head_dims(q, v) -> bool:
+    return q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def packed_mask(attention_mask=None, allow_is_causal_skip=True, **kwargs):
+    """What transformers calls once a forward pass for the mask. We need none, but here one sees what kind of row it is.
+
+    None for ordinary rows. Where something asks for more than causality, which is what transformers does on seeing
+    position_ids that restart, an empty tensor: it reaches every layer, so one that is not given the layout is noticed.
+    """
+    if attention_mask is not None:
+        raise ValueError(
+            f"{ATTENTION} attention takes no attention_mask, not even of ones: its rows hold no padding. Leave it out, "
+            f'or load the model with attn_implementation="sdpa" to run padded'
+        )
+    return None if allow_is_causal_skip else torch.empty(0, dtype=torch.bool)
+
+
+def _check(module, query, key, attention_mask, dropout, layout, kwargs):
+    """Raise rather than compute something else than the model means: the net below packing_refusal()."""
+    tokens, fault = query.shape[2], None
+    longest = tokens if layout is None else layout.max_seqlen_k
+    if attention_mask is not None and attention_mask.numel():
+        fault = "the model brings its own mask, which would be ignored"
+    elif layout is None and attention_mask is not None:
+        fault = (
+            "position_ids restart, so the row holds several sequences, but no layout arrived here. Pass layout= to the "
+            "model; if you did, this model does not hand its **kwargs down to its attention: run it padded"
+        )
+    elif key.shape[2] != tokens:
+        fault = "there are cached keys, which packing knows nothing of: pass use_cache=False"
+    elif layout is not None and (query.shape[0] != 1 or sum(layout.q_lengths) != tokens):
+        fault = f"the layout is for one row of {sum(layout.q_lengths)} tokens, the input is {query.shape[0]} x {tokens}"
+    elif dropout:
+        fault = "attention dropout is on: set it to 0 in the config, DPO compares log-probs and noise is not among them"
+    elif not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
+        fault = "it is not causal"
+    elif (kwargs.get("sliding_window") or longest) < longest:
+        fault = (
+            f"its sliding window of {kwargs['sliding_window']} is shorter than the longest sequence, {longest} tokens"
+        )
+    for name in ("softcap", "s_aux", "position_bias"):  # soft-capped scores, attention sinks, ALiBi and its relatives
+        if kwargs.get(name) is not None:
+            fault = f"it uses {name}, which is not implemented here: run the model padded"
+    if fault:
+        raise ValueError(f"{type(module).__name__}, layer {getattr(module, 'layer_idx', '?')}: {fault}")
+
+
 AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(ATTENTION, packed_mask)
+
+
+# ---- which models ---------------------------------------------------------------------------------------------------
 
 
 def packing_refusal(config, max_length: int) -> str | None:
-    """None when packing is exact for this model at lengths up to `max_length`, else the reason in words."""
+    """None where packing is exact for sequences (prompt + answer) of up to max_length tokens, else why it is not."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model is None or not model._supports_attention_backend or not model._supports_sdpa:
-        return f"{config.model_type} does not hand its attention to a registered function"
+    if model is None or config.is_encoder_decoder or config.get_text_config() is not config:
+        return f"{config.model_type} is not a text-only decoder that transformers itself implements"
+    if model._is_stateful:
+        return f"{config.model_type} is recurrent: its state would run on from one sequence into the next"
+    layer_types = set(
+        getattr(config, "layer_types", None) or ["sliding_attention"]
+    )  # unsaid, as in Mistral: any may be
+    if odd := layer_types - {"full_attention", "sliding_attention"}:
+        return f"{config.model_type} has layers that are no plain attention: {', '.join(sorted(odd))}"
+    if not model._supports_attention_backend:
+        return f"{config.model_type} computes attention in code of its own (as models with ALiBi do)"
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        return f"{config.model_type} takes no position_ids"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention is soft-capped"
+        return f"{config.model_type} takes no position_ids, so positions cannot restart"
+    if _soft_capped(config):
+        return f"{config.model_type} soft-caps its attention scores, which neither SDPA nor varlen_attn can"
+    if not model._supports_sdpa:
+        return f"{config.model_type} has attention that is no plain softmax (attention sinks, for one)"
+    if getattr(config, "use_bidirectional_attention", None):
+        return f"{config.model_type} is set to bidirectional attention"
     window = getattr(config, "sliding_window", None)
-    if window is not None and window < max_length:
-        return f"its sliding window of {window} tokens is shorter than {max_length}"
+    if window and window < max_length and "sliding_attention" in layer_types:
+        return f"its sliding window of {window} tokens is shorter than the longest sequence allowed, {max_length}"
     return None
 
 
+def _soft_capped(config) -> bool:
+    return bool(getattr(config, "attn_logit_softcapping", None))
+
+
 def attention_implementation(config) -> str:
-    """What a padded run must use: "eager" where HF's SDPA would drop part of the model's attention, else "sdpa"."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    """For a padded run: "sdpa", or "eager" where HF's SDPA would leave part of the attention out without a word."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if model is None or not model._supports_sdpa or _soft_capped(config) else "sdpa"
