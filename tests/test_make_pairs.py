@@ -1,0 +1,166 @@
+"""Pairs: who meets whom, what is refused and under which name, and that nothing depends on the order of rows."""
+
+import json
+import random
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from make_pairs import arguments, rank_pairs
+from records import dump, parse
+
+
+def candidate(reward, text=None, tokens=3, finish="stop", logprob=-1.5, model="m"):
+    text = f"answer {reward}" if text is None else text
+    return {
+        "text": text, "token_ids": list(range(tokens)), "logprob": logprob, "finish_reason": finish,
+        "temperature": 1.0, "model": model, "rewards": {"rm": reward}, "reward": reward,
+    }  # fmt: skip
+
+
+def row(id, *candidates, prompt=None, **extra):
+    prompt = prompt or [{"role": "user", "content": f"question {id}"}]
+    return {"id": id, "prompt": prompt, "prompt_token_ids": [1, 2], "candidates": list(candidates), **extra}
+
+
+@pytest.fixture
+def pairs_of(tmp_path, stage):
+    """pairs_of(rows, flags…) -> (pairs, balances)"""
+
+    def make(rows, *flags):
+        (tmp_path / "scored.jsonl").write_text("".join(map(dump, rows)))
+        output = tmp_path / "pairs.jsonl"
+        stage("make_pairs.py", "--scored", tmp_path / "scored.jsonl", "--output", output, "--overwrite", *flags)
+        meta = json.loads((tmp_path / "pairs.jsonl.meta.json").read_text())
+        return [json.loads(line) for line in output.read_text().splitlines()], meta["counts"]
+
+    return make
+
+
+def test_a_pair_holds_all_that_the_trainer_and_trl_need(pairs_of):
+    best, worst = candidate(2.0, logprob=-3.0, model="a"), candidate(-1.0, tokens=5, model="b")
+    (pair,), counts = pairs_of([row("p", candidate(0.5), best, worst, meta={"x": 1}, kept="yes")], "--iteration", "4")
+    assert pair == {
+        "id": "p", "prompt": [{"role": "user", "content": "question p"}], "prompt_token_ids": [1, 2], "kept": "yes",
+        "iteration": 4, "chosen": [{"role": "assistant", "content": "answer 2.0"}],
+        "rejected": [{"role": "assistant", "content": "answer -1.0"}], "score_chosen": 2.0, "score_rejected": -1.0,
+        "chosen_token_ids": [0, 1, 2], "rejected_token_ids": [0, 1, 2, 3, 4], "chosen_logprob": -3.0,
+        "rejected_logprob": -1.5, "chosen_index": 1, "rejected_index": 2, "chosen_model": "a", "rejected_model": "b",
+    }  # fmt: skip
+    assert counts["rows"] == {"in": 1, "out": 1, "dropped": {}}
+
+
+def test_a_text_prompt_is_answered_by_text(pairs_of):
+    (pair,), _ = pairs_of([row("p", candidate(1.0), candidate(0.0), prompt="once upon")])
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("once upon", "answer 1.0", "answer 0.0")
+
+
+def test_strategies_by_hand():
+    scores = [0.1, 0.9, 0.5, 0.7]  # best first: 1, 3, 2, 0
+    rng = random.Random(0)
+    assert rank_pairs(scores, "max_min", 3, rng) == [(1, 0), (3, 2)]
+    assert rank_pairs(scores, "max_second", 2, rng) == [(1, 3), (3, 2)]
+    for _ in range(20):
+        pairs = rank_pairs(scores, "max_random", 3, rng)
+        assert {w for w, _ in pairs} == {1} and sorted(l for _, l in pairs) == [0, 2, 3]
+        pairs = rank_pairs(scores, "random", 4, rng)
+        assert len(set(pairs)) == 4 and all(scores[w] > scores[l] for w, l in pairs)
+    assert rank_pairs([1.0], "max_min", 1, rng) == rank_pairs([1.0], "random", 1, rng) == []
+
+
+def test_pitfalls_9_ties_and_identical_answers_make_no_pair_and_are_counted(pairs_of):
+    rows = [
+        row("ok", candidate(1.0), candidate(0.0)),
+        row("tie", candidate(1.0, "a"), candidate(1.0, "b"), candidate(1.0, "c")),
+        row("same", candidate(1.0, "a"), candidate(0.5, "a")),
+        row("close", candidate(1.0, "a"), candidate(0.95, "b")),
+        row("cut", candidate(1.0, "a"), candidate(0.0, "b", finish="length")),
+        row("one", candidate(1.0, "a")),
+        row("none"),
+    ]
+    pairs, counts = pairs_of(rows, "--min_margin", "0.1")
+    assert [p["id"] for p in pairs] == ["ok"]
+    dropped = {"tie": 1, "identical": 1, "margin": 1, "truncated": 1, "single_candidate": 2}
+    assert counts["rows"] == {"in": 7, "out": 1, "dropped": dropped}
+    assert counts["candidates"] == {"in": 12, "out": 11, "dropped": {"truncated": 1}}
+    assert counts["pairs"] == {"in": 4, "out": 1, "dropped": {"tie": 1, "identical": 1, "margin": 1}}
+
+
+def test_truncated_answers_take_part_when_asked(pairs_of):
+    rows = [row("cut", candidate(1.0, "a"), candidate(0.0, "b", finish="length"))]
+    assert len(pairs_of(rows, "--keep_truncated")[0]) == 1
+
+
+def test_pitfalls_10_the_length_penalty_decides_and_is_not_undone(pairs_of):
+    long, short = candidate(1.0, "long", tokens=100), candidate(0.8, "short", tokens=10)
+    (pair,), _ = pairs_of([row("p", long, short)], "--length_penalty", "0.01")
+    assert pair["chosen"][0]["content"] == "short"
+    assert pair["score_chosen"] == pytest.approx(0.7) and pair["score_rejected"] == pytest.approx(0.0)
+
+
+def many(n=60):
+    rng = random.Random(7)
+    return [row(f"p{i}", *(candidate(rng.random(), f"{i} {j}") for j in range(6))) for i in range(n)]
+
+
+@pytest.mark.parametrize("strategy", ["max_min", "max_random", "max_second", "random"])
+def test_pitfalls_11_and_14_pairs_depend_on_seed_and_id_only(pairs_of, strategy):
+    rows = many()
+    flags = ["--strategy", strategy, "--pairs_per_prompt", "2"]
+    first, _ = pairs_of(rows, *flags)
+    random.Random(1).shuffle(rows)
+    shuffled, _ = pairs_of(rows, *flags)
+    assert sorted(map(dump, first)) == sorted(map(dump, shuffled))
+    other, _ = pairs_of(rows, *flags, "--seed", "1")
+    later, _ = pairs_of(rows, *flags, "--iteration", "1")
+    assert (sorted(map(dump, other)) != sorted(map(dump, first))) == (strategy in ("max_random", "random"))
+    assert (
+        {(p["id"], p["chosen_index"], p["rejected_index"]) for p in later}
+        != {(p["id"], p["chosen_index"], p["rejected_index"]) for p in first}
+    ) == (strategy in ("max_random", "random"))
+
+
+def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path, stage):
+    rows = [row(f"p{i}", candidate(1.0, "a"), candidate(1.0, "b")) for i in range(3)]
+    (tmp_path / "s.jsonl").write_text("".join(map(dump, rows)))
+    done = stage("make_pairs.py", "--scored", tmp_path / "s.jsonl", "--output", tmp_path / "p.jsonl", check=False)
+    assert done.returncode == 1 and "not one pair came of 3 prompts" in done.stderr and "3  tie" in done.stderr
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_a_nan_score_is_named(tmp_path, stage):
+    (tmp_path / "s.jsonl").write_text(json.dumps(row("bad", candidate(1.0), candidate(float("nan"), "x"))) + "\n")
+    done = stage("make_pairs.py", "--scored", tmp_path / "s.jsonl", "--output", tmp_path / "p.jsonl", check=False)
+    assert done.returncode == 1 and 's.jsonl:1: id "bad", candidate 1, reward: the value is nan' in done.stderr
+
+
+def test_the_defaults_are_the_fields():
+    args = parse(arguments(), ["--scored", "s", "--output", "o"])
+    assert (args.strategy, args.pairs_per_prompt, args.min_margin, args.length_penalty) == ("max_min", 1, 0.0, 0.0)
+
+
+def test_rows_stream(tmp_path):
+    """Memory does not grow with the file: 40 MB of rows under a limit of 300 MB of address space, torch-free."""
+    with open(tmp_path / "s.jsonl", "w") as file:
+        for i in range(4000):
+            file.write(
+                dump(row(f"p{i}", *(candidate(j / 8, f"{i} {j} " + "word " * 200, tokens=100) for j in range(8))))
+            )
+    assert (tmp_path / "s.jsonl").stat().st_size > 40e6
+
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20))
+
+    command = [
+        sys.executable,
+        ROOT / "make_pairs.py",
+        "--scored",
+        tmp_path / "s.jsonl",
+        "--output",
+        tmp_path / "p.jsonl",
+    ]
+    subprocess.run(command, check=True, preexec_fn=little_memory)
+    assert sum(1 for _ in open(tmp_path / "p.jsonl")) == 4000

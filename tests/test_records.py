@@ -1,0 +1,242 @@
+"""The data contract: errors that name file and line, whole files, parts, balances, and what differs."""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import records
+from conftest import ROOT
+from records import PROMPT, SCORED, Stage, Stop, count_rows, dump, read_jsonl
+
+
+def write(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) else dump(line) for line in lines))
+    return path
+
+
+def prompts(path, n=150):
+    return write(path, *({"id": f"p{i}", "prompt": f"question {i}", "extra": {"kept": [i]}} for i in range(n)))
+
+
+def new_stage(tmp_path, overwrite=False, **settings):
+    args = argparse.Namespace(overwrite=overwrite, prompts=str(tmp_path / "p.jsonl"), **settings)
+    return Stage(args, {"prompts": args.prompts}, tmp_path / "out.jsonl")
+
+
+def fill(stage, path, stop_after=None):
+    """Copy the prompts through the parts of a stage, as a real one does."""
+    for n, (index, rows) in enumerate(stage.todo(read_jsonl(path, PROMPT))):
+        if n == stop_after:
+            return
+        stage.write_part(index, rows, {"rows": {"in": len(rows), "out": len(rows), "dropped": {}}})
+    stage.join(count_rows(path, PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{not json\n", "not JSON"),
+        ('["a list"]\n', "expected a JSON object"),
+        ('{"prompt": "x"}\n', 'key "id" is missing'),
+        ('{"id": 7, "prompt": "x"}\n', 'key "id" must be str'),
+        ('{"id": "a", "prompt": []}\n', "conversation"),
+        ('{"id": "a", "prompt": [{"role": "user"}]}\n', "conversation"),
+        ('{"id": "p0", "prompt": "again"}\n', 'id "p0" was used in line 1'),
+        ('{"id": "a", "prom', "not JSON"),  # a torn last line
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, says):
+    path = write(tmp_path / "p.jsonl", {"id": "p0", "prompt": "x"}, line)
+    with pytest.raises(Stop, match=f"p.jsonl:2.*{says}"):
+        count_rows(path, PROMPT)
+
+
+def test_a_bad_candidate_is_named(tmp_path):
+    row = {"id": "a", "prompt": "x", "prompt_token_ids": [1], "candidates": [{"text": "no reward"}]}
+    with pytest.raises(Stop, match=r's.jsonl:1: candidates\[0\]: key "token_ids" is missing'):
+        list(read_jsonl(write(tmp_path / "s.jsonl", row), SCORED))
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(Stop, match="no such file"):
+        list(read_jsonl(tmp_path / "none.jsonl", PROMPT))
+    with pytest.raises(Stop, match="empty"):
+        list(read_jsonl(write(tmp_path / "empty.jsonl"), PROMPT))
+
+
+def test_nan_is_never_written():
+    with pytest.raises(ValueError):
+        dump({"reward": float("nan")})
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+    path = write(tmp_path / "x.jsonl", "old\n")
+    with pytest.raises(RuntimeError), records.whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old\n" and os.listdir(tmp_path) == ["x.jsonl"]
+    with records.whole(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("1")
+        assert not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder/a").read_text() == "1"
+
+
+def test_hash_of_a_folder_sees_names_and_content(tmp_path):
+    (tmp_path / "m").mkdir()
+    write(tmp_path / "m/a", "1")
+    first = records.hash_path(tmp_path / "m")
+    os.rename(tmp_path / "m/a", tmp_path / "m/b")
+    second = records.hash_path(tmp_path / "m")
+    write(tmp_path / "m/b", "2")
+    assert len({first, second, records.hash_path(tmp_path / "m")}) == 3
+
+
+def test_seeds_depend_on_every_part():
+    assert records.seed_of(1, "a") == records.seed_of(1, "a")
+    assert len({records.seed_of(*x) for x in [(1, "a"), (2, "a"), (1, "b"), ("1", "a"), (1, "a", 0)]}) == 5
+
+
+def test_rows_travel_untouched_in_order_and_a_second_run_is_done(tmp_path, capsys):
+    path = prompts(tmp_path / "p.jsonl")
+    fill(new_stage(tmp_path, seed=1), path)
+    assert (tmp_path / "out.jsonl").read_bytes() == path.read_bytes()
+    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    assert meta["counts"]["rows"] == {"in": 150, "out": 150, "dropped": {}}
+    assert meta["inputs"]["prompts"] == records.hash_path(path) and meta["versions"]["torch"]
+    assert not (tmp_path / "out.jsonl.parts").exists()
+    with pytest.raises(SystemExit) as done:
+        new_stage(tmp_path, seed=1)
+    assert done.value.code == 0 and "already done" in capsys.readouterr().out
+
+
+def test_pitfalls_13_a_changed_argument_or_input_stops_and_is_named(tmp_path):
+    path = prompts(tmp_path / "p.jsonl")
+    fill(new_stage(tmp_path, seed=1), path)
+    with pytest.raises(Stop, match="--seed: was 1, is 2"):
+        new_stage(tmp_path, seed=2)
+    prompts(path, 151)
+    with pytest.raises(Stop, match="--prompts: content changed"):
+        new_stage(tmp_path, seed=1)
+    fill(new_stage(tmp_path, seed=1, overwrite=True), path)
+    assert (tmp_path / "out.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_pitfalls_13_an_unfinished_run_with_other_arguments_is_not_mixed_in(tmp_path):
+    path = prompts(tmp_path / "p.jsonl")
+    fill(new_stage(tmp_path, seed=1), path, stop_after=1)
+    with pytest.raises(Stop, match="--seed: was 1, is 2"):
+        new_stage(tmp_path, seed=2)
+
+
+def test_an_output_of_unknown_origin_is_not_overwritten(tmp_path):
+    prompts(tmp_path / "p.jsonl")
+    write(tmp_path / "out.jsonl", "precious\n")
+    with pytest.raises(Stop, match="not made by this stage"):
+        new_stage(tmp_path, seed=1)
+    assert (tmp_path / "out.jsonl").read_text() == "precious\n"
+
+
+def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(tmp_path):
+    path = prompts(tmp_path / "p.jsonl")
+    fill(new_stage(tmp_path, seed=1), path)
+    new_stage(tmp_path, seed=1, overwrite=True)
+    assert (tmp_path / "out.jsonl.old").read_bytes() == path.read_bytes()
+
+
+def test_a_restart_does_only_the_missing_parts(tmp_path):
+    path = prompts(tmp_path / "p.jsonl")
+    fill(new_stage(tmp_path, seed=1), path, stop_after=2)
+    again = new_stage(tmp_path, seed=1)
+    assert [index for index, _ in again.todo(read_jsonl(path, PROMPT))] == [2]
+    fill(again, path)
+    assert (tmp_path / "out.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_pitfalls_12_a_balance_that_does_not_close_fails(tmp_path):
+    prompts(tmp_path / "p.jsonl")
+    with pytest.raises(AssertionError, match="3 in != 1 out"):
+        new_stage(tmp_path, seed=1).count("rows", 3, 1, {"why": 1})
+
+
+COPY = """
+import argparse, sys, time
+sys.path.insert(0, {root!r})
+import records
+def main():
+    p = records.parser("copy")
+    p.add_argument("--prompts"); p.add_argument("--output"); p.add_argument("--pause", type=float, default=0)
+    args = records.parse(p)
+    stage = records.Stage(args, {{"prompts": args.prompts}}, args.output, free=("pause",))
+    n = records.count_rows(args.prompts, records.PROMPT)
+    for index, rows in stage.todo(records.read_jsonl(args.prompts, records.PROMPT)):
+        time.sleep(args.pause)
+        stage.write_part(index, rows, {{"rows": {{"in": len(rows), "out": len(rows), "dropped": {{}}}}}})
+    stage.join(n)
+records.run(main)
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    script = write(tmp_path / "copy.py", COPY.format(root=str(ROOT)))
+    path = prompts(tmp_path / "p.jsonl", 1000)
+    return [sys.executable, str(script), "--prompts", str(path), "--output", str(tmp_path / "out.jsonl")]
+
+
+def test_killed_at_any_moment_nothing_is_lost(tmp_path, copy):
+    """kill -9, eight times at growing delays, then the end: the same bytes."""
+    for delay in range(8):
+        process = subprocess.Popen([*copy, "--pause", "0.02"], stdout=subprocess.DEVNULL)
+        time.sleep(0.15 + 0.05 * delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(copy, check=True)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "p.jsonl").read_bytes()
+
+
+def test_ctrl_c_says_what_to_do(tmp_path, copy):
+    process = subprocess.Popen([*copy, "--pause", "0.5"], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out.jsonl.parts/0*.jsonl")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
+    subprocess.run(copy, check=True)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "p.jsonl").read_bytes()
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, copy):
+    """A limit on the size of files makes write() fail where a full disk does, with the kernel's own error."""
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+
+    done = subprocess.run(copy, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    subprocess.run(copy, check=True)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "p.jsonl").read_bytes()
+
+
+def test_an_unwritable_folder_is_said(tmp_path, copy):
+    write(tmp_path / "file", "")
+    done = subprocess.run([*copy[:-1], str(tmp_path / "file/out.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot write here" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_dashes_are_accepted_and_unknown_flags_are_not(copy, tmp_path):
+    subprocess.run([*copy, "--pause=0"], check=True)
+    done = subprocess.run([*copy, "--pau", "0"], capture_output=True, text=True)
+    assert done.returncode == 2 and "unrecognized" in done.stderr
+    p = records.parser("x")
+    p.add_argument("--max_length", type=int)
+    assert records.parse(p, ["--max-length=3"]).max_length == records.parse(p, ["--max-length", "3"]).max_length == 3

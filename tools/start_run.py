@@ -1,0 +1,36 @@
+"""Begin a run, or go on with it: record its settings in config.json and its held-out prompts in heldout.jsonl.
+
+iterate.sh calls it with its settings in the environment. The held-out prompts are copied, so that a later change of
+the file cannot move the yardstick in the middle of a run: if it has changed, this stops.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from records import PROMPT, Stop, count_rows, hash_path, run, whole, write_whole  # noqa: E402
+
+SETTINGS = (
+    "MODEL REWARD_MODEL REWARD_FN GOLD_FN PROMPTS HELDOUT RUN ITERS REF HISTORY ENHANCER NUM_SAMPLES EVAL_SAMPLES "
+    "PROMPTS_PER_ITER SEED KEEP NPROC GENERATE_ARGS SCORE_ARGS PAIRS_ARGS TRAIN_ARGS TORCHRUN_ARGS"
+).split()
+
+
+def main():
+    folder = Path(os.environ["RUN"])
+    heldout = folder / "heldout.jsonl"
+    count_rows(os.environ["HELDOUT"], PROMPT)
+    if not heldout.exists():
+        with whole(heldout) as temporary:
+            shutil.copyfile(os.environ["HELDOUT"], temporary)
+    elif hash_path(heldout) != hash_path(os.environ["HELDOUT"]):
+        raise Stop(f"{os.environ['HELDOUT']} is not what this run began with ({heldout}). Use another RUN.")
+    settings = {name: os.environ.get(name, "") for name in SETTINGS}
+    write_whole(folder / "config.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
