@@ -113,7 +113,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         # A key is gathered at most twice, so its gradient is a sum of two: the same in any order, on a GPU too.
         k, v = k.index_select(0, layout.kv_index), v.index_select(0, layout.kv_index)  # [Tk, Hkv, D]
 
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _flash_head_dims(q, v):
+    if _flash_takes(q, v):
         # window_size (-1, 0) is causal, and causal is aligned to the bottom right: query i of n sees keys up to m-n+i.
         out = varlen_attn(
             q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k,
@@ -134,8 +134,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     return torch.cat(outs, dim=1), None
 
 
-def _flash_head_dims(q, v) -> bool:
-    return q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+def _flash_takes(q, v) -> bool:
+    d = q.shape[-1]
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d == v.shape[-1] and d % 8 == 0 and d <= 256
 
 
 def packed_mask(attention_mask=None, allow_is_causal_skip=True, **kwargs):
@@ -154,32 +155,33 @@ def packed_mask(attention_mask=None, allow_is_causal_skip=True, **kwargs):
 
 def _check(module, query, key, attention_mask, dropout, layout, kwargs):
     """Raise rather than compute something else than the model means: the net below packing_refusal()."""
-    tokens, fault = query.shape[2], None
+    tokens = query.shape[2]
     longest = tokens if layout is None else layout.max_seqlen_k
+    window = kwargs.get("sliding_window") or longest
+    # soft-capped scores, attention sinks, ALiBi and its relatives
+    extras = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if attention_mask is not None and attention_mask.numel():
-        fault = "the model brings its own mask, which would be ignored"
+        fault = "the model brings a mask of its own, which would be ignored: run it padded"
     elif layout is None and attention_mask is not None:
         fault = (
             "position_ids restart, so the row holds several sequences, but no layout arrived here. Pass layout= to the "
-            "model; if you did, this model does not hand its **kwargs down to its attention: run it padded"
+            "model; if you did, the model does not hand its **kwargs down to its attention: run it padded"
         )
+    elif layout is not None and (query.shape[0] != 1 or sum(layout.q_lengths) != tokens):
+        fault = f"the layout is for 1 row of {sum(layout.q_lengths)} tokens, the input is {query.shape[0]} x {tokens}"
     elif key.shape[2] != tokens:
         fault = "there are cached keys, which packing knows nothing of: pass use_cache=False"
-    elif layout is not None and (query.shape[0] != 1 or sum(layout.q_lengths) != tokens):
-        fault = f"the layout is for one row of {sum(layout.q_lengths)} tokens, the input is {query.shape[0]} x {tokens}"
     elif dropout:
-        fault = "attention dropout is on: set it to 0 in the config, DPO compares log-probs and noise is not among them"
+        fault = "attention dropout is on, and DPO compares log-probs: set attention_dropout=0 in the model's config"
     elif not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
-        fault = "it is not causal"
-    elif (kwargs.get("sliding_window") or longest) < longest:
-        fault = (
-            f"its sliding window of {kwargs['sliding_window']} is shorter than the longest sequence, {longest} tokens"
-        )
-    for name in ("softcap", "s_aux", "position_bias"):  # soft-capped scores, attention sinks, ALiBi and its relatives
-        if kwargs.get(name) is not None:
-            fault = f"it uses {name}, which is not implemented here: run the model padded"
-    if fault:
-        raise ValueError(f"{type(module).__name__}, layer {getattr(module, 'layer_idx', '?')}: {fault}")
+        fault = "this attention is not causal"
+    elif window < longest:
+        fault = f"its sliding window of {window} tokens is shorter than the longest sequence, {longest}: run it padded"
+    elif extras:
+        fault = f"it uses {', '.join(extras)}, which packing does not implement: run it padded"
+    else:
+        return
+    raise ValueError(f"{type(module).__name__}, layer {getattr(module, 'layer_idx', '?')}: {fault}")
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -191,29 +193,36 @@ AttentionMaskInterface.register(ATTENTION, packed_mask)
 
 def packing_refusal(config, max_length: int) -> str | None:
     """None where packing is exact for sequences (prompt + answer) of up to max_length tokens, else why it is not."""
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind, model = config.model_type, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model is None or config.is_encoder_decoder or config.get_text_config() is not config:
-        return f"{config.model_type} is not a text-only decoder that transformers itself implements"
+        return f"{kind} is not a text-only decoder that transformers itself implements"
     if model._is_stateful:
-        return f"{config.model_type} is recurrent: its state would run on from one sequence into the next"
-    layer_types = set(
-        getattr(config, "layer_types", None) or ["sliding_attention"]
-    )  # unsaid, as in Mistral: any may be
+        return f"{kind} is recurrent: its state would run on from one sequence into the next"
+    layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # Mistral has no list: all slide
     if odd := layer_types - {"full_attention", "sliding_attention"}:
-        return f"{config.model_type} has layers that are no plain attention: {', '.join(sorted(odd))}"
+        return f"{kind} has layers that are no plain attention: {', '.join(sorted(odd))}"
     if not model._supports_attention_backend:
-        return f"{config.model_type} computes attention in code of its own (as models with ALiBi do)"
+        return f"{kind} computes attention in code of its own (models with ALiBi do)"
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        return f"{config.model_type} takes no position_ids, so positions cannot restart"
+        return f"{kind} takes no position_ids, so positions cannot restart"
+    if kind in ("doge", "moshi", "nemotron"):  # all of transformers 5.19 that pass every other line here, and fail
+        return f"{kind} does not hand the layout to its attention, or adds a mask of its own"
     if _soft_capped(config):
-        return f"{config.model_type} soft-caps its attention scores, which neither SDPA nor varlen_attn can"
+        return f"{kind} soft-caps its attention scores, which neither SDPA nor varlen_attn can do"
     if not model._supports_sdpa:
-        return f"{config.model_type} has attention that is no plain softmax (attention sinks, for one)"
+        return f"{kind} has attention that is no plain softmax (attention sinks, for one)"
     if getattr(config, "use_bidirectional_attention", None):
-        return f"{config.model_type} is set to bidirectional attention"
+        return f"{kind} is set to bidirectional attention"
     window = getattr(config, "sliding_window", None)
     if window and window < max_length and "sliding_attention" in layer_types:
         return f"its sliding window of {window} tokens is shorter than the longest sequence allowed, {max_length}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", max_length)
+    if rope.get("rope_type") in ("dynamic", "longrope") and max_length > limit:
+        return (
+            f"its {rope['rope_type']} rotary embedding changes for the whole batch when one sequence in it is longer "
+            f"than {limit} tokens. Padded log-probs depend on the batch then, too: better keep max_length within it"
+        )
     return None
 
 
