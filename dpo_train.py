@@ -7,34 +7,32 @@
 
 For a prompt x with answers y_w (chosen) and y_l (rejected) let
 
-    l_w = log pi(y_w | x)    r_w = log ref(y_w | x)        sums over the tokens of the answer; the same for y_l
-    d   = (l_w - r_w) - (l_l - r_l)                        how much more pi prefers y_w than ref does
-    z   = beta d + a (|y_w| - |y_l|)                       a = --length_coef; R-DPO (arXiv 2403.19159, eq. 9)
+    l_w = log pi(y_w | x)    r_w = log ref(y_w | x)    summed over the tokens of the answer; the same for y_l
+    d   = (l_w - r_w) - (l_l - r_l)                    how much more the policy prefers y_w than the reference does
+    z   = beta d + a (|y_w| - |y_l|)                   a = --length_coef: R-DPO (arXiv 2403.19159)
 
-    sigmoid   -(1-e) log s(z) - e log s(-z)                DPO (arXiv 2305.18290, eq. 7); e = --label_smoothing: cDPO
-    robust    [-(1-e) log s(z) + e log s(-z)] / (1 - 2e)   rDPO (arXiv 2403.00409, eq. 11)
-    hinge     max(0, 1 - z)                                SLiC (arXiv 2305.10425)
-    ipo       (d' - 1 / (2 beta))^2                        IPO (arXiv 2310.12036, eq. 17), with d' from per-token means
-                                                           of l and r, so that length does not set the target
-    + c * -l_w / |y_w|                                     c = --nll_coef: NLL of the chosen answer, per token
+    sigmoid   -(1-e) log s(z) - e log s(-z)            DPO (arXiv 2305.18290, eq. 7); cDPO with e = --label_smoothing
+    robust    [-(1-e) log s(z) + e log s(-z)] / (1-2e) rDPO (arXiv 2403.00409)
+    hinge     max(0, 1 - z)                            SLiC (arXiv 2305.10425)
+    ipo       (d' - 1 / (2 beta))^2                    IPO (arXiv 2310.12036, eq. 17); d' from per-token means of l
+                                                       and r, so that an answer's length does not set the target
+    … + c (-l_w / |y_w|)                               c = --nll_coef, the chosen answer's loss per token
 
-and the loss of a step is the mean over all its pairs, on all ranks and in all microbatches: cut as you like, the
-gradient stays the same.
+The loss of a step is the mean over all its pairs, of all ranks and microbatches: however they are cut, the gradient is
+the same. What happens, in order:
 
-What happens, in order:
-  1. Read the pairs. Token ids that the generator wrote are trained as they are; nothing is tokenised twice.
-  2. Compute r once, before the first step, with no second model beside the policy: by default the reference *is* the
-     policy just loaded, and one pass without gradients gives r. It is kept beside the pairs, under the hash of both.
-  3. Audit: the generator stored the log-prob of each answer, and r is the same number from other code. If they are
-     far apart, something upstream is wrong (template, doubled BOS, old weights), and the run stops.
-  4. Train. Each microbatch is one row without padding, [P|C|R][P|C|R]…, the prompt once (kernels/attention.py), and
-     log-probs come from kernels/logprob.py, which never holds the logits. Master weights are fp32: at a learning
-     rate of 5e-7 AdamW on bf16 weights rounds nearly every update away.
+  1. Read the pairs. The token ids that the generator wrote are trained as they are; nothing is tokenised twice.
+  2. Compute r once, before the first step. By default the reference *is* the policy just loaded, so one pass without
+     gradients gives r, and no second model exists at any time. r is kept beside the pairs under the hash of both.
+  3. Audit. The generator stored each answer's log-prob, and r is that same number from other code. When they are far
+     apart, something upstream is wrong (template, doubled BOS, old weights), and the run stops.
+  4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once (kernels/packing.py and
+     attention.py); log-probs come from kernels/logprob.py, which never holds the logits. Weights are fp32, always: at
+     a learning rate of 5e-7, AdamW on bf16 weights rounds nearly every update away.
   5. Save a Hugging Face folder. SIGTERM saves a checkpoint and exits with 75; the same command goes on from it.
 """
 
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -66,8 +64,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
 
-from kernels.attention import ATTENTION, attention_implementation, packed_layout, packing_refusal, prefix_layout
+from kernels.attention import ATTENTION, attention_implementation, packing_refusal
+from kernels.packing import collate, cost, microbatches
 from records import Stage, Stop, barrier, dump, parse, parser, ranks, read_jsonl, remove, run, seed_of, whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -182,26 +182,24 @@ def say(text: str) -> None:
 # The loss
 
 
-def dpo_loss(
-    policy, reference, lengths, beta, loss_type="sigmoid", label_smoothing=None, length_coef=None, nll_coef=0.0
-):
-    """Loss of each pair. The equations stand at the top of the file.
+def dpo_loss(policy, reference, lengths, beta: float, args) -> torch.Tensor:
+    """The loss of each pair, [n]; its equations stand at the top of the file.
 
-    policy, reference: [n, 2] fp32, summed log-probs of (chosen, rejected). lengths: [n, 2], their tokens. -> [n]
+    policy, reference: [n, 2] fp32, log-probs of (chosen, rejected) answers. lengths: [n, 2], their tokens.
     """
-    e, a = label_smoothing or 0.0, length_coef or 0.0
+    e, a = args.label_smoothing or 0.0, args.length_coef or 0.0
     ratio = policy - reference  # [n, 2]
     z = beta * (ratio[:, 0] - ratio[:, 1]) + a * (lengths[:, 0] - lengths[:, 1])  # [n]
-    if loss_type == "sigmoid":
+    if args.loss_type == "sigmoid":
         loss = -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z)
-    elif loss_type == "robust":
+    elif args.loss_type == "robust":
         loss = (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
-    elif loss_type == "hinge":
+    elif args.loss_type == "hinge":
         loss = torch.relu(1 - z)
-    elif loss_type == "ipo":
-        per_token = ratio / lengths
+    else:  # ipo
+        per_token = ratio / lengths  # [n, 2]
         loss = (per_token[:, 0] - per_token[:, 1] - 1 / (2 * beta)) ** 2
-    return loss - nll_coef * policy[:, 0] / lengths[:, 0]
+    return loss - args.nll_coef * policy[:, 0] / lengths[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -209,54 +207,47 @@ def dpo_loss(
 
 
 def load_pairs(args, tokenizer, config) -> tuple[list[dict], int, Counter]:
-    """All pairs of all files, as (file, line, id, prompt, chosen, rejected: int32 arrays, log-probs of the generator).
+    """(pairs, rows read, rows dropped by reason). Token ids are int32 arrays: a quarter of a list's memory.
 
     A pair without token ids (anyone's preference data) is rendered with the chat template, and dropped when the prompt
-    is no prefix of prompt + answer: then the boundary is inside a token, and there is no right place to cut.
+    is no prefix of prompt + answer: the boundary is then inside a token, and there is no right place to cut.
     """
-    limit = args.max_length or getattr(config, "max_position_embeddings", None) or sys.maxsize
-    pairs, total, dropped, rendered = [], 0, Counter(), 0
+    shape = {"prompt": (str, list), "chosen": (str, list), "rejected": (str, list)}
+    vocabulary = config.get_text_config().vocab_size
+    limit = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    pairs, total, rendered, dropped = [], 0, 0, Counter()
     for file, path in enumerate(args.pairs):
-        for line, row in enumerate(
-            read_jsonl(path, {"prompt": (str, list), "chosen": (str, list), "rejected": (str, list)})
-        ):
+        for line, row in enumerate(read_jsonl(path, shape), 1):
             total += 1
-            where = f"{path}:{line + 1}"
             if "chosen_token_ids" in row:
-                missing = {"prompt_token_ids", "rejected_token_ids"} - row.keys()
-                if missing:
-                    raise Stop(f"{where}: has chosen_token_ids, but not {', '.join(sorted(missing))}")
-                ids = [row["prompt_token_ids"], row["chosen_token_ids"], row["rejected_token_ids"]]
+                ids = [row.get(f"{k}_token_ids") for k in ("prompt", "chosen", "rejected")]
+                if None in ids:
+                    raise Stop(
+                        f"{path}:{line}: has chosen_token_ids; prompt_token_ids and rejected_token_ids must go with it"
+                    )
             else:
                 rendered += 1
-                ids = render(row, tokenizer, where)
-                if ids is None:
-                    dropped["template_not_prefix"] += 1
-                    continue
-            if not all(ids):
-                dropped["no_tokens"] += 1
+                ids = render(row, tokenizer, f"{path}:{line}")
+            reason = (
+                "template_not_prefix" if ids is None
+                else "no_tokens" if not all(ids)
+                else "too_long" if len(ids[0]) + max(len(ids[1]), len(ids[2])) > limit
+                else None
+            )  # fmt: skip
+            if reason:
+                dropped[reason] += 1
                 continue
-            if len(ids[0]) + max(len(ids[1]), len(ids[2])) > limit:
-                dropped["too_long"] += 1
-                continue
-            if max(map(max, ids)) >= config.vocab_size or min(map(min, ids)) < 0:
+            if not 0 <= min(map(min, ids)) <= max(map(max, ids)) < vocabulary:
                 raise Stop(
-                    f"{where}: token id {max(map(max, ids))} is outside the model's vocabulary of "
-                    f"{config.vocab_size}. Were these pairs made with another model?"
+                    f"{path}:{line}: a token id outside 0 … {vocabulary - 1}: made with another model's tokenizer?"
                 )
             prompt, chosen, rejected = (np.asarray(x, dtype=np.int32) for x in ids)
-            pairs.append(
-                {
-                    "file": file,
-                    "line": line,
-                    "id": row.get("id", where),
-                    "prompt": prompt,
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "logprobs": [row.get("chosen_logprob"), row.get("rejected_logprob")],
-                    "models": [row.get("chosen_model"), row.get("rejected_model")],
-                }
-            )
+            pairs.append({
+                "prompt": prompt, "chosen": chosen, "rejected": rejected,
+                "id": row.get("id", f"{path}:{line}"), "file": file, "line": line,
+                "logprobs": [row.get("chosen_logprob"), row.get("rejected_logprob")],
+                "models": [row.get("chosen_model"), row.get("rejected_model")],
+            })  # fmt: skip
     if rendered:
         say(f"{rendered:,} pairs carry no token ids: rendered with the tokenizer and chat template of {args.model}")
     if not pairs:
@@ -285,93 +276,6 @@ def render(row: dict, tokenizer, where: str) -> list[list[int]] | None:
     return [ids, *(f[len(ids) :] for f in full)]
 
 
-def cost(pair: dict, packing: str) -> int:
-    """Tokens that a pair adds to a forward."""
-    p, c, r = len(pair["prompt"]), len(pair["chosen"]), len(pair["rejected"])
-    return {"prefix": p + c + r, "packed": 2 * p + c + r, "padded": 2 * (p + max(c, r))}[packing]
-
-
-def microbatches(costs: list[int], budget: int, world: int, padded: bool) -> list[list[list[int]]]:
-    """Cut one step's pairs into microbatches under the token budget: [rank][microbatch] -> indices into `costs`.
-
-    FSDP's collectives need the same number of forwards on every rank, and no rank should wait for another. Packed:
-    longest pair first, each into the lightest bin (Graham's LPT rule: within 4/3 of the best balance). Padded: runs
-    of equal length, because there a row costs as much as the longest beside it. A bin may stay empty.
-    """
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    if padded:
-        bins = []
-        for i in order:
-            if not bins or (len(bins[-1]) + 1) * costs[bins[-1][0]] > budget:
-                bins.append([])
-            bins[-1].append(i)
-        bins += [[] for _ in range(-len(bins) % world)]
-    else:
-        budget = max(budget, costs[order[0]])  # a pair above the budget still has to go somewhere: alone
-        count = math.ceil(sum(costs) / budget / world) * world
-        while True:
-            bins, heap = [[] for _ in range(count)], [(0, b) for b in range(count)]
-            for i in order:
-                load, b = heapq.heappop(heap)
-                heapq.heappush(heap, (load + costs[i], b))
-                bins[b].append(i)
-            if max(heap)[0] <= budget:
-                break
-            count += world
-    return [bins[rank::world] for rank in range(world)]
-
-
-def collate(pairs: list[dict], packing: str, device) -> dict:
-    """One microbatch of n pairs as the tensors of one forward.
-
-    prefix   input_ids [1, T]    [P|C|R][P|C|R]…
-    packed   input_ids [1, T]    [P|C][P|R][P|C][P|R]…
-    padded   input_ids [2n, L]   a row a sequence, padded on the right, attention_mask [2n, L]
-
-    positions [Tc]: where in the flattened input the hidden state stands that predicts each answer token; targets
-    [Tc]: that token; in the order chosen 0, rejected 0, chosen 1, …  R's first token is predicted by P's last.
-    """
-    answers = [pair[k] for pair in pairs for k in ("chosen", "rejected")]
-    prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
-    inputs, positions, start = {}, [], 0
-    if packing == "padded":
-        rows = [np.concatenate(x) for x in zip(prompts, answers, strict=True)]
-        width = max(map(len, rows))
-        inputs["input_ids"] = torch.tensor(np.stack([np.pad(r, (0, width - len(r))) for r in rows]), dtype=torch.long)
-        inputs["attention_mask"] = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
-        inputs["position_ids"] = torch.arange(width).expand(len(rows), -1)
-        for i, (p, y) in enumerate(zip(prompts, answers, strict=True)):
-            positions.append(np.arange(len(p) - 1, len(p) + len(y) - 1) + i * width)
-    else:
-        for pair in pairs:
-            p, c, r = len(pair["prompt"]), len(pair["chosen"]), len(pair["rejected"])
-            if packing == "prefix":
-                second = np.concatenate([[p - 1], np.arange(p + c, p + c + r - 1)]) + start
-                size = p + c + r
-            else:
-                second = np.arange(p - 1, p + r - 1) + start + p + c
-                size = p + c + p + r
-            positions += [np.arange(p - 1, p + c - 1) + start, second]
-            start += size
-        parts = ("prompt", "chosen", "rejected") if packing == "prefix" else ("prompt", "chosen", "prompt", "rejected")
-        row = np.concatenate([pair[k] for pair in pairs for k in parts])
-        inputs["input_ids"] = torch.tensor(row, dtype=torch.long)[None]
-        if packing == "prefix":
-            lengths = [tuple(len(pair[k]) for k in parts) for pair in pairs]
-            inputs["position_ids"], inputs["layout"] = prefix_layout(lengths, device)
-        else:
-            lengths = [len(p) + len(y) for p, y in zip(prompts, answers, strict=True)]
-            inputs["position_ids"], inputs["layout"] = packed_layout(lengths, device)
-    lengths = [len(y) for y in answers]
-    return {
-        "inputs": {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()},
-        "positions": torch.tensor(np.concatenate(positions), dtype=torch.long, device=device),  # [Tc]
-        "targets": torch.tensor(np.concatenate(answers), dtype=torch.long, device=device),  # [Tc]
-        "split": lengths,
-        "lengths": torch.tensor(lengths, device=device).view(-1, 2),  # [n, 2]
-    }
-
-
 # ----------------------------------------------------------------------------------------------------
 # The policy
 
@@ -379,7 +283,7 @@ def collate(pairs: list[dict], packing: str, device) -> dict:
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log-probs of answers, [n, 2], instead of logits.
 
-    It is the FSDP root, so that the head is used where its weight is whole, and a plain tensor.
+    It is the FSDP root, so the head is used where its weight is whole, and a plain tensor.
     """
 
     def __init__(self, model):
@@ -390,29 +294,32 @@ class Policy(torch.nn.Module):
         hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state  # [1, T, D] or [2n, L, D]
         hidden = hidden.flatten(0, 1)[batch["positions"]]  # [Tc, D]
         logprobs = linear_logprob(hidden, targets=batch["targets"], **lm_head(self.model))  # [Tc] fp32
-        return torch.stack([y.sum() for y in logprobs.split(batch["split"])]).view(-1, 2)  # [n, 2]
+        sums = [y.sum() for y in logprobs.split(batch["split"])]  # 2n scalars: chosen, rejected, chosen, …
+        return torch.stack([torch.stack(sums[0::2]), torch.stack(sums[1::2])], dim=1)  # [n, 2]
 
 
-def load_policy(path: str, attention: str, args, mesh, device, probe: dict) -> Policy:
-    """A sharded Policy with fp32 weights on every rank; only rank 0 reads the weights, the others receive theirs.
+def load_policy(path: str, args, mesh, device, probe: dict) -> Policy:
+    """A sharded Policy with fp32 weights. Only rank 0 reads the weights; the others receive their shards of them.
 
-    `probe` is one short pair: what transformers says of it, with its own attention and logits, is compared with the
-    sharded, packed, fused model, so an architecture whose head or attention we get wrong is refused here and now.
+    `probe` is a short pair: what transformers says of it, with its own attention and logits, must be what the sharded,
+    packed and fused model says. An architecture whose head or attention we get wrong is refused here and now.
     """
     config = AutoConfig.from_pretrained(path)
-    for name in vars(config):
-        if name.endswith(("dropout", "_pdrop")) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)  # reference and policy must be one function
+    for name, value in vars(config).items():
+        if name.endswith(("dropout", "_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)  # policy and reference must be the same function
+    plain = attention_implementation(config)
     with torch.device("meta"):
+        attention = plain if args.packing == "padded" else ATTENTION
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.train())
 
-    compute = None if args.dtype == "fp32" else DTYPES[args.dtype]
+    fp32 = args.dtype == "fp32"
     options = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(None if fp32 else torch.bfloat16, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
     }
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
@@ -421,152 +328,145 @@ def load_policy(path: str, attention: str, args, mesh, device, probe: dict) -> P
 
     policy.to_empty(device="cpu" if args.cpu_offload else device)
     model.tie_weights()
-    tied = getattr(config, "tie_word_embeddings", False)
-    if tied and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        raise Stop(f"{path}: head and embedding are tied, but came apart while loading")
+    if model.config.tie_word_embeddings:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "the tie came apart"
     source = None
     if ranks()[0] == 0:
-        source = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", attn_implementation=attention_implementation(config)
-        )
+        dtype = torch.float32 if fp32 else "auto"
+        source = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=plain)
     weights = source.state_dict() if source else {}
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    for name, buffer in model.named_buffers():  # rotary frequencies and the like are in no state dict
+    for name, buffer in model.named_buffers():  # rotary frequencies and their like are in no state dict
         value = source.get_buffer(name).to(device, buffer.dtype) if source else torch.empty_like(buffer, device=device)
         dist.broadcast(value, 0)
-        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = value
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, value)
 
-    packing = args.packing if attention == ATTENTION else "padded"
     with torch.no_grad():
-        ours = policy(collate([probe], packing, device))[0].cpu()  # [2]
+        ours = policy(collate([probe], args.packing, device))[0].cpu()  # [2]
     if source:
-        theirs = torch.stack([own_logprob(source, probe["prompt"], probe[k]) for k in ("chosen", "rejected")])
-        gap = ((ours - theirs).abs() / torch.tensor([len(probe["chosen"]), len(probe["rejected"])])).max().item()
-        # fp32: rounding only. bf16 against transformers' own, in the dtype of the folder: rounding of 8 bits.
-        if not gap <= (1e-4 if compute is None and source.dtype == torch.float32 else 0.25):
+        sizes = torch.tensor([len(probe["chosen"]), len(probe["rejected"])])
+        gap = ((ours - own_logprobs(source, probe)).abs() / sizes).max().item()
+        if not gap <= (1e-4 if fp32 else 0.25):  # fp32: the order of sums; bf16: 8 bits, and a few tokens only
             raise Stop(
-                f"{path}: this trainer's log-probs differ from transformers' by {gap:.2g} nats a token on the pair "
-                f"{probe['id']}. Its head or its attention is one we cannot express; do not train it with this file."
+                f"{path}: log-probs of this trainer and of transformers differ by {gap:.2g} nats a token on pair "
+                f"{probe['id']}: its head or attention is one that this file cannot express, so it would train wrongly."
             )
-        say(f"{path}: log-probs equal transformers' own to {gap:.1e} nats a token ({packing})")
+        say(f"{path}: log-probs equal transformers' own to {gap:.0e} nats a token ({args.packing})")
     return policy
 
 
 @torch.no_grad()
-def own_logprob(model, prompt, answer) -> torch.Tensor:
-    """log p(answer | prompt) from the model's own logits."""
-    ids = torch.tensor(np.concatenate([prompt, answer]), dtype=torch.long)[None]  # [1, L]
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # [|answer|, V]
-    return logprob_from_logits(logits, ids[0, len(prompt) :]).sum()
-
-
-# ----------------------------------------------------------------------------------------------------
-# The reference
-
-
-def cache_path(pairs_path: str, key: str) -> Path:
-    return Path(f"{pairs_path}.reference-{key[:12]}.safetensors")
-
-
-def read_cache(path: Path, lines: int) -> torch.Tensor | None:
-    """[lines, 2] fp32 with NaN where a pair was dropped; None when there is none, or when it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            values, digest = file.get_tensor("logprobs"), file.metadata()["sha256"]
-    except (SafetensorError, KeyError, TypeError):
-        values, digest = torch.empty(0), None
-    if hashlib.sha256(values.numpy().tobytes()).hexdigest() != digest or len(values) != lines:
-        say(f"{path}: does not match its own checksum; the reference is computed again")
-        return None
-    return values
+def own_logprobs(model, pair: dict) -> torch.Tensor:
+    """[2], log-probs of chosen and rejected from the model's own logits, one plain sequence at a time."""
+    result = []
+    for answer in (pair["chosen"], pair["rejected"]):
+        ids = torch.tensor(np.concatenate([pair["prompt"], answer]), dtype=torch.long)[None]  # [1, L]
+        logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]  # [|answer|, V]
+        result.append(logprob_from_logits(logits, ids[0, -len(answer) :]).sum())
+    return torch.stack(result)
 
 
 @torch.no_grad()
-def reference_logprobs(load, pairs, plan, args, stage, device, config) -> torch.Tensor:
-    """r of every pair, [n, 2] fp32 on the CPU, from the cache or from one pass of the model that `load` returns.
+def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> torch.Tensor:
+    """[n, 2] fp32 on the CPU: log-probs of every pair in `plans` ([step][rank] -> microbatches); NaN for the others."""
+    found = torch.zeros(len(pairs), 3, device=device)  # the third column: has it been computed?
+    bar = progress("log-probs", sum(map(len, (plan[ranks()[0]] for plan in plans))), "batch")
+    for plan in plans:
+        for bin in plan[ranks()[0]]:
+            logprobs = policy(collate([pairs[i] for i in bin or [0]], packing, device))  # [n, 2]
+            if bin:  # a rank without pairs takes part in the collectives only
+                found[bin] = F.pad(logprobs, (0, 1), value=1.0)
+            bar.update()
+    bar.close()
+    dist.all_reduce(found)  # each pair was one rank's, and adding zeros is exact
+    return torch.where(found[:, 2:] > 0, found[:, :2], math.nan).cpu()
 
-    The pass uses the first epoch's microbatches, so reference and policy round alike and the first loss is ln 2.
+
+# ----------------------------------------------------------------------------------------------------
+# The reference, and the audit
+
+
+def reference_logprobs(compute, pairs: list[dict], args, stage) -> torch.Tensor:
+    """r of every pair, [n, 2] fp32 on the CPU: from the files beside the pairs, or else from compute() -> [n, 2].
+
+    A file is named by the hashes of reference and pairs, and holds a checksum of its content: another reference is
+    another file, and a damaged one is noticed.
     """
     reference = stage.hashes.get("ref_model", stage.hashes["model"])
-    keys = [
-        hashlib.sha256(json.dumps([reference, h, args.dtype, args.packing]).encode()).hexdigest()
-        for h in stage.hashes["pairs"]
-    ]
-    paths = [cache_path(p, key) for p, key in zip(args.pairs, keys, strict=True)]
-    lines = [sum(1 for _ in open(p, "rb")) for p in args.pairs]
-    cached = [read_cache(path, n) for path, n in zip(paths, lines, strict=True)]
-    result = torch.full((len(pairs), 2), math.nan)
-    for i, pair in enumerate(pairs):
-        if cached[pair["file"]] is not None:
-            result[i] = cached[pair["file"]][pair["line"]]
-    missing = result.isnan().any(1)  # [n]
-    if not missing.any():
+    result, complete, files = torch.full((len(pairs), 2), math.nan), True, []
+    for number, path in enumerate(args.pairs):
+        identity = json.dumps([reference, stage.hashes["pairs"][number], args.dtype, args.packing])
+        file = Path(f"{path}.reference-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors")
+        mine = [i for i, pair in enumerate(pairs) if pair["file"] == number]
+        files.append((file, mine))
+        if not file.exists():
+            complete = False
+            continue
+        try:
+            with safe_open(file, "pt") as f:
+                values, digest, lines = f.get_tensor("logprobs"), f.metadata()["sha256"], f.get_tensor("lines")
+        except (SafetensorError, KeyError, TypeError):
+            values, digest, lines = torch.empty(0), None, torch.empty(0)
+        if digest != sha256(values) or lines.tolist() != [pairs[i]["line"] for i in mine]:
+            say(f"{file}: is damaged or of other pairs; the reference is computed again")
+            complete = False
+            continue
+        result[mine] = values
+    if complete:
         say("reference log-probs: from the cache beside the pairs")
         return result
 
-    model = load()
-    found = torch.zeros(len(pairs), 2, device=device)
-    bar = tqdm(
-        total=int(missing.sum()),
-        desc="reference",
-        unit="pair",
-        disable=ranks()[0] > 0 or not sys.stderr.isatty(),
-    )
-    for bins in plan:
-        for bin in bins:
-            bin = [i for i in bin if missing[i]]
-            some = bin or [0]  # FSDP's collectives want the same number of forwards on every rank
-            logprobs = model(collate([pairs[i] for i in some], args.packing, device))
-            if bin:
-                found[bin] = logprobs
-            bar.update(len(bin) * ranks()[1])
-    bar.close()
-    dist.all_reduce(found)  # each pair was some one rank's; adding zeros is exact
-    result[missing] = found.cpu()[missing]
+    result = compute()
     if not result.isfinite().all():
         bad = [pairs[i]["id"] for i in (~result.isfinite()).any(1).nonzero().flatten()[:8].tolist()]
         raise Stop(f"the reference's log-probs are not finite for the pairs {bad}")
     if ranks()[0] == 0:
-        for f, path in enumerate(paths):
-            if cached[f] is None:
-                values = torch.full((lines[f], 2), math.nan)
-                for i, pair in enumerate(pairs):
-                    if pair["file"] == f:
-                        values[pair["line"]] = result[i]
-                with whole(path) as temporary:
-                    digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
-                    save_file({"logprobs": values}, temporary, metadata={"sha256": digest})
+        for file, mine in files:
+            tensors = {"logprobs": result[mine], "lines": torch.tensor([pairs[i]["line"] for i in mine])}
+            with whole(file) as temporary:
+                save_file(tensors, temporary, metadata={"sha256": sha256(result[mine])})
     return result
 
 
-def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, tolerance: float) -> dict:
-    """Compare the generator's log-probs with ours, for the answers that this very model wrote.
+def sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
-    logprobs: [n, 2] of the policy as loaded. Past the tolerance the run stops. Returns what is recorded.
+
+def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, tolerance: float) -> dict:
+    """Compare the generator's log-prob of each answer that this very policy wrote with ours; stop past the tolerance.
+
+    logprobs: [n, 2] of the policy as loaded, NaN where unknown. Returns what is recorded, in nats per token.
     """
     gaps = [
-        (abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]), pair["id"], name)
+        (abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]), str(pair["id"]), name)
         for i, pair in enumerate(pairs)
         for k, name in enumerate(("chosen", "rejected"))
-        if pair["models"][k] == model_hash and pair["logprobs"][k] is not None
+        if pair["models"][k] == model_hash and pair["logprobs"][k] is not None and not logprobs[i, k].isnan()
     ]
     if not gaps:
-        say("audit: no answer here was written by this model, so there is nothing to compare")
+        say("audit: none of these answers was written by this model, so there is nothing to compare")
         return {"answers": 0}
     mean, (worst, id, name) = sum(g[0] for g in gaps) / len(gaps), max(gaps)
-    say(
-        f"audit: generator and trainer differ by {mean:.2e} nats a token on average, {worst:.2e} at most "
-        f"({len(gaps):,} answers)"
-    )
+    say(f"audit: generator and trainer differ by {mean:.1e} nats a token, {worst:.1e} at most ({len(gaps):,} answers)")
     if not mean <= tolerance:
         raise Stop(
-            f"the generator and the trainer disagree about the same answers: {mean:.3g} nats a token on average, "
-            f"tolerance {tolerance:g}; the worst is the {name} answer of {id}. Look for another chat template, a "
-            "doubled BOS, other weights than those that generated, wrong position ids; --max_logprob_gap if it is noise."
+            f"generator and trainer disagree about the same answers by {mean:.3g} nats a token (tolerance {tolerance:g}; "
+            f"worst: the {name} one of {id}). Look for another chat template, a doubled BOS, other weights than those "
+            "that generated, wrong position ids. --max_logprob_gap raises the tolerance."
         )
-    return {"answers": len(gaps), "mean": mean, "max": worst}
+    return {"answers": len(gaps), "mean": mean, "max": worst, "tolerance": tolerance}
+
+
+def check_first_loss(loss: float, pairs: list[dict], reference, plan: list, beta: float, args) -> None:
+    """Before its first update the policy is its own reference, so the first loss is that of d = 0: ln 2 for sigmoid."""
+    step = [i for bins in plan for bin in bins for i in bin]
+    lengths = torch.tensor([[len(pairs[i]["chosen"]), len(pairs[i]["rejected"])] for i in step])
+    expected = dpo_loss(reference[step], reference[step], lengths, beta, args).mean().item()
+    say(f"step 0: loss {loss:.7f}; policy = reference makes it {expected:.7f}")
+    if not abs(loss - expected) <= (1e-4 if args.dtype == "fp32" else 2e-2):
+        raise Stop("policy and reference are the same model, but the first loss says otherwise: dropout, precision or "
+                   "masking differs between the two passes")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -574,9 +474,9 @@ def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, tolerance:
 
 
 def save_checkpoint(stage, policy, optimizer, step: int) -> None:
-    """Weights and Adam states of all ranks under parts/step_000012, whole or not at all; only the last is kept.
+    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all; only the last one is kept.
 
-    Nothing else is random or has a position: the order of the pairs is a function of (seed, epoch).
+    Nothing else needs saving: training draws no random number, and the order of pairs is a function of (seed, epoch).
     """
     folder = stage.parts / f"step_{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
@@ -588,13 +488,12 @@ def save_checkpoint(stage, policy, optimizer, step: int) -> None:
     barrier()
     if ranks()[0] == 0:
         os.replace(temporary, folder)
-        for old in stage.parts.glob("step_??????"):
-            if old != folder:
-                remove(old)
+        for old in set(stage.parts.glob("step_??????")) - {folder}:
+            remove(old)
 
 
 def load_checkpoint(stage, policy, optimizer) -> int:
-    """Continue from the last checkpoint, written by any number of ranks; the number of steps done, 0 without one."""
+    """Load the last checkpoint, whatever number of ranks wrote it; the number of steps it has done, 0 without one."""
     folders = sorted(stage.parts.glob("step_??????"))
     if not folders:
         return 0
@@ -606,10 +505,14 @@ def load_checkpoint(stage, policy, optimizer) -> int:
 
 def export(weights: dict, args, folder: Path, tokenizer) -> float:
     """Write a Hugging Face folder from whole weights; the share of them that differ from --model, as saved."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")  # knows how it wants to be saved
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")  # it knows how it wants to be saved
     before, dtype = model.state_dict(), DTYPES.get(args.save_dtype, model.dtype)
     changed = sum((v.to(dtype) != before[k].to(dtype)).sum().item() for k, v in weights.items())
     model.to(dtype).load_state_dict(weights)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # some hub models set temperature but not do_sample, which transformers reads but will not write
+        model.generation_config.do_sample = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return changed / sum(v.numel() for v in weights.values())
@@ -620,207 +523,162 @@ def export(weights: dict, args, folder: Path, tokenizer) -> float:
 
 
 def learning_rate(step: int, steps: int, args) -> float:
-    """Linear warm-up that never wastes a step at zero, then cosine or linear down to min_lr_ratio at the last step."""
+    """Linear warm-up that wastes no step at zero, then cosine or linear down to min_lr_ratio at the last step."""
     warmup = math.ceil(args.warmup_ratio * steps)
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
-    floor = 0.1 if args.min_lr_ratio is None else args.min_lr_ratio
+    if args.lr_scheduler == "constant":
+        return args.learning_rate
     done = (step - warmup) / max(1, steps - 1 - warmup)
-    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[args.lr_scheduler]
-    return args.learning_rate * (floor + (1 - floor) * shape) if args.lr_scheduler != "constant" else args.learning_rate
+    shape = (1 + math.cos(math.pi * done)) / 2 if args.lr_scheduler == "cosine" else 1 - done
+    floor = 0.1 if args.min_lr_ratio is None else args.min_lr_ratio
+    return args.learning_rate * (floor + (1 - floor) * shape)
 
 
-METRICS = (  # TRL's names, each a mean over the pairs of the step
+METRICS = (  # TRL's names and some of ours; each is the mean over all pairs of the step
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "logps/chosen_fell", "length/chosen", "length/rejected",
 )  # fmt: skip
 
 
-def train(policy, pairs, reference, plans, args, stage, device, on_first_batch) -> dict:
-    """All steps. Writes a row a step; returns figures for the metadata. `plans`: [step][rank] -> microbatches."""
+def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict:
+    """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches. Returns figures for the metadata."""
+    rank, world = ranks()
     steps, epoch_steps = len(plans), len(plans) // args.num_train_epochs
-    fused = {"fused": True} if device.type == "cuda" else {}
     optimizer = torch.optim.AdamW(
-        policy.parameters(), args.learning_rate, tuple(args.adam_betas), weight_decay=args.weight_decay, **fused
+        policy.parameters(), betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
     first = load_checkpoint(stage, policy, optimizer)
-    if first:
-        say(f"going on after step {first} of {steps}")
-    rank, world = ranks()
-    log = TrainLog(stage.parts / "train.jsonl", first, args.report_to) if rank == 0 else None
-    bar = tqdm(total=steps, initial=first, desc="train", unit="step", disable=rank > 0 or not sys.stderr.isatty())
-    terminated = []
-    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    figures = {"steps": steps, "tokens": 0, "train_seconds": 0.0}
+    say(f"{steps} steps" + (f"; going on after step {first}" if first else ""))
+    log = open_log(stage.parts / "train.jsonl", first, args.report_to) if rank == 0 else lambda row: None
+    bar = progress("train", steps, "step", first)
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    total_tokens, total_seconds = 0, 0.0
 
     for step in range(first, steps):
         began = time.time()
-        epoch = step // epoch_steps
-        beta = args.beta[epoch if len(args.beta) > 1 else 0]
-        mine = plans[step][rank]
-        n_pairs = sum(len(bin) for bins in plans[step] for bin in bins)
+        beta = args.beta[min(step // epoch_steps, len(args.beta) - 1)]
+        count = sum(len(bin) for bins in plans[step] for bin in bins)  # pairs of this step, on all ranks
         sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
-        losses = {}
-
+        seen = []
+        mine = plans[step][rank]
         for k, bin in enumerate(mine):
-            policy.set_requires_gradient_sync(k == len(mine) - 1)  # add up locally, reduce over the ranks once
+            policy.set_requires_gradient_sync(k == len(mine) - 1)  # add up here; over the ranks once, at the end
             batch = collate([pairs[i] for i in bin or [0]], args.packing, device)
             logprobs = policy(batch)  # [n, 2]
-            if not bin:  # this rank has no pair left: take part in the collectives, add nothing
+            if not bin:  # no pair left for this rank: take part in the collectives, add nothing
                 (logprobs.sum() * 0).backward()
                 continue
             ref, lengths = reference[bin].to(device), batch["lengths"]  # [n, 2]
-            loss = dpo_loss(
-                logprobs,
-                ref,
-                lengths,
-                beta,
-                args.loss_type,
-                args.label_smoothing,
-                args.length_coef,
-                args.nll_coef,
-            )
-            # FSDP averages gradients over the ranks; the loss is the mean over the pairs of all of them.
-            (loss.sum() * world / n_pairs).backward()
-
+            loss = dpo_loss(logprobs, ref, lengths, beta, args)  # [n]
+            (loss.sum() * world / count).backward()  # FSDP divides by the ranks; we want the mean over the step's pairs
             with torch.no_grad():
-                if step == first == 0:
-                    on_first_batch(bin, logprobs.detach())
                 rewards = beta * (logprobs - ref)  # [n, 2]
                 margins = rewards[:, 0] - rewards[:, 1]
-                columns = (
-                    loss, rewards[:, 0], rewards[:, 1], margins > 0, margins, logprobs[:, 0], logprobs[:, 1],
-                    logprobs[:, 0] < ref[:, 0], lengths[:, 0], lengths[:, 1],
-                )  # fmt: skip
+                fell = logprobs[:, 0] < ref[:, 0]
+                columns = [loss, *rewards.T, margins > 0, margins, *logprobs.T, fell, *lengths.T]
                 sums[:-1] += torch.stack([c.double().sum() for c in columns])
-                losses.update(zip(bin, loss.tolist() if device.type == "cpu" else [loss], strict=False))
+                seen.append((bin, loss.detach()))
 
-        sums[-1] = len(terminated)
+        sums[-1] = len(stopping)  # one rank that was told to stop stops all, at the same step
         dist.all_reduce(sums)
-        if not sums[:-1].isfinite().all():
-            bad = [pairs[i]["id"] for i, v in losses.items() if not math.isfinite(float(torch.as_tensor(v).sum()))]
+        *means, stop = (sums / count).tolist()
+        if not all(map(math.isfinite, means)):
+            bad = [pairs[i]["id"] for bin, loss in seen for i, x in zip(bin, loss.tolist(), strict=True) if x - x != 0]
+            kept = [folder.name for folder in stage.parts.glob("step_??????")]
             raise Stop(
-                f"step {step + 1}: the loss is not finite (rank {rank}; pairs or microbatches of {bad[:8]}). No "
-                f"weight was changed by it. Last checkpoint: {[f.name for f in stage.parts.glob('step_??????')]}"
+                f"step {step + 1}: the loss is not finite; of this rank's pairs: {bad[:8] or 'none'}. The weights were not "
+                f"updated by it. Last checkpoint: {kept or 'none'}. Lower --learning_rate, or look at those pairs."
             )
         if step == 0 and args.ref_model is None:
-            check_first_loss(sums[0].item() / n_pairs, pairs, reference, plans[0], beta, args)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            check_first_loss(means[0], pairs, reference, plans[0], beta, args)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).full_tensor()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
         optimizer.step()
         optimizer.zero_grad()
 
-        tokens = sum(
-            len(pairs[i][k])
-            for bins in plans[step]
-            for bin in bins
-            for i in bin
-            for k in ("prompt", "chosen", "rejected")
-        )
+        tokens = sum(cost(pairs[i], "prefix") for bins in plans[step] for bin in bins for i in bin)
+        grad_norm = norm.item()  # waits for the device, so the clock below is true
         seconds = time.time() - began
-        figures["tokens"] += tokens
-        figures["train_seconds"] += seconds
+        total_tokens, total_seconds = total_tokens + tokens, total_seconds + seconds
         row = {
-            "step": step + 1, "epoch": round((step + 1) / epoch_steps, 4),
-            **{name: value / n_pairs for name, value in zip(METRICS, sums[:-1].tolist(), strict=True)},
-            "grad_norm": norm.item(), "learning_rate": learning_rate(step, steps, args), "beta": beta,
-            "pairs": n_pairs, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1),
+            "step": step + 1, "epoch": (step + 1) / epoch_steps, **dict(zip(METRICS, means, strict=True)),
+            "grad_norm": grad_norm, "learning_rate": learning_rate(step, steps, args), "beta": beta,
+            "pairs": count, "tokens": tokens, "tokens_per_second": tokens / seconds,
         }  # fmt: skip
-        if log:
-            log.write(row)
-        bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}", tok_s=int(tokens / seconds))
+        log(row)
+        bar.set_postfix(loss=f"{means[0]:.4f}", acc=f"{means[3]:.2f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)
         bar.update()
-        stopping = sums[-1].item() > 0
-        if step + 1 < steps and (stopping or (args.save_every and (step + 1) % args.save_every == 0)):
+        if step + 1 < steps and (stop or (args.save_every and (step + 1) % args.save_every == 0)):
             save_checkpoint(stage, policy, optimizer, step + 1)
-        if stopping and step + 1 < steps:
-            say(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
-            sys.exit(INTERRUPTED)
+            if stop:
+                say(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
+                sys.exit(INTERRUPTED)
     bar.close()
-    if log:
-        log.close()
-        say(f"{steps} steps, loss {row['loss']:.4f}, accuracy {row['rewards/accuracies']:.2f}" if first < steps else "")
-    return figures
+    figures = {"steps": steps, "tokens": total_tokens, "train_seconds": round(total_seconds, 2)}
+    if device.type == "cuda":
+        return figures | {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
+    return figures | {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def check_first_loss(loss: float, pairs, reference, plan, beta, args) -> None:
-    """Law of step 0: before its first update the policy is its reference, so the loss is that of d = 0 (ln 2)."""
-    step = [i for bins in plan for bin in bins for i in bin]
-    lengths = torch.tensor([[len(pairs[i]["chosen"]), len(pairs[i]["rejected"])] for i in step])
-    expected = dpo_loss(
-        reference[step], reference[step], lengths, beta, args.loss_type, args.label_smoothing, args.length_coef, args.nll_coef
-    ).mean().item()  # fmt: skip
-    say(f"step 0: loss {loss:.7f}, expected {expected:.7f} of policy = reference")
-    if abs(loss - expected) > (1e-4 if args.dtype == "fp32" else 2e-2):
-        raise Stop(
-            f"the first loss is {loss:.6f}, but policy and reference are the same model, so it must be "
-            f"{expected:.6f}: something (dropout, precision, masking) differs between the two passes"
-        )
+def progress(name: str, total: int, unit: str, done: int = 0) -> tqdm:
+    """A bar on rank 0; in a log file it gets a new line's worth of text every half minute, not every blink."""
+    quiet = not sys.stderr.isatty()
+    return tqdm(desc=name, total=total, initial=done, unit=unit, disable=ranks()[0] > 0,
+                mininterval=30 if quiet else 0.1, ascii=quiet or None, leave=not quiet)  # fmt: skip
 
 
-class TrainLog:
-    """train.jsonl, a row a step, and the dashboard asked for. After a restart it goes on behind row `done`."""
+def open_log(path: Path, done: int, report_to: str):
+    """A function that appends a row to train.jsonl, behind the first `done` rows, and shows it on the dashboard."""
+    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(rows[:done]))
+    try:
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, path: Path, done: int, report_to: str):
-        kept = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
-        path.write_text("".join(kept))
-        self.file = open(path, "a")
-        self.dashboard = None
-        try:
-            if report_to == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(str(path.parent.with_suffix(".tensorboard")))
+            show = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]  # noqa: E731
+        elif report_to != "none":
+            dashboard = __import__(report_to)  # wandb and trackio share this interface
+            dashboard.init(project="iterdpo", name=path.parent.stem)
+            show = lambda row: dashboard.log(row, step=row["step"])  # noqa: E731
+        else:
+            show = lambda row: None  # noqa: E731
+    except ImportError as e:
+        raise Stop(f"--report_to {report_to}: {e}. Install it, or leave the flag out.") from None
 
-                writer = SummaryWriter(str(path.parent.with_suffix(".tensorboard")))
-                self.dashboard = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]
-            elif report_to != "none":
-                module = __import__(report_to)
-                module.init(project="iterdpo", name=str(path.parent.name))
-                self.dashboard = lambda row: module.log(row, step=row["step"])
-        except ImportError as e:
-            raise Stop(f"--report_to {report_to}: {e}. pip install {report_to}, or leave it out.") from None
+    def log(row: dict) -> None:
+        with open(path, "a") as file:
+            file.write(dump(row))
+        show(row)
 
-    def write(self, row: dict) -> None:
-        self.file.write(dump(row))
-        self.file.flush()
-        if self.dashboard:
-            self.dashboard(row)
-
-    def close(self) -> None:
-        self.file.close()
+    return log
 
 
 # ----------------------------------------------------------------------------------------------------
 
 
-def start_process_group() -> torch.device:
-    """torchrun's ranks, or a group of one: the code below knows no other case."""
+def start() -> torch.device:
+    """Join torchrun's ranks, or make a group of one: the code above knows no other case."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    if not cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     return device
-
-
-def make_mesh(args, device):
-    """One dimension: shard over all ranks. Two: copies of the model over the first, shards of one over the second."""
-    world = ranks()[1]
-    if args.shard_size in (None, world):
-        return init_device_mesh(device.type, (world,))
-    return init_device_mesh(
-        device.type, (world // args.shard_size, args.shard_size), mesh_dim_names=("replicate", "shard")
-    )
 
 
 def main():
     args = parse(arguments())
-    device = start_process_group()
+    transformers_logging.disable_progress_bar()
+    device = start()
     check(args, device)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
@@ -829,70 +687,66 @@ def main():
     if stage.hashes.get("ref_model") == stage.hashes["model"]:
         args.ref_model = None  # the same weights under another name: no second model
 
-    # 1. The pairs, and the model that they suit
+    # 1. The pairs, and how this model takes them
     config = AutoConfig.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs, total, dropped = load_pairs(args, tokenizer, config)
     stage.count("rows", total, len(pairs), dropped)
-    longest = max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs)
-    refusal = packing_refusal(config, longest)
+    refusal = packing_refusal(config, max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs))
     if refusal and args.packing in ("prefix", "packed"):
-        raise Stop(f"--packing {args.packing}: {refusal}. Use --packing padded.")
-    if refusal:
-        say(f"{args.model}: {refusal}, so the batches are padded")
+        raise Stop(f"--packing {args.packing}: {args.model}: {refusal}. Use --packing padded.")
+    if refusal and args.packing == "auto":
+        say(f"{args.model}: {refusal}, so batches are padded")
     if args.packing == "auto":
         args.packing = "padded" if refusal else "prefix"
-    attention = attention_implementation(config) if args.packing == "padded" else ATTENTION
 
-    # 2. Every step of the run, decided in advance: [step][rank] -> microbatches of indices into pairs
+    # 2. Every step, decided in advance: plans[step][rank] -> microbatches of indices into pairs
     plans = []
     for epoch in range(args.num_train_epochs):
         order = list(range(len(pairs)))
         random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
-        for start in range(0, len(order), args.batch_size):
-            step = order[start : start + args.batch_size]
-            costs = [cost(pairs[i], args.packing) for i in step]
-            bins = microbatches(costs, args.tokens_per_batch, ranks()[1], args.packing == "padded")
-            plans.append([[[step[j] for j in bin] for bin in rank] for rank in bins])
-
-    # 3. The reference, once
-    mesh = make_mesh(args, device)
-    probe = min(pairs, key=lambda p: cost(p, "prefix"))
-    first_epoch = [step[ranks()[0]] for step in plans[: len(plans) // args.num_train_epochs]]
-    policy = None
-    if args.ref_model is None:
-        policy = load_policy(args.model, attention, args, mesh, device, probe)
-        reference = reference_logprobs(lambda: policy, pairs, first_epoch, args, stage, device, config)
-    else:
-        ref_config = AutoConfig.from_pretrained(args.ref_model)
-        if ref_config.vocab_size != config.vocab_size:
-            raise Stop(
-                f"--ref_model has a vocabulary of {ref_config.vocab_size}, --model one of {config.vocab_size}: "
-                "they do not read the same token ids"
+        for step in (order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)):
+            bins = microbatches(
+                [cost(pairs[i], args.packing) for i in step], args.tokens_per_batch, ranks()[1], args.packing
             )
-        load = lambda: load_policy(args.ref_model, attention, args, mesh, device, probe)  # noqa: E731
-        reference = reference_logprobs(load, pairs, first_epoch, args, stage, device, config)  # freed on return
-        policy = load_policy(args.model, attention, args, mesh, device, probe)
+            plans.append([[[step[j] for j in bin] for bin in of_rank] for of_rank in bins])
+    first_epoch = plans[: len(plans) // args.num_train_epochs]
 
-    # 4. The audit. With another reference the first step's log-probs of the policy serve, which cost nothing.
-    tolerance = args.max_logprob_gap or (1e-3 if args.dtype == "fp32" else 0.05)
-    audited = {}
+    # 3. The reference, once, in the very microbatches of the first epoch: it rounds as the policy will
+    size = args.shard_size or ranks()[1]
+    mesh = init_device_mesh(device.type, (ranks()[1] // size, size), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if args.shard_size else mesh["shard"]
+    probe = min(pairs, key=lambda p: cost(p, "prefix"))
+
+    def load(path):
+        return load_policy(path, args, mesh, device, probe)
+
     if args.ref_model is None:
-        audited = audit(pairs, reference, stage.hashes["model"], tolerance)
-
-    def on_first_batch(bin, logprobs):
-        if args.ref_model is not None and not audited:
-            audited.update(audit([pairs[i] for i in bin], logprobs, stage.hashes["model"], tolerance))
-
-    # 5. Train and save
-    figures = train(policy, pairs, reference, plans, args, stage, device, on_first_batch)
-    if device.type == "cuda":
-        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        policy = load(args.model)
+        reference = reference_logprobs(
+            lambda: all_logprobs(policy, pairs, first_epoch, args.packing, device), pairs, args, stage
+        )
+        before = reference
     else:
-        figures["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if (
+            AutoConfig.from_pretrained(args.ref_model).get_text_config().vocab_size
+            != config.get_text_config().vocab_size
+        ):
+            raise Stop(f"--ref_model {args.ref_model} and --model {args.model} have vocabularies of different sizes")
+        reference = reference_logprobs(
+            lambda: all_logprobs(load(args.ref_model), pairs, first_epoch, args.packing, device), pairs, args, stage
+        )  # that model is gone when this returns
+        policy = load(args.model)
+        before = all_logprobs(policy, pairs, plans[:1], args.packing, device)  # one step's pairs, for the audit
+
+    # 4. Audit, train, save
+    audited = audit(
+        pairs, before, stage.hashes["model"], args.max_logprob_gap or (1e-3 if args.dtype == "fp32" else 0.05)
+    )
+    figures = train(policy, pairs, reference, plans, args, stage, device)
     weights = get_model_state_dict(
         policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )  # collective: every rank takes part, rank 0 gets them
+    )  # a collective; rank 0 gets them all
     if ranks()[0] == 0:
         with whole(stage.output) as folder:
             changed = export(weights, args, folder, tokenizer)
