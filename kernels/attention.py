@@ -60,6 +60,7 @@ class Layout:
     kv_index: torch.Tensor | None  # [Tk] int64: the row's keys in the order of the segments; None: as they stand
     max_seqlen_q: int
     max_seqlen_k: int
+    tokens: int  # T
     q_lengths: list[int]  # the same lengths on the host, so that no one ever waits for a GPU to learn them
     k_lengths: list[int]
 
@@ -69,12 +70,9 @@ def prefix_layout(lengths: list[tuple[int, int, int]], device="cpu") -> tuple[to
     positions, kv_index, q_lengths, k_lengths, start = [], [], [], [], 0
     for i, (p, c, r) in enumerate(lengths):
         if min(p, c, r) < 1:  # a prompt's last token predicts an answer's first: without it there is no log-prob
-            raise ValueError(
-                f"pair {i} of the row has lengths {(p, c, r)}: prompt and answers need a token or more each"
-            )
-        prompt, chosen, rejected = torch.arange(start, start + p + c + r).split(
-            [p, c, r]
-        )  # where they stand in the row
+            raise ValueError(f"pair {i} of the row has lengths {(p, c, r)}: prompt and answers need a token each")
+        # The token numbers of the three in the row.
+        prompt, chosen, rejected = torch.arange(start, start + p + c + r).split([p, c, r])
         positions += [torch.arange(p + c), torch.arange(p, p + r)]
         kv_index += [prompt, chosen, prompt, rejected]
         q_lengths += [p + c, r]
@@ -93,7 +91,7 @@ def _layout(positions, kv_index, q_lengths, k_lengths, device):
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
     kv_index = None if kv_index is None else kv_index.to(device)
-    sizes = (max(q_lengths), max(k_lengths), q_lengths, k_lengths)
+    sizes = (max(q_lengths), max(k_lengths), sum(q_lengths), q_lengths, k_lengths)
     return torch.cat(positions)[None].to(device), Layout(starts(q_lengths), starts(k_lengths), kv_index, *sizes)
 
 
@@ -167,8 +165,8 @@ def _check(module, query, key, attention_mask, dropout, layout, kwargs):
             "position_ids restart, so the row holds several sequences, but no layout arrived here. Pass layout= to the "
             "model; if you did, the model does not hand its **kwargs down to its attention: run it padded"
         )
-    elif layout is not None and (query.shape[0] != 1 or sum(layout.q_lengths) != tokens):
-        fault = f"the layout is for 1 row of {sum(layout.q_lengths)} tokens, the input is {query.shape[0]} x {tokens}"
+    elif layout is not None and (query.shape[0] != 1 or layout.tokens != tokens):
+        fault = f"the layout is for 1 row of {layout.tokens} tokens, the input is {query.shape[0]} x {tokens}"
     elif key.shape[2] != tokens:
         fault = "there are cached keys, which packing knows nothing of: pass use_cache=False"
     elif dropout:
@@ -205,7 +203,7 @@ def packing_refusal(config, max_length: int) -> str | None:
         return f"{kind} computes attention in code of its own (models with ALiBi do)"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{kind} takes no position_ids, so positions cannot restart"
-    if kind in ("doge", "moshi", "nemotron"):  # all of transformers 5.19 that pass every other line here, and fail
+    if kind in ("doge", "moshi", "nemotron"):  # as of transformers 5.19; others would stop in _check
         return f"{kind} does not hand the layout to its attention, or adds a mask of its own"
     if _soft_capped(config):
         return f"{kind} soft-caps its attention scores, which neither SDPA nor varlen_attn can do"
@@ -227,7 +225,7 @@ def packing_refusal(config, max_length: int) -> str | None:
 
 
 def _soft_capped(config) -> bool:
-    return bool(getattr(config, "attn_logit_softcapping", None))
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def attention_implementation(config) -> str:
