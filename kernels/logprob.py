@@ -1,0 +1,332 @@
+"""linear_logprob: log-probs of the tokens that were written, straight from hidden states, never holding the logits.
+
+    x = h W^T + b                        [T, V] logits as the head gives them
+    z = softcap(scale x)                 softcap(u) = cap tanh(u / cap); most models have neither
+    l = z_y - log sum_v exp(z_v)         [T] fp32, y the target
+
+At T = 16384 and V = 151936 the logits are 10 GB in fp32, and autograd would hold them three times. Their gradient is
+
+    dl / dx_v = scale slope_v (1[v = y] - p_v)           p = softmax(z), slope_v = 1 - (z_v / cap)^2 (1 without a cap)
+
+and with the upstream gradient g [T] the gradients of hidden states and weight are two products with that matrix:
+
+    dH = g . (J W)        dW = J^T (g . H)               J = dl/dx [T, V], "." scales rows
+
+g stands outside both: a factor per row commutes with either product, and sits on the small T x D side. So J can be
+built in the forward pass, while the logits are at hand and before any loss is known, and backward is two plain GEMMs:
+three in all, 6 T V D flops, the least there is. (Recomputing the logits in backward costs a fourth.)
+
+The same trick once more makes the row kernel a single pass. Measure logits from the target's, c = z_y:
+
+    S = sum_{v != y} exp(z_v - c)        l = -log(1 + S)         p_v = exp(z_v - c) / (1 + S)
+
+    J = -r . Q       Q_v = slope_v exp(z_v - c)  (v != y)     Q_y = -slope_y S       r = scale / (1 + S)
+
+No maximum, no second pass to normalise: Q is written while S is being summed, S is put in its place at y when the row
+is done, and the row's factor r joins g. Nothing cancels either: 1 - p_y is S / (1 + S), and l keeps its relative
+precision down to l = -0. Where the target is hopeless (S > 2^60, l < -41 nats) c is the row's maximum instead, and
+
+    l = d - log(exp(d) + S)      r = scale / (exp(d) + S)        d = z_y - c; d = 0 is the case above
+
+Q is kept ("the stash") in the dtype of the inputs, 2 T V bytes in bf16, as far as `stash_bytes` reaches; rows beyond
+are recomputed in backward, in chunks. Nothing is kept under no_grad. A frozen weight needs no stash: Q W [T, D] is
+formed in the forward pass, two GEMMs in all. docs/kernel.md: bytes, roofline, what others do, what did not help.
+"""
+
+import os
+import re
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a machine without a GPU needs none: rows_torch below is the same in torch
+    triton = None
+
+# Rows of logits at a time. GPU: 2048 x 151936 in fp32 is 1.2 GB, and reading W again for each chunk (2 V D bytes for
+# 2 C V D flops) is far above the machine's balance of about 200 flops a byte. CPU: where its GEMMs reach full speed.
+CHUNK = {"cuda": 2048, "cpu": 256}
+# Q of 16k tokens of Llama 3's vocabulary in bf16, a fifth of what autograd would hold. Rows beyond: 4/3 the work.
+STASH_BYTES = 4 << 30
+FAR = 2.0**60  # S beyond this: measure from the maximum. Leaves bf16 and fp32 (max 2^128) room to sum products in.
+
+
+# ---- rows: logits in, Q, S and d out. Once for Triton, once for torch; all else is shared --------------------------
+
+if triton:
+
+    @triton.jit
+    def z_and_slope(x, scale, cap, CAP: tl.constexpr):
+        z = x * scale
+        slope = 1.0
+        if CAP:
+            s = tl.sigmoid(2 * z / cap)  # tanh(u) = 2 sigmoid(2u) - 1, and 1 - tanh(u)^2 = 4 s (1 - s)
+            z = cap * (2 * s - 1)
+            slope = 4 * s * (1 - s)
+        return z, slope
+
+    @triton.jit
+    def one_pass(x, bias, q, y, c, V, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+        """Write Q relative to c, except at y; return S."""
+        total = tl.zeros([BLOCK], tl.float32)  # [BLOCK]: each lane its own sum, so the loop has no reduction in it
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)  # [BLOCK]
+            u = tl.load(x + v, mask=v < V, other=-float("inf"))
+            if BIAS:
+                u += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)
+            z, slope = z_and_slope(u, scale, cap, CAP)
+            e = tl.where((v < V) & (v != y), tl.exp(z - c), 0.0)
+            total += e
+            if GRAD:
+                tl.store(q + v, (e * slope).to(q.dtype.element_ty), mask=v < V)
+        return tl.sum(total, axis=0)  # [BLOCK] -> scalar
+
+    @triton.jit
+    def row_kernel(X, x_stride, BIAS_PTR, TARGET, Q, q_stride, S, D, V, scale, cap, far,
+                   BIAS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+        """One program a row of V logits: reads 4 V bytes, writes 2 V (bf16 Q), or none without GRAD."""
+        row = tl.program_id(0).to(tl.int64)  # 2048 x 151936 x 8 rows is past int32
+        x = X + row * x_stride
+        q = Q + row * q_stride
+        y = tl.load(TARGET + row)
+        u = tl.load(x + y)
+        if BIAS:
+            u += tl.load(BIAS_PTR + y).to(tl.float32)
+        zy, slope = z_and_slope(u, scale, cap, CAP)
+        c = zy
+        s = one_pass(x, BIAS_PTR, q, y, c, V, scale, cap, BIAS, CAP, GRAD, BLOCK)
+        if not (s < far):  # so that NaN comes here too, and stays NaN
+            top = tl.full([BLOCK], -float("inf"), tl.float32)
+            for start in range(0, V, BLOCK):
+                v = start + tl.arange(0, BLOCK)
+                u = tl.load(x + v, mask=v < V, other=-float("inf"))
+                if BIAS:
+                    u += tl.load(BIAS_PTR + v, mask=v < V, other=0.0).to(tl.float32)
+                z, _ = z_and_slope(u, scale, cap, CAP)
+                top = tl.maximum(top, tl.where(v < V, z, -float("inf")))
+            c = tl.max(top, axis=0)
+            s = one_pass(x, BIAS_PTR, q, y, c, V, scale, cap, BIAS, CAP, GRAD, BLOCK)
+        if GRAD:
+            tl.debug_barrier()  # another thread wrote 0 at y
+            tl.store(q + y, (-s * slope).to(q.dtype.element_ty))
+        tl.store(S + row, s)
+        tl.store(D + row, zy - c)
+
+
+def rows_triton(x, bias, target, q, scale, cap):
+    s, d = x.new_empty(2, len(x)).unbind()  # [C], [C]
+    row_kernel[(len(x),)](
+        x, x.stride(0), x if bias is None else bias, target, x if q is None else q, 0 if q is None else q.stride(0),
+        s, d, x.shape[1], scale, cap or 1.0, FAR,
+        BIAS=bias is not None, CAP=cap is not None, GRAD=q is not None, BLOCK=4096, num_warps=8,
+    )  # fmt: skip
+    return s, d
+
+
+def rows_torch(x, bias, target, q, scale, cap):
+    """x [C, V] logits (overwritten), bias [V], target [C] -> S [C], d [C], and Q [C, V] into q (None, or x itself)."""
+    s, d = x.new_empty(2, len(x)).unbind()
+    for i in range(0, len(x), 16):  # 16 rows stay in the cache between one line and the next: four times faster
+        z, y = x[i : i + 16], target[i : i + 16, None]  # [16, V], [16, 1]
+        if bias is not None:
+            z += bias
+        if scale != 1:
+            z *= scale
+        if cap is not None:
+            z.div_(cap).tanh_()
+            slope = 1 - z * z
+            z *= cap
+        zy, top = z.gather(1, y), z.amax(1, keepdim=True)  # [16, 1] both
+        c = torch.where(top - zy < 41.0, zy, top)  # log of FAR, less what V terms may add
+        e = z.sub_(c).exp_().scatter_(1, y, 0.0)
+        total = e.sum(1, keepdim=True)  # [16, 1]
+        s[i : i + 16], d[i : i + 16] = total[:, 0], (zy - c)[:, 0]
+        if q is not None:
+            e.scatter_(1, y, -total)
+            if cap is not None:
+                e *= slope
+            if q is not x:
+                q[i : i + 16] = e
+    return s, d
+
+
+# ---- the function --------------------------------------------------------------------------------------------------
+
+
+def matrix(rows: int, V: int, like: torch.Tensor, dtype) -> torch.Tensor:
+    """Uninitialised [rows, V] whose rows start 64 elements aligned, so that an odd V costs no GEMM its fast path."""
+    return torch.empty(rows, (V + 63) // 64 * 64, dtype=dtype, device=like.device)[:, :V]
+
+
+def logits_(h, weight, out):
+    """out [C, V] = h [C, D] @ weight [V, D]^T, in fp32 from bf16 inputs: log-probs are differences of these."""
+    if out.dtype == h.dtype:
+        torch.mm(h, weight.T, out=out)
+    elif h.is_cuda:
+        torch.mm(h, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(h.to(out.dtype), weight.T.to(out.dtype), out=out)
+
+
+def product(a, b):
+    """a @ b; on a GPU in fp32 at no cost, as the factors of the rows come after it."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else a @ b
+
+
+def add_product_(acc, a, b):
+    """acc += a @ b, in acc's dtype."""
+    if acc.dtype == a.dtype:
+        acc.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
+    else:
+        acc += a @ b
+
+
+def rows(h, weight, bias, target, scale, cap, x, q):
+    """A chunk: h [C, D], target [C] -> S [C], d [C], and Q [C, V] into q. x: scratch for logits [C, V], or q itself."""
+    logits_(h, weight, out=x)
+    kernel = triton and x.dtype == torch.float32 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return (rows_triton if kernel else rows_torch)(x, bias, target, q, scale, cap)
+
+
+class LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, cap, stash_bytes, train):
+        (T, _), V = hidden.shape, len(weight)
+        need_h, need_w, need_b = (train and need for need in ctx.needs_input_grad[:3])
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # of logits and results: fp32, or fp64 for fp64
+        chunk = CHUNK.get(hidden.device.type, 256)
+        frozen = need_h and not (need_w or need_b)  # only J W is wanted: form it here, keep no Q
+        kept = 0  # rows whose Q is kept, whole chunks of them
+        if (need_w or need_b) and T:
+            kept = min(T, stash_bytes // (V * hidden.element_size()) // chunk * chunk)
+        stash = matrix(kept, V, hidden, hidden.dtype)  # [kept, V]
+        in_place = hidden.dtype == exact and not hidden.is_cuda  # rows_torch may write Q over the logits
+        x = None if in_place and kept == T else matrix(min(T, chunk), V, hidden, exact)  # [C, V]
+        q = x if in_place else matrix(min(T, chunk) if frozen else 0, V, hidden, hidden.dtype)  # [C, V] or nothing
+        s, d = torch.empty(2, T, dtype=exact, device=hidden.device).unbind()  # [T], [T]
+        qw = torch.empty(hidden.shape if frozen else (0, 0), dtype=exact, device=hidden.device)  # [T, D]
+
+        inside = (targets >= 0) & (targets < V)  # [T]
+        safe = torch.where(inside, targets, 0)
+        for lo in range(0, T, chunk):
+            hi = min(lo + chunk, T)
+            to = stash[lo:hi] if hi <= kept else q[: hi - lo] if frozen else None
+            at = to if in_place and to is not None else x[: hi - lo]
+            s[lo:hi], d[lo:hi] = rows(hidden[lo:hi], weight, bias, safe[lo:hi], scale, cap, at, to)
+            if frozen:
+                qw[lo:hi] = product(to, weight)  # [C, V] @ [V, D] -> [C, D]
+
+        total = d.exp() + s  # [T]
+        logprob = torch.where(d == 0, -torch.log1p(s), d - total.log())
+        outside = torch.where(targets == -100, 0.0, float("nan")).to(exact)  # torch's ignore_index, or a mistake
+        r = torch.where(inside, scale / total, outside)
+        ctx.save_for_backward(hidden, weight, bias, safe, r, stash, qw)
+        ctx.settings = scale, cap, chunk, kept, frozen, (need_h, need_w, need_b)
+        return torch.where(inside, logprob, outside)
+
+    @staticmethod
+    def backward(ctx, g):
+        hidden, weight, bias, targets, r, stash, qw = ctx.saved_tensors
+        scale, cap, chunk, kept, frozen, (need_h, need_w, need_b) = ctx.settings
+        k = -(g * r)[:, None]  # [T, 1]: everything a row of Q is multiplied by
+        if frozen:
+            return ((qw * k).to(hidden.dtype), *[None] * 7)
+        T, V = len(hidden), len(weight)
+        spans = [(0, kept)] * (kept > 0) + [(lo, min(lo + chunk, T)) for lo in range(kept, T, chunk)]
+        dh = torch.empty_like(hidden) if need_h else None  # [T, D]
+        dw = torch.zeros(weight.shape, dtype=r.dtype, device=weight.device) if need_w and len(spans) != 1 else None
+        db = torch.zeros(V, dtype=r.dtype, device=weight.device) if need_b else None
+        for lo, hi in spans:
+            q = stash
+            if lo >= kept:
+                q = matrix(hi - lo, V, hidden, hidden.dtype)  # [C, V]
+                at = q if q.dtype == r.dtype and not q.is_cuda else matrix(hi - lo, V, hidden, r.dtype)
+                rows(hidden[lo:hi], weight, bias, targets[lo:hi], scale, cap, at, q)
+            if need_h:
+                dh[lo:hi] = product(q, weight) * k[lo:hi]  # [C, V] @ [V, D] -> [C, D]
+            kh = (hidden[lo:hi] * k[lo:hi]).to(q.dtype)  # [C, D]: g, on the small side
+            if need_w and dw is None:
+                dw = q.T @ kh  # [V, T] @ [T, D] -> [V, D]: all rows at once, rounded once
+            elif need_w:
+                add_product_(dw, q.T, kh)  # [V, C] @ [C, D] -> [V, D]
+            if need_b:
+                for q_part, k_part in zip(q.split(chunk), k[lo:hi].split(chunk), strict=True):  # in chunks: fp32 copies
+                    db.addmv_(q_part.T.to(db.dtype), k_part[:, 0])  # [V, C] @ [C] -> [V]
+        dw = dw.to(weight.dtype) if need_w else None
+        return dh, dw, db.to(bias.dtype) if need_b else None, *[None] * 5
+
+
+def linear_logprob(hidden, weight, targets, *, bias=None, scale=1.0, softcap=None, stash_bytes=STASH_BYTES):
+    """log softmax(softcap(scale (hidden weight^T + bias))) at the targets, [T] fp32 (fp64 for fp64 inputs).
+
+    hidden [T, D], weight [V, D], targets [T] integers, bias [V]. A target of -100 is ignored (0, no gradient); any
+    other outside 0..V-1 gives NaN, as a GPU cannot raise without being waited for. Mixed dtypes are promoted.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        shapes = [list(t.shape) for t in (hidden, weight, targets)]
+        raise ValueError(f"linear_logprob takes hidden [T, D], weight [V, D], targets [T]; got {shapes}")
+    if targets.is_floating_point():
+        raise ValueError(f"linear_logprob takes integer targets, not {targets.dtype}")
+    if type(weight).__name__ == "DTensor":
+        raise ValueError("linear_logprob got a sharded weight: call it in the FSDP root's forward, where it is whole")
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype == torch.float16 and train:
+        raise ValueError("linear_logprob cannot train in fp16, Q does not fit its range: use bf16 or fp32")
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not casual
+        return LinearLogprob.apply(
+            hidden.to(dtype), weight.to(dtype), bias, targets, float(scale), softcap, int(stash_bytes), train
+        )
+
+
+def logprob_from_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The specification: logits [..., V], targets [...] -> [...] fp32. For checks against a model's own logits."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return exact.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+# ---- heads of real models ------------------------------------------------------------------------------------------
+
+# What transformers does to the logits, by model type. The name of the config's field does not tell which way it goes.
+SCALES = {
+    "cohere": lambda c: c.logit_scale,
+    "granite": lambda c: 1 / c.logits_scaling,
+    "hyperclovax": lambda c: c.logits_scaling,
+    "minicpm3": lambda c: 1 / c.logits_scaling,  # on the hidden states there, the same thing
+    "falcon_h1": lambda c: c.lm_head_multiplier,
+    "muse_glimmer": lambda c: c.output_multiplier,
+}
+SCALE_FIELDS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
+
+def lm_head(model) -> dict:
+    """weight, bias, scale and softcap of a transformers causal LM, as linear_logprob takes them, or a ValueError.
+
+    For the output of `model.base_model`. It reads what the config says; that nothing else happens to the logits is for
+    the caller to check on a short sequence, against logprob_from_logits of the model's own.
+    """
+    name, head, config = type(model).__name__, model.get_output_embeddings(), model.config.get_text_config()
+    if not (isinstance(head, torch.nn.Linear) and head.weight.is_floating_point() and head.weight.ndim == 2):
+        raise ValueError(f"{name}: its head is {type(head).__name__}, not a plain torch.nn.Linear; merge or replace it")
+    between = [
+        n for n, m in model.named_children() if m is not model.base_model and m is not head and any(m.parameters())
+    ]
+    if between:
+        raise ValueError(f"{name}: {', '.join(between)} also has weights and may stand between base model and head")
+    family = next((f for f in SCALES if config.model_type.startswith(f)), None)
+    fields = {k: v for k, v in vars(config).items() if re.search("logit.*(scal|cap|mult)|head_mult|unpadded_vocab", k)}
+    unknown = [
+        f"{k}={v}" for k, v in fields.items()
+        if v not in (None, 1.0) and k not in CAP_FIELDS and not re.search("att|router|init", k)
+        and not (k in SCALE_FIELDS and family)
+    ]  # fmt: skip
+    if unknown:
+        raise ValueError(f"{name}: its config has {', '.join(unknown)}, unknown to lm_head for this model type")
+    scale = SCALES[family](config) if family else 1.0
+    cap = next((fields[k] for k in CAP_FIELDS if fields.get(k)), None)
+    return {"weight": head.weight, "bias": head.bias, "scale": 1.0 if scale is None else scale, "softcap": cap}
