@@ -49,7 +49,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from kernels.logprob import linear_logprob, lm_head, logprob_from_logits
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -61,12 +60,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal
+from kernels.logprob import linear_logprob, lm_head, logprob_from_logits
 from kernels.packing import collate, cost, microbatches
 from records import Stage, Stop, barrier, dump, parse, parser, ranks, read_jsonl, remove, run, seed_of, whole
 
@@ -344,6 +345,7 @@ def load_policy(path: str, args, mesh, device, probe: dict) -> Policy:
 
     with torch.no_grad():
         ours = policy(collate([probe], args.packing, device))[0].cpu()  # [2]
+    policy.reshard()  # a forward leaves the root whole for its backward, and here none comes
     if source:
         sizes = torch.tensor([len(probe["chosen"]), len(probe["rejected"])])
         gap = ((ours - own_logprobs(source, probe)).abs() / sizes).max().item()
@@ -379,6 +381,7 @@ def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -
                 found[bin] = F.pad(logprobs, (0, 1), value=1.0)
             bar.update()
     bar.close()
+    policy.reshard()  # without a backward the root stays whole, and an optimizer made now would train the copy
     dist.all_reduce(found)  # each pair was one rank's, and adding zeros is exact
     return torch.where(found[:, 2:] > 0, found[:, :2], math.nan).cpu()
 
@@ -451,7 +454,7 @@ def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, tolerance:
     say(f"audit: generator and trainer differ by {mean:.1e} nats a token, {worst:.1e} at most ({len(gaps):,} answers)")
     if not mean <= tolerance:
         raise Stop(
-            f"generator and trainer disagree about the same answers by {mean:.3g} nats a token (tolerance {tolerance:g}; "
+            f"generator and trainer disagree about the same answers: {mean:.3g} nats a token (tolerance {tolerance:g}; "
             f"worst: the {name} one of {id}). Look for another chat template, a doubled BOS, other weights than those "
             "that generated, wrong position ids. --max_logprob_gap raises the tolerance."
         )
@@ -545,6 +548,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
     """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches. Returns figures for the metadata."""
     rank, world = ranks()
     steps, epoch_steps = len(plans), len(plans) // args.num_train_epochs
+    assert all(isinstance(p, DTensor) for p in policy.parameters()), "the optimizer must see the shards"
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
@@ -584,23 +588,26 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         sums[-1] = len(stopping)  # one rank that was told to stop stops all, at the same step
         dist.all_reduce(sums)
         *means, stop = (sums / count).tolist()
-        if not all(map(math.isfinite, means)):
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+        grad_norm = norm.full_tensor().item()
+        if not all(map(math.isfinite, [*means, grad_norm])):
             bad = [pairs[i]["id"] for bin, loss in seen for i, x in zip(bin, loss.tolist(), strict=True) if x - x != 0]
             kept = [folder.name for folder in stage.parts.glob("step_??????")]
             raise Stop(
-                f"step {step + 1}: the loss is not finite; of this rank's pairs: {bad[:8] or 'none'}. The weights were not "
-                f"updated by it. Last checkpoint: {kept or 'none'}. Lower --learning_rate, or look at those pairs."
+                f"step {step + 1}: loss {means[0]:g}, gradient norm {grad_norm:g}: not finite; no weight was updated. "
+                f"This rank's pairs with such a loss: {bad[:8] or 'none'}. Last checkpoint: {kept or 'none'}. "
+                "Lower --learning_rate, or look at those pairs."
             )
         if step == 0 and args.ref_model is None:
             check_first_loss(means[0], pairs, reference, plans[0], beta, args)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).full_tensor()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
         optimizer.step()
         optimizer.zero_grad()
 
         tokens = sum(cost(pairs[i], "prefix") for bins in plans[step] for bin in bins for i in bin)
-        grad_norm = norm.item()  # waits for the device, so the clock below is true
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # or the clock would measure how fast work is queued
         seconds = time.time() - began
         total_tokens, total_seconds = total_tokens + tokens, total_seconds + seconds
         row = {

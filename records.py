@@ -179,7 +179,7 @@ def hash_path(path) -> str:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL: a sharded 7B model takes seconds
             listing = [f"{f.relative_to(path)} {h}" for f, h in zip(files, pool.map(hash_path, files), strict=True)]
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-    if str(path).count("/") <= 1 and not str(path).startswith((".", "/")):
+    if str(path).count("/") <= 1 and not str(path).startswith((".", "/")) and path.suffix not in (".jsonl", ".py"):
         from transformers import AutoConfig
 
         try:

@@ -1,0 +1,570 @@
+"""The trainer: its loss, its data, its cuts into microbatches and ranks, its restarts, its exports, its refusals."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from models import causal_lm
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpo_train
+from dpo_train import Policy, all_logprobs, dpo_loss, learning_rate
+from kernels.attention import ATTENTION
+from kernels.packing import collate, cost, microbatches
+from records import dump, hash_path
+
+
+def make_pairs(folder, model, n=24, seed=0, longest=20):
+    """n pairs in pairs.jsonl's shape, with the model's own log-probs, as generate.py would leave them."""
+    rng = random.Random(seed)
+    model_hash, rows = hash_path(folder), []
+    for i in range(n):
+        row = {"id": f"p{i}", "prompt": [{"role": "user", "content": f"question {i}"}], "iteration": 1}
+        row["prompt_token_ids"] = prompt = [rng.randrange(3, 300) for _ in range(rng.randint(3, 12))]
+        for k in ("chosen", "rejected"):
+            ids = [rng.randrange(6, 300) for _ in range(rng.randint(0, longest))] + [4]
+            row[k] = [{"role": "assistant", "content": f"{k} {i}"}]
+            row[f"{k}_token_ids"] = ids
+            row[f"{k}_logprob"] = plain_logprob(model, prompt, ids).item()
+            row[f"{k}_model"] = model_hash
+        rows.append(row)
+    return rows
+
+
+def plain_logprob(model, prompt, answer):
+    """A hand-written loop in the model's own dtype: one sequence, one token at a time."""
+    with torch.set_grad_enabled(model.training):
+        logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
+        total = 0.0
+        for t, token in enumerate(answer):
+            total = total + torch.log_softmax(logits[len(prompt) + t - 1].double(), -1)[token]
+    return total
+
+
+def arrays(rows):
+    return [{k: np.asarray(row[f"{k}_token_ids"], np.int32) for k in ("prompt", "chosen", "rejected")} for row in rows]
+
+
+def write(path, rows):
+    path.write_text("".join(map(dump, rows)))
+    return path
+
+
+class Run:
+    """A folder with a model and pairs, and the trainer run in this process: run("out", flags…) -> printed text."""
+
+    def __init__(self, tmp_path, capsys, monkeypatch):
+        self.folder, self.capsys, self.monkeypatch = tmp_path, capsys, monkeypatch
+        self.model = causal_lm(tmp_path / "model", tie=True)
+        self.rows = make_pairs(tmp_path / "model", self.model)
+        self.pairs = write(tmp_path / "pairs.jsonl", self.rows)
+
+    def argv(self, output, *flags):
+        base = ["--model", self.folder / "model", "--pairs", self.pairs, "--output", self.folder / output]
+        # --learning_rate, --batch_size: small models want larger steps, and tests several of them
+        base += ["--learning_rate", "1e-3", "--batch_size", "8", "--warmup_ratio", "0"]
+        return [str(x) for x in [*base, *flags]]
+
+    def __call__(self, output, *flags):
+        self.monkeypatch.setattr(sys, "argv", ["dpo_train.py", *self.argv(output, *flags)])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            dpo_train.main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return self.capsys.readouterr().out
+
+    def fails(self, *flags):
+        with pytest.raises(SystemExit) as stop:
+            self("failed", *flags)
+        return str(stop.value)
+
+    def weights(self, output):
+        return load_file(self.folder / output / "model.safetensors")
+
+    def log(self, output="x"):
+        return [json.loads(line) for line in open((self.folder / output).with_name("train.jsonl"))]
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    return Run(tmp_path, capsys, monkeypatch)
+
+
+def distance(a, b):
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+# ---- The loss --------------------------------------------------------------------------------------------------------
+
+
+def by_hand(l_w, r_w, l_l, r_l, n_w, n_l, beta, kind, e, a, c):
+    s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    z = beta * ((l_w - r_w) - (l_l - r_l)) + a * (n_w - n_l)
+    loss = {
+        "sigmoid": -(1 - e) * math.log(s(z)) - e * math.log(s(-z)),
+        "robust": (-(1 - e) * math.log(s(z)) + e * math.log(s(-z))) / (1 - 2 * e),
+        "hinge": max(0.0, 1 - z),
+        "ipo": ((l_w - r_w) / n_w - (l_l - r_l) / n_l - 1 / (2 * beta)) ** 2,
+    }[kind]
+    return loss - c * l_w / n_w
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "robust", "hinge", "ipo"])
+@pytest.mark.parametrize(("e", "a", "c"), [(0.0, 0.0, 0.0), (0.2, 0.0, 0.0), (0.1, 0.03, 0.5)])
+def test_every_loss_is_its_equation(kind, e, a, c):
+    torch.manual_seed(0)
+    policy, ref = torch.randn(16, 2).double() * 5 - 20, torch.randn(16, 2).double() * 5 - 20
+    lengths = torch.randint(1, 40, (16, 2)).double()
+    args = SimpleNamespace(loss_type=kind, label_smoothing=e, length_coef=a, nll_coef=c)
+    loss = dpo_loss(policy, ref, lengths, 0.3, args)
+    for i in range(16):
+        (l_w, l_l), (r_w, r_l), (n_w, n_l) = policy[i].tolist(), ref[i].tolist(), lengths[i].tolist()
+        assert loss[i].item() == pytest.approx(by_hand(l_w, r_w, l_l, r_l, n_w, n_l, 0.3, kind, e, a, c), rel=1e-12)
+
+
+def test_pitfalls_16_loss_and_gradient_equal_a_hand_written_fp64_loop(tmp_path):
+    """Prompt tokens are no target, and every answer token is: against a loop over single tokens, in fp64."""
+    model = causal_lm(tmp_path / "m", tie=True)
+    rows = make_pairs(tmp_path / "m", model, n=6)
+    reference = torch.randn(6, 2) - 60
+    args = SimpleNamespace(loss_type="sigmoid", label_smoothing=None, length_coef=None, nll_coef=0.0)
+
+    ours = Policy(AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=ATTENTION).train())
+    batch = collate(arrays(rows), "prefix", "cpu")
+    loss = dpo_loss(ours(batch), reference, batch["lengths"], 0.1, args).mean()
+    loss.backward()
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64).train()
+    total = 0.0
+    for i, row in enumerate(rows):
+        l = [plain_logprob(theirs, row["prompt_token_ids"], row[f"{k}_token_ids"]) for k in ("chosen", "rejected")]
+        d = (l[0] - reference[i, 0]) - (l[1] - reference[i, 1])
+        total = total - torch.nn.functional.logsigmoid(0.1 * d) / len(rows)
+    total.backward()
+    assert loss.item() == pytest.approx(total.item(), abs=1e-6)
+    expected = dict(theirs.named_parameters())
+    for name, p in ours.model.named_parameters():
+        error = (p.grad - expected[name].grad).norm() / expected[name].grad.norm().clamp(min=1e-9)
+        assert error < 1e-5, name
+
+
+# ---- Microbatches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["prefix", "packed", "padded"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_microbatches_hold_every_pair_once_under_the_budget(packing, world):
+    rng = random.Random(world)
+    for n in (1, 2, 7, 100):
+        costs = [rng.randint(10, 400) for _ in range(n)]
+        bins = microbatches(costs, 1000, world, packing)
+        assert len(bins) == world and len({len(b) for b in bins}) == 1  # as many forwards on each rank
+        assert sorted(i for rank in bins for bin in rank for i in bin) == list(range(n))
+        for bin in (bin for rank in bins for bin in rank if bin):
+            load = len(bin) * max(costs[i] for i in bin) if packing == "padded" else sum(costs[i] for i in bin)
+            assert load <= 1000
+        loads = [sum(costs[i] for bin in rank for i in bin) for rank in bins]
+        assert n < 100 or packing == "padded" or max(loads) - min(loads) <= 0.05 * sum(loads) / world
+    assert [len(b) for b in microbatches([5000, 10, 10], 1000, 1, packing)[0]]  # one above the budget: still trained
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "olmo2"])
+def test_pitfalls_19_and_20_alone_equals_batched_packed_and_prefix_shared(tmp_path, arch, tie):
+    """Forward and gradient, through the very functions that train; padding never changes a log-prob."""
+    model = causal_lm(tmp_path / "m", arch, tie=tie)
+    pairs = arrays(make_pairs(tmp_path / "m", model, n=5))
+    results = {}
+    for packing in ("alone", "prefix", "packed", "padded"):
+        attention = ATTENTION if packing in ("prefix", "packed") else "sdpa"
+        policy = Policy(AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=attention).train())
+        batches = [[p] for p in pairs] if packing == "alone" else [pairs]
+        out = torch.cat([policy(collate(b, "padded" if packing == "alone" else packing, "cpu")) for b in batches])
+        (out[:, 0].sum() - 0.5 * out[:, 1].sum()).backward()
+        results[packing] = out.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+    logprobs, gradient = results.pop("alone")
+    for packing, (l, g) in results.items():
+        assert torch.allclose(l, logprobs, rtol=1e-5, atol=1e-5), packing
+        assert (g - gradient).norm() / gradient.norm() < 1e-5, packing
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_pitfalls_18_the_first_loss_is_ln_2(run):
+    out = run("policy")
+    assert "policy = reference makes it 0.6931472" in out
+    assert run.log()[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert run.log()[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_pitfalls_22_one_batch_accumulated_batches_and_packings_agree(run):
+    """One forward a step, many, padded, and recomputed layers: the same losses and weights (1e-5)."""
+    flags = ["--learning_rate", "1e-4", "--num_train_epochs", "2"]
+    run("whole", *flags)
+    log = run.log()
+    variants = {
+        "cut": ["--tokens_per_batch", "90"],
+        "packed": ["--packing", "packed"],
+        "padded": ["--packing", "padded", "--tokens_per_batch", "300", "--gradient_checkpointing"],
+    }
+    for name, more in variants.items():
+        run(name, *flags, *more)
+        assert distance(run.weights("whole"), run.weights(name)) < 1e-5, name
+        for a, b in zip(log, run.log(), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_pitfalls_22_one_rank_two_ranks_and_hsdp_agree(run, stage):
+    """Through torchrun and gloo; 25 pairs by 8 leave a last step of one pair, so one rank has none."""
+    write(run.pairs, make_pairs(run.folder / "model", run.model, n=25))
+    flags = ["--learning_rate", "1e-4", "--tokens_per_batch", "120"]
+    run("one", *flags)
+    log = run.log()
+    for name, more in {"two": [], "hsdp": ["--shard_size", "1"]}.items():
+        for cache in run.folder.glob("*.reference-*"):
+            cache.unlink()
+        stage("dpo_train.py", *run.argv(name, *flags, *more), nproc=2)
+        assert distance(run.weights("one"), run.weights(name)) < 1e-5
+        for a, b in zip(log, run.log(), strict=True):
+            assert all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-5) for k in a if k != "tokens_per_second")
+
+
+def test_the_policy_learns_the_pairs(run):
+    run("policy", "--num_train_epochs", "6", "--lr_scheduler", "constant")
+    log = run.log()
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"] and log[-1]["rewards/accuracies"] == 1
+
+
+def test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move(run):
+    """A bf16 model at 5e-7: nearly no weight changes in bf16, every trained one changes in fp32."""
+    causal_lm(run.folder / "model", tie=False, dtype=torch.bfloat16)
+    run.model.load_state_dict(AutoModelForCausalLM.from_pretrained(run.folder / "model").state_dict(), strict=False)
+    write(run.pairs, [{k: v for k, v in row.items() if "logprob" not in k} for row in run.rows])
+    small = ["--learning_rate", "5e-7"]
+    share = {}
+    for dtype in ("bf16", "fp32"):
+        run(dtype, *small, "--save_dtype", dtype)
+        share[dtype] = json.loads((run.folder / f"{dtype}.meta.json").read_text())["changed_weights"]
+        assert {v.dtype for v in run.weights(dtype).values()} == {dpo_train.DTYPES[dtype]}
+    assert share["bf16"] < 0.1 < 0.5 < share["fp32"]
+    before = {k: v.float() for k, v in load_file(run.folder / "model/model.safetensors").items()}
+    assert all((v != before[k]).any() for k, v in run.weights("fp32").items())  # root and layers: all are trained
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained(run, arch, tie, monkeypatch):
+    """The exported folder, loaded by transformers, gives the log-probs that the trainer had at the end."""
+    shutil.rmtree(run.folder / "model")
+    model = causal_lm(run.folder / "model", arch, tie=tie)
+    rows = make_pairs(run.folder / "model", model, n=8)
+    write(run.pairs, rows)
+    trained = {}
+    train = dpo_train.train
+
+    def train_and_look(policy, pairs, reference, plans, args, stage, device):
+        figures = train(policy, pairs, reference, plans, args, stage, device)
+        trained["logprobs"] = all_logprobs(policy, pairs, plans[:1], args.packing, device)
+        return figures
+
+    monkeypatch.setattr(dpo_train, "train", train_and_look)
+    out = run("policy", "--learning_rate", "1e-3")
+    assert ("padded" in out) == (arch == "gemma2")  # soft-capped attention cannot be packed, and it says so
+    loaded = AutoModelForCausalLM.from_pretrained(run.folder / "policy", attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "policy")
+    assert tokenizer.chat_template and loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    assert ("lm_head.weight" in run.weights("policy")) == (not tie)
+    for i, row in enumerate(rows):
+        for k, name in enumerate(("chosen", "rejected")):
+            again = plain_logprob(loaded, row["prompt_token_ids"], row[f"{name}_token_ids"]).item()
+            assert again == pytest.approx(trained["logprobs"][i, k].item(), abs=2e-4)
+            assert again != pytest.approx(row[f"{name}_logprob"], abs=1e-3)  # and it has moved
+
+
+def test_pitfalls_26_one_pair_trains_one_step(run):
+    write(run.pairs, run.rows[:1])
+    run("policy", "--batch_size", "128")
+    assert (
+        len(run.log()) == 1 and distance(run.weights("policy"), load_file(run.folder / "model/model.safetensors")) > 0
+    )
+
+
+def test_pitfalls_21_pairs_without_room_or_tokens_are_dropped_and_counted(run):
+    run.rows[0]["chosen_token_ids"] = []
+    run.rows[1]["rejected_token_ids"] = [7] * 300
+    write(run.pairs, run.rows)
+    run("policy")
+    counts = json.loads((run.folder / "policy.meta.json").read_text())["counts"]["rows"]
+    assert counts == {"in": 24, "out": 22, "dropped": {"no_tokens": 1, "too_long": 1}}
+    assert all(math.isfinite(v) for row in run.log() for v in row.values())
+    write(run.pairs, run.rows[:2])
+    assert "none of 2 pairs can be trained on: {'no_tokens': 1, 'too_long': 1}" in run.fails()
+
+
+def test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_dropped(run):
+    """Anyone's preference data: conversations through the template, text as it is when the prompt stays a prefix."""
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    merged = next(t for t in tokenizer.get_vocab() if len(t) == 2 and t.isalpha())  # one token of two letters
+    rows = [
+        {"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
+         "rejected": [{"role": "assistant", "content": "no"}]},
+        {"prompt": "x " + merged[0], "chosen": merged[1], "rejected": "?"},
+        {"prompt": "one two", "chosen": "; three", "rejected": "; four"},
+    ]  # fmt: skip
+    write(run.pairs, rows)
+    out = run("policy")
+    assert "3 pairs carry no token ids" in out
+    counts = json.loads((run.folder / "policy.meta.json").read_text())["counts"]["rows"]
+    assert counts == {"in": 3, "out": 2, "dropped": {"template_not_prefix": 1}}
+
+
+def test_text_pairs_end_in_eos_and_conversations_as_the_template_says(run):
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    _, chosen, _ = dpo_train.render({"prompt": "a ", "chosen": "b", "rejected": "c"}, tokenizer, "here")
+    assert chosen[-1] == tokenizer.eos_token_id
+    talk = [{"role": "user", "content": "hi"}]
+    answer = [{"role": "assistant", "content": "yes"}]
+    prompt, chosen, _ = dpo_train.render({"prompt": talk, "chosen": answer, "rejected": answer}, tokenizer, "here")
+    assert tokenizer.decode(prompt + chosen) == tokenizer.apply_chat_template(talk + answer, tokenize=False)
+
+
+def test_a_conversation_without_chat_template_is_an_error(run):
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    tokenizer.chat_template = None
+    with pytest.raises(SystemExit, match="pairs.jsonl:4: the prompt is a conversation.*Add one"):
+        dpo_train.render({"prompt": [{"role": "user", "content": "hi"}]}, tokenizer, "pairs.jsonl:4")
+
+
+# ---- The reference and the audit -------------------------------------------------------------------------------------
+
+
+def test_pitfalls_17_the_reference_cache_is_used_checked_and_keyed(run):
+    run("a")
+    (cache,) = run.folder.glob("pairs.jsonl.reference-*")
+    assert "from the cache" in run("b") and run.weights("a").keys() == run.weights("b").keys()
+    assert distance(run.weights("a"), run.weights("b")) == 0
+
+    with open(cache, "r+b") as file:  # flip one byte of a number
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 64]))
+    assert "is damaged" in run("c") and distance(run.weights("a"), run.weights("c")) == 0
+    cache.write_bytes(b"junk")
+    assert "is damaged" in run("d")
+    values = load_file(cache)
+    save_file({k: v + 1 for k, v in values.items()}, cache)  # well-formed, but not what was computed
+    assert "is damaged" in run("e") and distance(run.weights("a"), run.weights("e")) == 0
+
+    causal_lm(run.folder / "model", tie=True, seed=1)  # other weights under the same path
+    assert "from the cache" not in run("f", "--max_logprob_gap", "100")
+    assert len(list(run.folder.glob("pairs.jsonl.reference-*"))) == 2
+
+
+def test_another_reference_is_loaded_used_and_gone(run):
+    """REF=init: r comes from --ref_model, so the first loss is that of another model, equal to a hand-written one."""
+    init = causal_lm(run.folder / "init", tie=True, seed=5)
+    out = run("policy", "--ref_model", run.folder / "init", "--batch_size", "24", "--dtype", "fp32")
+    d = [
+        (row["chosen_logprob"] - plain_logprob(init, row["prompt_token_ids"], row["chosen_token_ids"]))
+        - (row["rejected_logprob"] - plain_logprob(init, row["prompt_token_ids"], row["rejected_token_ids"]))
+        for row in run.rows
+    ]
+    expected = -torch.nn.functional.logsigmoid(0.1 * torch.stack(d)).mean().item()
+    assert run.log()[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert "step 0" not in out and "audit: generator and trainer differ by" in out
+
+
+def test_the_same_weights_under_another_name_are_no_second_model(run):
+    shutil.copytree(run.folder / "model", run.folder / "copy")
+    assert "policy = reference makes it 0.6931472" in run("policy", "--ref_model", run.folder / "copy")
+
+
+def test_history_is_trained_on_and_not_audited(run):
+    """Pairs of an earlier policy: their reference is this run's, and the audit is of this policy's answers only."""
+    old = write(run.folder / "old.jsonl", [{**r, "chosen_model": "x", "rejected_model": "x"} for r in run.rows[:10]])
+    out = run("policy", "--pairs", run.pairs, old)
+    assert "(48 answers)" in out and sum(row["pairs"] for row in run.log()) == 34
+
+
+def test_pitfalls_28_the_audit_passes_on_the_right_model_and_stops_on_another(run):
+    assert "audit: generator and trainer differ by" in run("policy")
+    audit = json.loads((run.folder / "policy.meta.json").read_text())["audit"]
+    assert audit["answers"] == 48 and audit["mean"] < 1e-5 and audit["max"] < 1e-4
+
+    # Stale weights: the hash says this model, the numbers say another.
+    causal_lm(run.folder / "model", tie=True, seed=1)
+    now = hash_path(run.folder / "model")
+    write(run.pairs, [{**row, "chosen_model": now, "rejected_model": now} for row in run.rows])
+    assert "generator and trainer disagree" in run.fails()
+
+
+def test_pitfalls_1_the_audit_sees_a_doubled_bos(run):
+    write(run.pairs, [{**row, "prompt_token_ids": [1, *row["prompt_token_ids"]]} for row in run.rows])
+    assert "doubled BOS" in run.fails()
+
+
+def test_a_head_we_cannot_express_is_refused(run):
+    """A model whose logits are not what its config says: the probe compares with transformers' own logits."""
+    original = dpo_train.lm_head
+    run.monkeypatch.setattr(dpo_train, "lm_head", lambda model: {**original(model), "scale": 1.1})
+    assert "log-probs of this trainer and of transformers differ" in run.fails()
+
+
+def test_dropout_is_off_in_both_passes(run):
+    causal_lm(run.folder / "model", tie=True, attention_dropout=0.5)
+    write(run.pairs, [{k: v for k, v in row.items() if "logprob" not in k} for row in run.rows])
+    assert "loss 0.6931472" in run("policy")
+
+
+# ---- Restarts --------------------------------------------------------------------------------------------------------
+
+
+def steps_done(folder):
+    path = folder / "train.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def interrupt(run, argv, sent, after):
+    """Start the trainer as a process, send it a signal after its k-th step, and wait. Returns its exit code."""
+    process = subprocess.Popen([sys.executable, ROOT / "dpo_train.py", *argv], stdout=subprocess.PIPE, text=True)
+    parts = run.folder / "broken.parts"
+    while process.poll() is None and steps_done(parts) < after:
+        time.sleep(0.002)
+    process.send_signal(sent)
+    process.communicate()
+    return process.returncode
+
+
+def test_pitfalls_29_interrupted_equals_uninterrupted_bit_for_bit(run, stage):
+    """SIGTERM (which saves), kill -9 (which does not), a torn log, and then the end: the same bytes."""
+    flags = ["--batch_size", "1", "--num_train_epochs", "4", "--save_every", "10"]
+    run("whole", *flags)
+    log = run.log()
+    argv = run.argv("broken", *flags)
+    assert interrupt(run, argv, signal.SIGTERM, after=5) == dpo_train.INTERRUPTED
+    (saved,) = (run.folder / "broken.parts").glob("step_*")
+    assert 5 <= int(saved.name[-6:]) < 96
+    assert interrupt(run, argv, signal.SIGKILL, after=steps_done(run.folder / "broken.parts") + 15) == -signal.SIGKILL
+    assert interrupt(run, argv, signal.SIGTERM, after=steps_done(run.folder / "broken.parts") + 3) in (0, 75)
+    assert "going on after step" in run("broken", *flags)
+    a, b = run.folder / "whole/model.safetensors", run.folder / "broken/model.safetensors"
+    assert a.read_bytes() == b.read_bytes()
+    again = run.log("broken")
+    assert [{**r, "tokens_per_second": 0} for r in log] == [{**r, "tokens_per_second": 0} for r in again]
+    assert not (run.folder / "broken.parts").exists()
+
+
+def test_a_checkpoint_of_one_rank_goes_on_with_two(run, stage):
+    flags = ["--learning_rate", "1e-4", "--batch_size", "2", "--save_every", "4"]
+    run("whole", *flags)
+    assert interrupt(run, run.argv("broken", *flags), signal.SIGTERM, after=5) == dpo_train.INTERRUPTED
+    done = stage("dpo_train.py", *run.argv("broken", *flags), nproc=2)
+    assert "going on after step" in done.stdout
+    assert distance(run.weights("whole"), run.weights("broken")) < 1e-5
+
+
+def test_pitfalls_13_a_changed_setting_stops_a_finished_and_an_unfinished_training(run):
+    flags = ["--batch_size", "1", "--save_every", "2"]
+    interrupt(run, run.argv("broken", *flags), signal.SIGTERM, after=3)
+    with pytest.raises(SystemExit, match=r"--beta: was \[0.1\], is \[0.2\]"):
+        run("broken", *flags, "--beta", "0.2")
+
+
+# ---- Settings and refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--loss_type hinge --label_smoothing 0.1", "--label_smoothing has no effect with --loss_type hinge"),
+        ("--loss_type robust", "--loss_type robust needs --label_smoothing"),
+        ("--loss_type ipo --length_coef 0.1", "--length_coef has no effect with --loss_type ipo"),
+        ("--lr_scheduler constant --min_lr_ratio 0.2", "--min_lr_ratio has no effect"),
+        ("--beta 0.1 0.2 0.3", "--beta takes one value, or one for each of the 1 epochs"),
+        ("--cpu_offload", "--cpu_offload has no effect without a GPU"),
+        ("--shard_size 2", "must divide the number of ranks"),
+        ("--batch_size 0", "must be at least 1"),
+        ("--report_to trackio", "--report_to trackio"),
+        ("--pairs none.jsonl", "none.jsonl: no such file"),
+        ("--model nowhere/at/all", "nowhere/at/all: no such file or folder"),
+    ],
+)
+def test_pitfalls_25_a_flag_without_effect_is_an_error(run, flags, says):
+    assert says in run.fails(*flags.split())
+
+
+def test_packing_that_would_be_wrong_is_refused(run):
+    causal_lm(run.folder / "model", "gemma2", tie=True)
+    assert "soft-caps its attention" in run.fails("--packing", "prefix")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss_type ipo",
+        "--loss_type hinge",
+        "--loss_type robust --label_smoothing 0.1",
+        "--nll_coef 0.2 --length_coef 0.01",
+        "--beta 0.1 0.5 --num_train_epochs 2",
+    ],
+)
+def test_every_loss_trains_and_passes_its_own_step_0_check(run, flags):
+    out = run("policy", *flags.split())
+    assert "policy = reference makes it" in out and all(math.isfinite(r["loss"]) for r in run.log())
+    if "--beta" in flags:
+        assert [r["beta"] for r in run.log()] == [0.1] * 3 + [0.5] * 3
+
+
+def test_pitfalls_39_a_small_batch_at_the_default_rate_gets_a_message(run):
+    assert "the rate was tuned for 128 pairs a step" in run("policy", "--learning_rate", "5e-7", "--batch_size", "32")
+
+
+def test_pitfalls_38_the_share_of_fallen_chosen_logprobs_is_reported(run):
+    run("policy")
+    assert all(0 <= row["logps/chosen_fell"] <= 1 for row in run.log()) and run.log()[0]["logps/chosen_fell"] == 0
+
+
+def test_nan_stops_with_the_step_and_the_pairs(run):
+    """Weights that overflow: no update happens, the pairs are named, and no policy is written."""
+    assert "not finite" in run.fails("--learning_rate", "1e30", "--max_grad_norm", "0")
+    assert not (run.folder / "failed").exists()
+
+
+def test_another_tokenizers_ids_are_refused(run):
+    write(run.pairs, [{**row, "chosen_token_ids": [400]} for row in run.rows])
+    assert "pairs.jsonl:1: a token id outside 0 … 306" in run.fails()
+
+
+def test_the_schedule():
+    args = SimpleNamespace(learning_rate=1.0, warmup_ratio=0.1, lr_scheduler="cosine", min_lr_ratio=None)
+    rates = [learning_rate(s, 100, args) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    args.lr_scheduler, args.min_lr_ratio = "linear", 0.0
+    assert learning_rate(99, 100, args) == pytest.approx(0) and learning_rate(0, 1, args) == 1.0
+    args.lr_scheduler = "constant"
+    assert learning_rate(50, 100, args) == learning_rate(99, 100, args) == 1.0
+
+
+def test_cost_is_what_collate_lays_out():
+    pair = {"prompt": np.arange(5), "chosen": np.arange(3), "rejected": np.arange(7)}
+    for packing in ("prefix", "packed", "padded"):
+        assert collate([pair], packing, "cpu")["inputs"]["input_ids"].numel() == cost(pair, packing)
