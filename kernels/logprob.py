@@ -57,70 +57,64 @@ FAR = 2.0**60  # S beyond this: measure from the maximum. Leaves bf16 and fp32 (
 if triton:
 
     @triton.jit
-    def z_and_slope(x, scale, cap, CAP: tl.constexpr):
-        z = x * scale
+    def load_z(x, bias, v, V, stride, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):
+        """z and slope at column v, or columns v [BLOCK]; z is -inf from V on."""
+        z = tl.load(x + v, mask=v < stride, other=0.0)  # V to stride is padding: any V loads 16 bytes at a time
+        if BIAS:
+            z += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)
+        z *= scale
         slope = 1.0
         if CAP:
-            s = tl.sigmoid(2 * z / cap)  # tanh(u) = 2 sigmoid(2u) - 1, and 1 - tanh(u)^2 = 4 s (1 - s)
-            z = cap * (2 * s - 1)
-            slope = 4 * s * (1 - s)
-        return z, slope
+            sigmoid = 1 / (1 + tl.exp(-2 * z / cap))  # tanh(u) = 2 sigmoid(2u) - 1
+            z = cap * (2 * sigmoid - 1)
+            slope = 4 * sigmoid * (1 - sigmoid)  # 1 - tanh(u)^2
+        return tl.where(v < V, z, -float("inf")), slope
 
     @triton.jit
-    def one_pass(x, bias, q, y, c, V, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr,
+    def one_pass(x, bias, q, y, c, V, stride, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
-        """Write Q relative to c, except at y; return S."""
-        total = tl.zeros([BLOCK], tl.float32)  # [BLOCK]: each lane its own sum, so the loop has no reduction in it
+        """Write Q relative to c, with 0 at y; return S."""
+        total = tl.zeros([BLOCK], tl.float32)  # [BLOCK]: a sum for each lane, so nothing in the loop waits for others
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)  # [BLOCK]
-            u = tl.load(x + v, mask=v < V, other=-float("inf"))
-            if BIAS:
-                u += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)
-            z, slope = z_and_slope(u, scale, cap, CAP)
-            e = tl.where((v < V) & (v != y), tl.exp(z - c), 0.0)
+            z, slope = load_z(x, bias, v, V, stride, scale, cap, BIAS, CAP)
+            e = tl.where((v == y) | (v >= V), 0.0, tl.exp(z - c))
             total += e
             if GRAD:
-                tl.store(q + v, (e * slope).to(q.dtype.element_ty), mask=v < V)
+                tl.store(q + v, (e * slope).to(q.dtype.element_ty), mask=v < stride)
         return tl.sum(total, axis=0)  # [BLOCK] -> scalar
 
     @triton.jit
-    def row_kernel(X, x_stride, BIAS_PTR, TARGET, Q, q_stride, S, D, V, scale, cap, far,
+    def row_kernel(x, bias, target, q, S, D, V, stride, scale, cap, far,
                    BIAS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-        """One program a row of V logits: reads 4 V bytes, writes 2 V (bf16 Q), or none without GRAD."""
-        row = tl.program_id(0).to(tl.int64)  # 2048 x 151936 x 8 rows is past int32
-        x = X + row * x_stride
-        q = Q + row * q_stride
-        y = tl.load(TARGET + row)
-        u = tl.load(x + y)
-        if BIAS:
-            u += tl.load(BIAS_PTR + y).to(tl.float32)
-        zy, slope = z_and_slope(u, scale, cap, CAP)
+        """One program a row of V logits: reads 4 V bytes and writes 2 V (Q in bf16), or nothing without GRAD."""
+        row = tl.program_id(0).to(tl.int64)  # 16384 rows of 151936 are past int32
+        x += row * stride
+        q += row * stride
+        y = tl.load(target + row)
+        zy, slope = load_z(x, bias, y, V, stride, scale, cap, BIAS, CAP)
         c = zy
-        s = one_pass(x, BIAS_PTR, q, y, c, V, scale, cap, BIAS, CAP, GRAD, BLOCK)
-        if not (s < far):  # so that NaN comes here too, and stays NaN
-            top = tl.full([BLOCK], -float("inf"), tl.float32)
+        s = one_pass(x, bias, q, y, c, V, stride, scale, cap, BIAS, CAP, GRAD, BLOCK)
+        if not (s < far):  # two passes more: the maximum, and again. Written so that NaN comes here, and stays NaN
+            top = tl.full([BLOCK], -float("inf"), tl.float32)  # [BLOCK]
             for start in range(0, V, BLOCK):
-                v = start + tl.arange(0, BLOCK)
-                u = tl.load(x + v, mask=v < V, other=-float("inf"))
-                if BIAS:
-                    u += tl.load(BIAS_PTR + v, mask=v < V, other=0.0).to(tl.float32)
-                z, _ = z_and_slope(u, scale, cap, CAP)
-                top = tl.maximum(top, tl.where(v < V, z, -float("inf")))
+                z, _ = load_z(x, bias, start + tl.arange(0, BLOCK), V, stride, scale, cap, BIAS, CAP)
+                top = tl.maximum(top, z)
             c = tl.max(top, axis=0)
-            s = one_pass(x, BIAS_PTR, q, y, c, V, scale, cap, BIAS, CAP, GRAD, BLOCK)
+            s = one_pass(x, bias, q, y, c, V, stride, scale, cap, BIAS, CAP, GRAD, BLOCK)
         if GRAD:
-            tl.debug_barrier()  # another thread wrote 0 at y
+            tl.debug_barrier()  # the thread that wrote 0 at y may be another one
             tl.store(q + y, (-s * slope).to(q.dtype.element_ty))
         tl.store(S + row, s)
         tl.store(D + row, zy - c)
 
 
 def rows_triton(x, bias, target, q, scale, cap):
+    """As rows_torch, but x stays as it is, and x and q are two matrices, both from matrix()."""
     s, d = x.new_empty(2, len(x)).unbind()  # [C], [C]
     row_kernel[(len(x),)](
-        x, x.stride(0), x if bias is None else bias, target, x if q is None else q, 0 if q is None else q.stride(0),
-        s, d, x.shape[1], scale, cap or 1.0, FAR,
-        BIAS=bias is not None, CAP=cap is not None, GRAD=q is not None, BLOCK=4096, num_warps=8,
+        x, bias, target, q, s, d, x.shape[1], x.stride(0), scale, cap or 1.0, FAR,
+        BIAS=bias is not None, CAP=cap is not None, GRAD=q is not None, BLOCK=2048, num_warps=8,
     )  # fmt: skip
     return s, d
 

@@ -321,7 +321,12 @@ def test_pitfalls_21_pairs_without_room_or_tokens_are_dropped_and_counted(run):
 def test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_dropped(run):
     """Anyone's preference data: conversations through the template, text as it is when the prompt stays a prefix."""
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    merged = next(t for t in tokenizer.get_vocab() if len(t) == 2 and t.isalpha())  # one token of two letters
+
+    def merges(token):  # across the boundary behind its first letter
+        ids = tokenizer("x " + token[0])["input_ids"]
+        return tokenizer("x " + token)["input_ids"][: len(ids)] != ids
+
+    merged = next(t for t in sorted(tokenizer.get_vocab()) if len(t) == 2 and t.isascii() and merges(t))
     rows = [
         {"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
          "rejected": [{"role": "assistant", "content": "no"}]},
