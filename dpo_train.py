@@ -631,10 +631,9 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
 
 
 def progress(name: str, total: int, unit: str, done: int = 0) -> tqdm:
-    """A bar on rank 0; in a log file it gets a new line's worth of text every half minute, not every blink."""
-    quiet = not sys.stderr.isatty()
-    return tqdm(desc=name, total=total, initial=done, unit=unit, disable=ranks()[0] > 0,
-                mininterval=30 if quiet else 0.1, ascii=quiet or None, leave=not quiet)  # fmt: skip
+    """A bar on rank 0. In a log file it appears after half a minute, and then every half minute."""
+    pace = {} if sys.stderr.isatty() else {"mininterval": 30, "delay": 30, "ascii": True}
+    return tqdm(desc=name, total=total, initial=done, unit=unit, disable=ranks()[0] > 0, leave=False, **pace)
 
 
 def open_log(path: Path, done: int, report_to: str):

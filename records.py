@@ -244,7 +244,7 @@ class Stage:
             for name, path in inputs.items()
             if path
         }
-        ignored = {"overwrite", "output", *inputs, *free}
+        ignored = {"overwrite", "output", *self.hashes, *free}
         settings = {k: v for k, v in sorted(self.arguments.items()) if k not in ignored}
         self.key = json.loads(json.dumps({"arguments": settings, "inputs": self.hashes}, default=str))
 
@@ -275,7 +275,7 @@ class Stage:
             barrier()
             raise SystemExit(0)
         begun = self.parts / "key.json"
-        if begun.exists():
+        if begun.exists() and len(list(self.parts.iterdir())) > 1:  # with the key alone, nothing has been done yet
             self._compare(json.loads(begun.read_text()), self.parts)
             print(f"{self.output}: going on with the unfinished run in {self.parts.name}/", flush=True)
         else:

@@ -90,7 +90,8 @@ if triton:
         """One program a row of V logits: reads 4 V bytes and writes 2 V (Q in bf16), or nothing without GRAD."""
         row = tl.program_id(0).to(tl.int64)  # 16384 rows of 151936 are past int32
         x += row * stride
-        q += row * stride
+        if GRAD:
+            q += row * stride
         y = tl.load(target + row)
         zy, slope = load_z(x, bias, y, V, stride, scale, cap, BIAS, CAP)
         c = zy

@@ -136,6 +136,13 @@ def test_pitfalls_13_an_unfinished_run_with_other_arguments_is_not_mixed_in(tmp_
         new_stage(tmp_path, seed=2)
 
 
+def test_a_run_that_has_done_nothing_yet_holds_nobody_to_its_settings(tmp_path):
+    path = prompts(tmp_path / "p.jsonl")
+    new_stage(tmp_path, seed=1)  # began, and failed on its first row, say
+    fill(new_stage(tmp_path, seed=2), path)
+    assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["arguments"]["seed"] == 2
+
+
 def test_an_output_of_unknown_origin_is_not_overwritten(tmp_path):
     prompts(tmp_path / "p.jsonl")
     write(tmp_path / "out.jsonl", "precious\n")
