@@ -33,6 +33,7 @@ are recomputed in backward, in chunks. Nothing is kept under no_grad. A frozen w
 formed in the forward pass, two GEMMs in all. docs/kernel.md: bytes, roofline, what others do, what did not help.
 """
 
+import math
 import os
 import re
 
@@ -113,65 +114,67 @@ if triton:
 def rows_triton(x, bias, target, q, scale, cap):
     """As rows_torch, but x stays as it is, and x and q are two matrices, both from matrix()."""
     s, d = x.new_empty(2, len(x)).unbind()  # [C], [C]
-    row_kernel[(len(x),)](
-        x, bias, target, q, s, d, x.shape[1], x.stride(0), scale, cap or 1.0, FAR,
-        BIAS=bias is not None, CAP=cap is not None, GRAD=q is not None, BLOCK=2048, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
+        row_kernel[(len(x),)](
+            x, bias, target, q, s, d, x.shape[1], x.stride(0), scale, cap or 1.0, FAR,
+            BIAS=bias is not None, CAP=cap is not None, GRAD=q is not None, BLOCK=2048, num_warps=8,
+        )  # fmt: skip
     return s, d
 
 
 def rows_torch(x, bias, target, q, scale, cap):
     """x [C, V] logits (overwritten), bias [V], target [C] -> S [C], d [C], and Q [C, V] into q (None, or x itself)."""
-    s, d = x.new_empty(2, len(x)).unbind()
-    for i in range(0, len(x), 16):  # 16 rows stay in the cache between one line and the next: four times faster
-        z, y = x[i : i + 16], target[i : i + 16, None]  # [16, V], [16, 1]
+    s, d = x.new_empty(2, len(x)).unbind()  # [C], [C]
+    few = len(x) if x.is_cuda else 16  # 16 rows stay in a CPU's cache from one line to the next: four times faster
+    for i in range(0, len(x), few):
+        z, y = x[i : i + few], target[i : i + few, None]  # [16, V], [16, 1]
         if bias is not None:
             z += bias
         if scale != 1:
             z *= scale
         if cap is not None:
             z.div_(cap).tanh_()
-            slope = 1 - z * z
+            slope = 1 - z * z  # [16, V]
             z *= cap
-        zy, top = z.gather(1, y), z.amax(1, keepdim=True)  # [16, 1] both
-        c = torch.where(top - zy < 41.0, zy, top)  # log of FAR, less what V terms may add
+        zy, top = z.gather(1, y), z.amax(1, keepdim=True)  # [16, 1], [16, 1]
+        c = torch.where(top - zy < math.log(FAR), zy, top)  # S is not known yet, but the maximum is cheap here
         e = z.sub_(c).exp_().scatter_(1, y, 0.0)
         total = e.sum(1, keepdim=True)  # [16, 1]
-        s[i : i + 16], d[i : i + 16] = total[:, 0], (zy - c)[:, 0]
+        s[i : i + few], d[i : i + few] = total[:, 0], (zy - c)[:, 0]
         if q is not None:
             e.scatter_(1, y, -total)
             if cap is not None:
                 e *= slope
             if q is not x:
-                q[i : i + 16] = e
+                q[i : i + few] = e
     return s, d
 
 
-# ---- the function --------------------------------------------------------------------------------------------------
+# ---- three matrix products, results in fp32 from bf16 ----------------------------------------------------------------
 
 
 def matrix(rows: int, V: int, like: torch.Tensor, dtype) -> torch.Tensor:
-    """Uninitialised [rows, V] whose rows start 64 elements aligned, so that an odd V costs no GEMM its fast path."""
+    """Uninitialised [rows, V]; a row starts at a multiple of 64, so that no V costs a GEMM or the kernel its pace."""
     return torch.empty(rows, (V + 63) // 64 * 64, dtype=dtype, device=like.device)[:, :V]
 
 
 def logits_(h, weight, out):
-    """out [C, V] = h [C, D] @ weight [V, D]^T, in fp32 from bf16 inputs: log-probs are differences of these."""
+    """out [C, V] = h [C, D] @ weight [V, D]^T. bf16 logits would be off by 0.02 nats a token, so out is fp32."""
     if out.dtype == h.dtype:
         torch.mm(h, weight.T, out=out)
     elif h.is_cuda:
         torch.mm(h, weight.T, out_dtype=out.dtype, out=out)
-    else:
+    else:  # no such GEMM on a CPU
         torch.mm(h.to(out.dtype), weight.T.to(out.dtype), out=out)
 
 
 def product(a, b):
-    """a @ b; on a GPU in fp32 at no cost, as the factors of the rows come after it."""
+    """a @ b, on a GPU in fp32: a factor per row is still to come, so this spares one rounding of two."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else a @ b
 
 
 def add_product_(acc, a, b):
-    """acc += a @ b, in acc's dtype."""
+    """acc += a @ b, acc in fp32."""
     if acc.dtype == a.dtype:
         acc.addmm_(a, b)
     elif a.is_cuda:
@@ -180,79 +183,82 @@ def add_product_(acc, a, b):
         acc += a @ b
 
 
-def rows(h, weight, bias, target, scale, cap, x, q):
-    """A chunk: h [C, D], target [C] -> S [C], d [C], and Q [C, V] into q. x: scratch for logits [C, V], or q itself."""
-    logits_(h, weight, out=x)
-    kernel = triton and x.dtype == torch.float32 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-    return (rows_triton if kernel else rows_torch)(x, bias, target, q, scale, cap)
-
-
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, cap, stash_bytes, train):
         (T, _), V = hidden.shape, len(weight)
         need_h, need_w, need_b = (train and need for need in ctx.needs_input_grad[:3])
+        frozen = need_h and not (need_w or need_b)  # only Q W is wanted: form it here and keep no Q
         exact = torch.promote_types(hidden.dtype, torch.float32)  # of logits and results: fp32, or fp64 for fp64
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        rows = rows_triton if triton and exact == torch.float32 and (hidden.is_cuda or interpreted) else rows_torch
+        in_place = rows is rows_torch and hidden.dtype == exact  # Q over the logits
+
         chunk = CHUNK.get(hidden.device.type, 256)
-        frozen = need_h and not (need_w or need_b)  # only J W is wanted: form it here, keep no Q
-        kept = 0  # rows whose Q is kept, whole chunks of them
-        if (need_w or need_b) and T:
+        kept = 0  # rows whose Q is kept: all, or as many chunks as the budget holds
+        if need_w or need_b:
             kept = min(T, stash_bytes // (V * hidden.element_size()) // chunk * chunk)
         stash = matrix(kept, V, hidden, hidden.dtype)  # [kept, V]
-        in_place = hidden.dtype == exact and not hidden.is_cuda  # rows_torch may write Q over the logits
-        x = None if in_place and kept == T else matrix(min(T, chunk), V, hidden, exact)  # [C, V]
-        q = x if in_place else matrix(min(T, chunk) if frozen else 0, V, hidden, hidden.dtype)  # [C, V] or nothing
+        logits = matrix(min(T, chunk), V, hidden, exact)  # [C, V], used again for every chunk
+        q_chunk = logits if in_place else matrix(len(logits) if frozen else 0, V, hidden, hidden.dtype)  # [C, V]
+        qw = torch.empty(hidden.shape if frozen else 0, dtype=exact, device=hidden.device)  # [T, D]
         s, d = torch.empty(2, T, dtype=exact, device=hidden.device).unbind()  # [T], [T]
-        qw = torch.empty(hidden.shape if frozen else (0, 0), dtype=exact, device=hidden.device)  # [T, D]
 
         inside = (targets >= 0) & (targets < V)  # [T]
-        safe = torch.where(inside, targets, 0)
+        target = torch.where(inside, targets, 0)  # [T]
         for lo in range(0, T, chunk):
             hi = min(lo + chunk, T)
-            to = stash[lo:hi] if hi <= kept else q[: hi - lo] if frozen else None
-            at = to if in_place and to is not None else x[: hi - lo]
-            s[lo:hi], d[lo:hi] = rows(hidden[lo:hi], weight, bias, safe[lo:hi], scale, cap, at, to)
+            q = stash[lo:hi] if hi <= kept else q_chunk[: hi - lo] if frozen else None  # [C, V]
+            x = q if in_place and q is not None else logits[: hi - lo]  # [C, V]
+            logits_(hidden[lo:hi], weight, out=x)
+            s[lo:hi], d[lo:hi] = rows(x, bias, target[lo:hi], q, scale, cap)
             if frozen:
-                qw[lo:hi] = product(to, weight)  # [C, V] @ [V, D] -> [C, D]
+                qw[lo:hi] = product(q, weight)  # [C, V] @ [V, D] -> [C, D]
 
         total = d.exp() + s  # [T]
-        logprob = torch.where(d == 0, -torch.log1p(s), d - total.log())
+        logprob = torch.where(d == 0, -torch.log1p(s), d - total.log())  # [T]
         outside = torch.where(targets == -100, 0.0, float("nan")).to(exact)  # torch's ignore_index, or a mistake
-        r = torch.where(inside, scale / total, outside)
-        ctx.save_for_backward(hidden, weight, bias, safe, r, stash, qw)
-        ctx.settings = scale, cap, chunk, kept, frozen, (need_h, need_w, need_b)
+        r = torch.where(inside, scale / total, outside)  # [T]
+        ctx.save_for_backward(hidden, weight, bias, target, r, stash, qw)
+        ctx.settings = scale, cap, rows, in_place, chunk, frozen, (need_h, need_w, need_b)
         return torch.where(inside, logprob, outside)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        hidden, weight, bias, targets, r, stash, qw = ctx.saved_tensors
-        scale, cap, chunk, kept, frozen, (need_h, need_w, need_b) = ctx.settings
-        k = -(g * r)[:, None]  # [T, 1]: everything a row of Q is multiplied by
+        hidden, weight, bias, target, r, stash, qw = ctx.saved_tensors
+        scale, cap, rows, in_place, chunk, frozen, (need_h, need_w, need_b) = ctx.settings
+        T, V, kept = len(hidden), len(weight), len(stash)
+        k = -(g * r)[:, None]  # [T, 1]: what a row of Q is multiplied with
         if frozen:
-            return ((qw * k).to(hidden.dtype), *[None] * 7)
-        T, V = len(hidden), len(weight)
-        spans = [(0, kept)] * (kept > 0) + [(lo, min(lo + chunk, T)) for lo in range(kept, T, chunk)]
+            return (qw * k).to(hidden.dtype), *[None] * 7  # [T, D]
+
+        spans = [(lo, min(lo + chunk, T)) for lo in range(kept, T, chunk)]  # to be recomputed
+        q_chunk = matrix(min(T - kept, chunk), V, hidden, hidden.dtype)  # [C, V]
+        logits = q_chunk if in_place else matrix(len(q_chunk), V, hidden, r.dtype)  # [C, V]
+        if kept:
+            spans.insert(0, (0, kept))  # all kept rows at once: larger GEMMs, and dW is rounded once
         dh = torch.empty_like(hidden) if need_h else None  # [T, D]
-        dw = torch.zeros(weight.shape, dtype=r.dtype, device=weight.device) if need_w and len(spans) != 1 else None
-        db = torch.zeros(V, dtype=r.dtype, device=weight.device) if need_b else None
+        dw = torch.zeros_like(weight, dtype=r.dtype) if need_w and len(spans) != 1 else None  # [V, D]
+        db = torch.zeros_like(bias, dtype=r.dtype) if need_b else None  # [V]
         for lo, hi in spans:
-            q = stash
-            if lo >= kept:
-                q = matrix(hi - lo, V, hidden, hidden.dtype)  # [C, V]
-                at = q if q.dtype == r.dtype and not q.is_cuda else matrix(hi - lo, V, hidden, r.dtype)
-                rows(hidden[lo:hi], weight, bias, targets[lo:hi], scale, cap, at, q)
+            if hi <= kept:
+                q = stash
+            else:
+                x, q = logits[: hi - lo], q_chunk[: hi - lo]  # [C, V], [C, V]
+                logits_(hidden[lo:hi], weight, out=x)
+                rows(x, bias, target[lo:hi], x if in_place else q, scale, cap)
             if need_h:
                 dh[lo:hi] = product(q, weight) * k[lo:hi]  # [C, V] @ [V, D] -> [C, D]
-            kh = (hidden[lo:hi] * k[lo:hi]).to(q.dtype)  # [C, D]: g, on the small side
+            kh = (hidden[lo:hi] * k[lo:hi]).to(q.dtype)  # [C, D]: g on the small side
             if need_w and dw is None:
-                dw = q.T @ kh  # [V, T] @ [T, D] -> [V, D]: all rows at once, rounded once
+                dw = q.T @ kh  # [V, T] @ [T, D] -> [V, D]
             elif need_w:
                 add_product_(dw, q.T, kh)  # [V, C] @ [C, D] -> [V, D]
-            if need_b:
-                for q_part, k_part in zip(q.split(chunk), k[lo:hi].split(chunk), strict=True):  # in chunks: fp32 copies
-                    db.addmv_(q_part.T.to(db.dtype), k_part[:, 0])  # [V, C] @ [C] -> [V]
-        dw = dw.to(weight.dtype) if need_w else None
-        return dh, dw, db.to(bias.dtype) if need_b else None, *[None] * 5
+            if need_b:  # rare and small: summed in fp32, a chunk at a time as it takes a copy
+                for q_part, k_part in zip(q.split(chunk), k[lo:hi, 0].split(chunk), strict=True):
+                    db.addmv_(q_part.T.to(db.dtype), k_part)  # [V, C] @ [C] -> [V]
+        return dh, dw.to(weight.dtype) if need_w else None, db.to(bias.dtype) if need_b else None, *[None] * 5
 
 
 def linear_logprob(hidden, weight, targets, *, bias=None, scale=1.0, softcap=None, stash_bytes=STASH_BYTES):
@@ -274,7 +280,7 @@ def linear_logprob(hidden, weight, targets, *, bias=None, scale=1.0, softcap=Non
         raise ValueError("linear_logprob cannot train in fp16, Q does not fit its range: use bf16 or fp32")
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not casual
         return LinearLogprob.apply(
-            hidden.to(dtype), weight.to(dtype), bias, targets, float(scale), softcap, int(stash_bytes), train
+            hidden.to(dtype), weight.to(dtype), bias, targets, float(scale), softcap or None, int(stash_bytes), train
         )
 
 
