@@ -121,28 +121,18 @@ once() {
     fi
 }
 
-rewards=()
-[[ -z $REWARD_MODEL ]] || rewards+=(--reward_model "$REWARD_MODEL")
-[[ -z $REWARD_FN ]] || rewards+=(--reward_fn "$REWARD_FN")
+rewards=(${REWARD_MODEL:+--reward_model "rm=$REWARD_MODEL"} ${REWARD_FN:+--reward_fn "$REWARD_FN"})
+watched=(${GOLD_FN:+--reward_fn "gold=$GOLD_FN" --reward_weights gold=0}) # weight 0: written down, decides nothing
 
 # evaluate FOLDER POLICY [score.py arguments]: the same held-out prompts, temperature and seeds for every policy.
 # shellcheck disable=SC2086
 evaluate() {
-    local folder=$1 policy=$2 watched=()
+    local folder=$1 policy=$2
     shift 2
-    # Weight 0: gold is written down, and decides nothing. Weights are one a reward, in the order of the flags.
-    if [[ -n $GOLD_FN ]]; then
-        watched=(${REWARD_FN:+--reward_fn "$REWARD_FN"} --reward_fn "gold=$GOLD_FN" --reward_weights)
-        [[ -z $REWARD_MODEL ]] || watched+=(1)
-        [[ -z $REWARD_FN ]] || watched+=(1)
-        watched=(${REWARD_MODEL:+--reward_model "$REWARD_MODEL"} "${watched[@]}" 0)
-    else
-        watched=("${rewards[@]}")
-    fi
     everywhere "$folder/logs/generate.log" generate.py --model "$policy" --prompts "$RUN/heldout.jsonl" \
         --output "$folder/eval/candidates.jsonl" --num_samples "$EVAL_SAMPLES" --seed "$SEED" $GENERATE_ARGS
     everywhere "$folder/logs/score.log" score.py --candidates "$folder/eval/candidates.jsonl" \
-        --output "$folder/eval/scored.jsonl" "${watched[@]}" "$@" $SCORE_ARGS
+        --output "$folder/eval/scored.jsonl" "${rewards[@]}" "${watched[@]}" "$@" $SCORE_ARGS
 }
 
 report() { once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"; }

@@ -1,0 +1,231 @@
+"""The loop: iterate.sh on a small random model and a python reward, killed, stopped, resumed, refused."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from models import causal_lm
+
+from records import dump, hash_path
+
+REWARD = "def reward(prompt, response, meta):\n    return response.count('e') - 0.01 * len(response)\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, a reward, prompts: what a user brings."""
+    folder = tmp_path_factory.mktemp("world")
+    causal_lm(folder / "model", tie=True)
+    (folder / "reward.py").write_text(REWARD)
+    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"name fruit {i}"}]} for i in range(60)]
+    (folder / "prompts.jsonl").write_text("".join(map(dump, rows[:52])))
+    (folder / "heldout.jsonl").write_text("".join(map(dump, rows[52:])))
+    return folder
+
+
+def settings(world, run, **more):
+    given = {
+        "PYTHON": sys.executable, "MODEL": world / "model", "REWARD_FN": f"{world}/reward.py:reward",
+        "PROMPTS": world / "prompts.jsonl", "HELDOUT": world / "heldout.jsonl", "RUN": run, "ITERS": 1,
+        "PROMPTS_PER_ITER": 40, "NUM_SAMPLES": 4, "EVAL_SAMPLES": 2, "NPROC": 1,
+        "GENERATE_ARGS": "--max_new_tokens 12 --backend hf", "PAIRS_ARGS": "--keep_truncated",
+        "TRAIN_ARGS": "--learning_rate 1e-3 --batch_size 2 --save_every 4",
+    }  # fmt: skip
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return clean | {k: str(v) for k, v in (given | more).items()}
+
+
+def iterate(world, run, timeout=600, **more):
+    return subprocess.run(
+        ["bash", ROOT / "iterate.sh"], env=settings(world, run, **more), capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """One undisturbed iteration."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = iterate(world, run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run, done.stdout
+
+
+RESULTS = ("pairs.jsonl", "policy/model.safetensors", "candidates.jsonl", "scored.jsonl", "eval/scored.jsonl")
+
+
+def results(run):
+    return {name: hash_path(run / "iter_01" / name) for name in RESULTS}
+
+
+def test_one_command_leaves_everything_a_reader_looks_for(world, whole):
+    run, printed = whole
+    names = [*RESULTS, "prompts.jsonl", "train.jsonl", "policy/config.json", "policy/tokenizer.json", "logs/train.log"]
+    for name in names:
+        assert (run / "iter_01" / name).exists(), name
+    for name in (
+        "config.json",
+        "heldout.jsonl",
+        "summary.jsonl",
+        "report.html",
+        "curve.png",
+        "iter_00/eval/scored.jsonl",
+    ):
+        assert (run / name).exists(), name
+    assert json.loads((run / "config.json").read_text())["TRAIN_ARGS"].startswith("--learning_rate 1e-3")
+    assert len((run / "summary.jsonl").read_text().splitlines()) == 2
+    assert not list(run.rglob("*.parts")) and not list(run.rglob("*.tmp"))
+    meta = json.loads((run / "iter_01/policy.meta.json").read_text())
+    assert meta["audit"]["answers"] == 80 and meta["audit"]["mean"] < 1e-4  # law 2: what was sampled is what is trained
+    assert meta["inputs"]["pairs"] == [hash_path(run / "iter_01/pairs.jsonl")]
+
+
+def test_rows_in_are_rows_out_and_named_drops_at_every_stage(whole):
+    """PITFALLS 12."""
+    run, _ = whole
+    metas = list(run.rglob("*.meta.json"))
+    assert len(metas) >= 8
+    for meta in metas:
+        for what, c in json.loads(meta.read_text())["counts"].items():
+            assert c["in"] == c["out"] + sum(c["dropped"].values()), (meta, what)
+
+
+def test_law_1_what_was_sampled_is_what_is_scored_is_what_is_trained(world, whole):
+    """PITFALLS 2, 4: ids from the generator reach the pairs unchanged; EOS ends them exactly where the model stopped."""
+    run, _ = whole
+    candidates = {r["id"]: r for r in map(json.loads, open(run / "iter_01/candidates.jsonl"))}
+    pairs = [json.loads(line) for line in open(run / "iter_01/pairs.jsonl")]
+    assert len(pairs) == 40
+    for pair in pairs:
+        source = candidates[pair["id"]]
+        assert pair["prompt_token_ids"] == source["prompt_token_ids"]
+        for k in ("chosen", "rejected"):
+            written = source["candidates"][pair[f"{k}_index"]]
+            assert pair[f"{k}_token_ids"] == written["token_ids"] and pair[k][0]["content"] == written["text"]
+            assert (written["token_ids"][-1] == 4) == (written["finish_reason"] == "stop")
+            assert written["model"] == hash_path(world / "model")
+
+
+def test_the_printed_commands_can_be_run_by_hand(whole):
+    """Each is done, so each says so and exits with 0: the exact strings that a reader would copy."""
+    _, printed = whole
+    commands = [line[2:] for line in printed.splitlines() if line.startswith("+ ")]
+    assert len(commands) >= 11
+    (pairs,) = [c for c in commands if "make_pairs.py" in c]
+    done = subprocess.run(pairs, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "already done" in done.stdout
+
+
+def kill_at_random(world, run, kills, rng, longest):
+    """Start the loop, kill -9 its whole process group at a random moment, and again."""
+    for _ in range(kills):
+        process = subprocess.Popen(
+            ["bash", ROOT / "iterate.sh"], env=settings(world, run), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(rng.uniform(1, longest))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_pitfalls_36_killed_at_random_moments_the_end_is_the_same_to_the_byte(world, whole, tmp_path):
+    kill_at_random(world, tmp_path / "run", 3, random.Random(time.time()), 60)
+    done = iterate(world, tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(tmp_path / "run") == results(whole[0])
+
+
+@pytest.mark.slow
+def test_twenty_kills(world, whole, tmp_path):
+    kill_at_random(world, tmp_path / "run", 20, random.Random(time.time()), 60)
+    assert iterate(world, tmp_path / "run", timeout=1200).returncode == 0
+    assert results(tmp_path / "run") == results(whole[0])
+
+
+def test_pitfalls_13_a_changed_setting_stops_the_loop_and_is_named(world, whole):
+    run, _ = whole
+    done = iterate(world, run, SEED=1)
+    assert done.returncode == 1 and "--seed: was 0, is 1" in done.stdout and "iter_00/logs/generate.log" in done.stderr
+    assert results(run)
+
+
+def test_pitfalls_35_a_failing_stage_stops_the_loop_and_names_its_log(world, tmp_path):
+    (tmp_path / "bad.py").write_text("def reward(prompt, response, meta):\n    return float('nan')\n")
+    done = iterate(world, tmp_path / "run", REWARD_FN=f"{tmp_path}/bad.py:reward")
+    log = tmp_path / "run/iter_00/logs/score.log"
+    assert done.returncode == 1 and str(log) in done.stderr and "nan" in log.read_text()
+    assert not (tmp_path / "run/iter_01").exists()
+    # The cause mended, the same command goes on.
+    (tmp_path / "bad.py").write_text(REWARD)
+    assert iterate(world, tmp_path / "run", REWARD_FN=f"{tmp_path}/bad.py:reward", ITERS=0).returncode == 0
+
+
+def test_two_loops_never_share_a_run(world, tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = iterate(world, tmp_path)
+    assert done.returncode == 1 and "another loop is at work" in done.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent):
+    """Sent to the script alone, as Slurm does; it passes the signal on, waits, and leaves no child behind."""
+    process = subprocess.Popen(
+        ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", ITERS=0), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not list((tmp_path / "run").glob("iter_00/logs/generate.log")):
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(sent)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "the same command goes on from here" in printed
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert iterate(world, tmp_path / "run", ITERS=0).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"REF": "first"}, 'REF is "prev" or "init"'),
+        ({"KEEP": "some"}, 'KEEP is "all" or "last"'),
+        ({"HELDOUT": ""}, "held-out prompts"),
+        ({"REWARD_FN": ""}, "no reward"),
+        ({"HELDOUT": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"PYTHON": "/no/such/python"}, "/no/such/python"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(world, tmp_path, more, says):
+    done = iterate(world, tmp_path / "run", **more)
+    assert done.returncode != 0 and says in done.stdout + done.stderr
+
+
+def test_pitfalls_15_heldout_prompts_that_are_trained_on_stop_the_run(world, tmp_path):
+    stolen = json.loads((world / "prompts.jsonl").read_text().splitlines()[3])
+    (tmp_path / "heldout.jsonl").write_text(dump({**stolen, "id": "another id"}))
+    done = iterate(world, tmp_path / "run", HELDOUT=tmp_path / "heldout.jsonl")
+    assert done.returncode == 1 and "p3" in done.stdout and not (tmp_path / "run/iter_01/policy").exists()
+
+
+def test_ref_init_history_enhancer_and_keep_last(world, tmp_path):
+    """The settings that change what is compared with what, in one run; then the same command again."""
+    more = {"ITERS": 2, "REF": "init", "HISTORY": 1, "ENHANCER": "init", "KEEP": "last", "PROMPTS_PER_ITER": 16}
+    done = iterate(world, tmp_path / "run", **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    meta = json.loads((tmp_path / "run/iter_02/policy.meta.json").read_text())
+    assert meta["inputs"]["ref_model"] == hash_path(world / "model") and len(meta["inputs"]["pairs"]) == 2
+    assert meta["audit"]["answers"] > 0
+    scored = [json.loads(line) for line in open(tmp_path / "run/iter_02/scored.jsonl")]
+    assert all(len(row["candidates"]) == 8 and len({c["model"] for c in row["candidates"]}) == 2 for row in scored)
+    evaluated = json.loads((tmp_path / "run/iter_02/eval/scored.jsonl").read_text().splitlines()[0])
+    assert evaluated["candidates"][0]["ref_logprobs"].keys() == {"init", "prev"}
+    assert not (tmp_path / "run/iter_01/policy").exists() and (tmp_path / "run/iter_02/policy").exists()
+    again = iterate(world, tmp_path / "run", **more)
+    assert again.returncode == 0 and "its policy was not kept" in again.stdout
