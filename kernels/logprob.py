@@ -292,42 +292,39 @@ def logprob_from_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
 # ---- heads of real models ------------------------------------------------------------------------------------------
 
-# What transformers does to the logits, by model type. The name of the config's field does not tell which way it goes.
+# What transformers does to the logits, by model type. A field's name does not tell which way it goes.
 SCALES = {
     "cohere": lambda c: c.logit_scale,
     "granite": lambda c: 1 / c.logits_scaling,
     "hyperclovax": lambda c: c.logits_scaling,
-    "minicpm3": lambda c: 1 / c.logits_scaling,  # on the hidden states there, the same thing
+    "minicpm3": lambda c: 1 / c.logits_scaling,  # on the hidden states there: the same thing
     "falcon_h1": lambda c: c.lm_head_multiplier,
-    "muse_glimmer": lambda c: c.output_multiplier,
 }
-SCALE_FIELDS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
 def lm_head(model) -> dict:
-    """weight, bias, scale and softcap of a transformers causal LM, as linear_logprob takes them, or a ValueError.
+    """weight, bias, scale and softcap of a transformers causal LM for linear_logprob, or a ValueError.
 
-    For the output of `model.base_model`. It reads what the config says; that nothing else happens to the logits is for
-    the caller to check on a short sequence, against logprob_from_logits of the model's own.
+    They belong to the output of `model.base_model`. All is read from the model and its config; that nothing else
+    happens to the logits is for the caller to check, on a short sequence, with logprob_from_logits of the model's own.
     """
     name, head, config = type(model).__name__, model.get_output_embeddings(), model.config.get_text_config()
     if not (isinstance(head, torch.nn.Linear) and head.weight.is_floating_point() and head.weight.ndim == 2):
         raise ValueError(f"{name}: its head is {type(head).__name__}, not a plain torch.nn.Linear; merge or replace it")
-    between = [
-        n for n, m in model.named_children() if m is not model.base_model and m is not head and any(m.parameters())
-    ]
-    if between:
-        raise ValueError(f"{name}: {', '.join(between)} also has weights and may stand between base model and head")
+    others = [n for n, m in model.named_children() if m is not model.base_model and m is not head]
+    others = [n for n in others if next(getattr(model, n).parameters(), None) is not None]
+    if others:
+        raise ValueError(f"{name}: {', '.join(others)} has weights too and may stand between base model and head")
     family = next((f for f in SCALES if config.model_type.startswith(f)), None)
-    fields = {k: v for k, v in vars(config).items() if re.search("logit.*(scal|cap|mult)|head_mult|unpadded_vocab", k)}
-    unknown = [
-        f"{k}={v}" for k, v in fields.items()
-        if v not in (None, 1.0) and k not in CAP_FIELDS and not re.search("att|router|init", k)
-        and not (k in SCALE_FIELDS and family)
-    ]  # fmt: skip
+    pattern = "^(?!.*(att|router|init)).*(logit.*(scal|cap|mult)|(head|output)_mult|unpadded_vocab)"
+    fields = {k: v for k, v in vars(config).items() if re.search(pattern, k) and v not in (None, 1)}
+    unknown = [f"{k}={v}" for k, v in fields.items() if k not in CAPS and not family]
     if unknown:
-        raise ValueError(f"{name}: its config has {', '.join(unknown)}, unknown to lm_head for this model type")
-    scale = SCALES[family](config) if family else 1.0
-    cap = next((fields[k] for k in CAP_FIELDS if fields.get(k)), None)
-    return {"weight": head.weight, "bias": head.bias, "scale": 1.0 if scale is None else scale, "softcap": cap}
+        raise ValueError(f"{name}: its config has {', '.join(unknown)}, unknown to lm_head for {config.model_type}")
+    return {
+        "weight": head.weight,
+        "bias": head.bias,
+        "scale": SCALES[family](config) if family else 1.0,
+        "softcap": next((fields[k] for k in CAPS if k in fields), None),
+    }
