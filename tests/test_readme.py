@@ -1,0 +1,112 @@
+"""PITFALLS 37: the commands in README, docs and docstrings are those that the code understands, and its files exist."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+STAGES = ("generate.py", "score.py", "make_pairs.py", "dpo_train.py")
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / s for s in STAGES)]
+
+
+def commands():
+    """Every command of a stage in the texts, continuation lines joined: (where, script, arguments)."""
+    for path in TEXTS:
+        text = path.read_text().replace("\\\\\n", "\\\n").replace("\\\n", " ")
+        for line in text.splitlines():
+            for script in STAGES:
+                match = re.search(rf"^\s+(?:python|torchrun)\b[^|]*?\b{re.escape(script)}(\s[^#`|]*)$", line)
+                if match:
+                    # two spaces and more set off a remark behind the command
+                    yield path.name, script, re.split(r"\s{3,}", match[1].strip())[0]
+
+
+@pytest.mark.parametrize(("where", "script", "arguments"), list(commands()))
+def test_every_command_is_one_the_stage_understands(where, script, arguments, monkeypatch):
+    words = [w for w in shlex.split(arguments) if w != "…"]
+    stage = importlib.import_module(script.removesuffix(".py"))
+    flags = {w.split("=")[0] for w in words if w.startswith("--")}
+    known = flag_names(stage)
+    assert flags <= known, f"{where}: {script} has no {flags - known}"
+
+
+def flag_names(stage):
+    import argparse
+
+    import records
+
+    found = set()
+    original = argparse.ArgumentParser.parse_args
+
+    def note(self, *args, **kwargs):
+        found.update(s for action in self._actions for s in action.option_strings)
+        raise SystemExit(0)
+
+    argparse.ArgumentParser.parse_args = note
+    try:
+        result = stage.arguments()
+        if isinstance(result, argparse.ArgumentParser):
+            records.parse(result, [])
+    except SystemExit:
+        pass
+    finally:
+        argparse.ArgumentParser.parse_args = original
+    return found
+
+
+def test_enough_commands_were_found():
+    found = {script for _, script, _ in commands()}
+    assert found == set(STAGES)
+
+
+def test_every_setting_in_the_readme_is_one_of_iterate_sh_and_the_other_way_round():
+    script, readme = (ROOT / "iterate.sh").read_text(), (ROOT / "README.md").read_text()
+    table = set(re.findall(r"`([A-Z][A-Z_]+)`", readme[readme.index("| setting |") : readme.index("`REF=prev` is")]))
+    settings = set(re.findall(r"^(?:    )?([A-Z][A-Z_]+)=\$\{\1:", script, re.M))
+    settings |= set(re.findall(r" ([A-Z_]+_ARGS)=\$\{", script))
+    assert table - {"PYTHON", "MODEL"} == settings - {"DEMO"}
+
+
+def test_files_that_the_readme_names_exist():
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"\]\(([^)#]+)\)", readme) + re.findall(
+        r"\b(?:tools|kernels|demo|docs|bench)/\w+\.\w+", readme
+    ):
+        assert (ROOT / name).exists(), name
+
+
+def test_functions_that_the_readme_says_to_edit_exist():
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| … | edit |") : readme.index("How it works inside")]
+    pairs = re.findall(r"`(\w+)`(?: and `(\w+)`)? in ([\w/]+\.py)", table)
+    assert len(pairs) >= 5
+    for *names, file in pairs:
+        for name in filter(None, names):
+            assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), (name, file)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_help_teaches(script, stage):
+    done = stage(script, "--help")
+    assert "usage" in done.stdout and "python " + script in done.stdout and len(done.stdout) > 1500
+
+
+def test_the_demo_table_is_what_a_run_printed():
+    """The table between the markers is a verbatim copy of bench/results/demo_seed_0.txt, which a command wrote."""
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split("<!-- demo table: begin -->")[1].split("<!-- demo table: end -->")[0]
+    saved = (ROOT / "bench/results/demo_seed_0.txt").read_text()
+    rows = [line.strip() for line in saved.splitlines() if re.match(r"\s*\d ", line)]
+    assert len(rows) == 4 and all(row in shown for row in rows)
+
+
+def test_the_requirements_are_pinned_exactly():
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text().splitlines():
+            if line and not line.startswith("#"):
+                assert re.match(r"[\w.\-\[\]]+==[\w.]+(?:\+cpu)?(\s*;.*)?$", line.split(" #")[0].strip()), (
+                    path.name,
+                    line,
+                )
