@@ -34,6 +34,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -164,7 +165,7 @@ class Policy:
         self.template = self.tokenizer.chat_template and self.tokenizer.get_chat_template()
         self.template_kwargs = key_values("chat_template_kwargs", args.chat_template_kwargs)
         for key in self.template_kwargs:
-            if key not in (self.template or ""):
+            if not re.search(rf"\b{re.escape(key)}\b", self.template or ""):
                 raise records.Stop(f"--chat_template_kwargs {key}: the chat template of {args.model} never reads it.")
         named = {"bf16": torch.bfloat16, "fp32": torch.float32}
         self.dtype = named.get(args.dtype) or self.config.dtype or torch.float32
