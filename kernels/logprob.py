@@ -50,6 +50,8 @@ except ImportError:  # a machine without a GPU needs none: rows_torch below is t
 CHUNK = {"cuda": 2048, "cpu": 256}
 # Q of 16k tokens of Llama 3's vocabulary in bf16, a fifth of what autograd would hold. Rows beyond: 4/3 the work.
 STASH_BYTES = 4 << 30
+# 8 elements a thread: 32 registers, so that a multiprocessor is full of threads with loads in flight, and no spills.
+BLOCK, WARPS = 2048, 8
 FAR = 2.0**60  # S beyond this: measure from the maximum. Leaves bf16 and fp32 (max 2^128) room to sum products in.
 
 
@@ -117,7 +119,7 @@ def rows_triton(x, bias, target, q, scale, cap):
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
         row_kernel[(len(x),)](
             x, bias, target, q, s, d, x.shape[1], x.stride(0), scale, cap or 1.0, FAR,
-            BIAS=bias is not None, CAP=cap is not None, GRAD=q is not None, BLOCK=2048, num_warps=8,
+            BIAS=bias is not None, CAP=cap is not None, GRAD=q is not None, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return s, d
 
