@@ -478,7 +478,7 @@ def test_the_page_s_ten_lines_run():
 
 def test_bench_runs_on_a_cpu(tmp_path):
     """One command, one table, at a small size; a peer that is not installed says so in its row."""
-    command = [sys.executable, "bench/kernel.py", "--shapes", "64x16x211", "--repeats", "1"]
+    command = [sys.executable, "-m", "bench.kernel", "--shapes", "64x16x211", "--repeats", "1"]
     command += ["--save", tmp_path / "t.md"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
