@@ -37,8 +37,8 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
         help="hf is transformers: slower, and runs wherever torch does. auto: vllm where it and a GPU are, else hf",
     )  # fmt: skip
     # What is sampled
-    p.add_argument("--num_samples", type=int, default=8, help="answers a prompt; 8 as OpenRLHF and RLHF Workflow")
+    p.add_argument("--num_samples", type=int, default=8, help="answers a prompt; 8 as RLHF Workflow and OpenRLHF")
     p.add_argument(
         "--temperature", type=float, nargs="+", default=[1.0],
         help="1: the policy itself. Several: the samples are split among them, in order. 0: greedy",
@@ -101,12 +101,15 @@ def arguments() -> argparse.Namespace:
     for flag in ("batch_size",) if args.backend == "vllm" else ("tensor_parallel_size", "engine_args"):
         if getattr(args, flag) is not None:
             raise records.Stop(f"--{flag} has no effect with --backend {args.backend}: leave it out.")
-    if min(args.num_samples, args.max_new_tokens, args.batch_size or 1, args.tensor_parallel_size or 1) < 1:
-        raise records.Stop("--num_samples, --max_new_tokens, --batch_size and --tensor_parallel_size start at 1.")
+    for flag in ("num_samples", "max_new_tokens", "max_prompt_length", "batch_size", "tensor_parallel_size"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise records.Stop(f"--{flag} starts at 1, not {value}.")
     if not 0 < args.top_p <= 1 or min(args.temperature) < 0:
         raise records.Stop("--top_p lies in (0, 1], and --temperature is not negative.")
     if args.num_samples < len(args.temperature):
         raise records.Stop(f"{len(args.temperature)} temperatures for {args.num_samples} samples: some would get none.")
+    if args.batch_size is not None and args.batch_size < args.num_samples:
+        raise records.Stop(f"--batch_size {args.batch_size}: the {args.num_samples} samples of a prompt run together.")
     if temperatures(args).count(0.0) > 1:
         raise records.Stop("--temperature 0 writes the same answer every time: give it one of the --num_samples.")
     return args
@@ -170,7 +173,7 @@ class Policy:
         named = {"bf16": torch.bfloat16, "fp32": torch.float32}
         self.dtype = named.get(args.dtype) or self.config.dtype or torch.float32
         self.stop_ids = self._stop_ids()
-        # The tokenizer's own view of whether texts begin with a BOS; None where it does not add one.
+        # Does the tokenizer begin every text with a BOS?
         bos, ids = self.tokenizer.bos_token_id, self.tokenizer("a").input_ids
         self.adds_bos = bos is not None and ids[:1] == [bos]
 
@@ -380,25 +383,25 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
 
 
-if __name__ == "__mp_main__":  # what this file is called in a spawned process; a forked one runs the hook set below
+if __name__ == "__mp_main__":  # the name of this file in a process that vLLM spawned: it imports what was started
     die_with_parent()
 
 
-def vllm_engine(args, policy: Policy):
-    """A vLLM engine on this rank's GPUs. It must not see that torchrun started us, or it would wait for the others."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=die_with_parent)
-    local_rank, local_world = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+def vllm_environment(args) -> None:
+    """Give this rank's engine its GPUs, and hide from it that torchrun started us: it would wait for the others."""
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in [k for k in os.environ if k in launcher or k.startswith(("GROUP_", "ROLE_", "TORCHELASTIC_"))]:
         del os.environ[name]
-    per_rank = args.tensor_parallel_size or 1
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would inherit what CUDA knew before the next lines
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
+        per_rank, count = args.tensor_parallel_size or 1, torch.cuda.device_count()
         if count < local_world * per_rank:
             raise records.Stop(
                 f"{local_world} ranks x --tensor_parallel_size {per_rank} need {local_world * per_rank} GPUs, here are "
-                f"{count}: start {max(1, count // per_rank)} ranks (torchrun --nproc_per_node)."
+                f"{count}: start {count // per_rank} ranks (torchrun --nproc_per_node)."
             )
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[local_rank * per_rank : (local_rank + 1) * per_rank])
@@ -407,11 +410,11 @@ def vllm_engine(args, policy: Policy):
         if local_world > 1:  # each engine would bind its threads to the same cores
             cores = sorted(os.sched_getaffinity(0))[local_rank::local_world] or [0]
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-    from vllm import EngineArgs, LLMEngine
-    from vllm.usage.usage_lib import UsageContext
+
+def vllm_settings(args, policy: Policy) -> dict:
+    """The engine's arguments: ours, which make answers what the contract says, and --engine_args."""
+    from vllm import EngineArgs
 
     ours = dict(
         model=args.model,
@@ -420,25 +423,33 @@ def vllm_engine(args, policy: Policy):
         dtype=policy.dtype,  # its own "auto" makes bf16 of an fp32 model
         logprobs_mode="raw_logprobs",  # at temperature 1, before top-p
         disable_log_stats=True,
-        tensor_parallel_size=per_rank,
+        tensor_parallel_size=args.tensor_parallel_size or 1,
     )
-    free = dict(
+    defaults = dict(
         enable_prefix_caching=True,  # N samples share a prompt, and many prompts a system turn
-        # Its default is the model's whole context, and it refuses to start where memory holds less than that.
+        # Its own is the model's whole context, and it refuses to start where memory holds less than that.
         max_model_len=policy.max_prompt_length + args.max_new_tokens,
     )
     if not torch.cuda.is_available():
-        # A prompt cut into chunks rewinds its random numbers after each, and a CPU's generator cannot (vLLM 0.32).
-        free |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, free["max_model_len"]))
+        # After a piece of a prompt the random numbers are rewound, which a CPU's generator cannot (vLLM 0.32).
+        defaults |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, defaults["max_model_len"]))
     asked = key_values("engine_args", args.engine_args)
     for key in asked:
         if key in ours:
             raise records.Stop(f"--engine_args {key}: this stage sets it itself ({key}={ours[key]}).")
         if key not in inspect.signature(EngineArgs).parameters:
             raise records.Stop(f"--engine_args {key}: vLLM's EngineArgs has no such argument.")
-    # LLM_CLASS: the batch sizes that vLLM's LLM takes, which are for throughput
-    engine_args = EngineArgs(**ours, **(free | asked))
-    return LLMEngine.from_engine_args(engine_args, usage_context=UsageContext.LLM_CLASS)
+    return ours | defaults | asked
+
+
+def vllm_engine(args, policy: Policy):
+    settings = vllm_settings(args, policy)
+    vllm_environment(args)
+    from vllm import EngineArgs, LLMEngine
+    from vllm.usage.usage_lib import UsageContext
+
+    # LLM_CLASS: the batch sizes of vLLM's LLM, which are for throughput
+    return LLMEngine.from_engine_args(EngineArgs(**settings), usage_context=UsageContext.LLM_CLASS)
 
 
 def vllm_samples(args, policy: Policy, prompts: Iterator[Prompt]) -> Iterator[tuple[Prompt, list[dict]]]:
@@ -463,7 +474,7 @@ def vllm_samples(args, policy: Policy, prompts: Iterator[Prompt]) -> Iterator[tu
                         # vLLM gives its sample i the seed + i, so that all N of a prompt have different ones.
                         n=count, seed=prompt.seed + first, temperature=temperature, top_p=args.top_p,
                         max_tokens=args.max_new_tokens, stop_token_ids=policy.stop_ids,
-                        logprobs=0,  # of the sampled token and no other
+                        logprobs=0, flat_logprobs=True,  # of the sampled token and no other, in the cheaper container
                         detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
                     )  # fmt: skip
                     name = f"{prompt.part}/{prompt.position}/{first}"
@@ -511,6 +522,7 @@ def main() -> None:
     unfinished: dict[int, list] = {}  # part -> [its rows, None where dropped; how many still wait for answers]
 
     def prompts() -> Iterator[Prompt]:
+        bar.reset()  # the first prompt is asked for when the model is loaded: its time is not that of the tokens
         for part, rows in stage.todo(records.read_jsonl(args.prompts, records.PROMPT)):
             encoded = [policy.encode(row["prompt"], f"{args.prompts}:{line(part, i)}") for i, row in enumerate(rows)]
             fits = [i for i, ids in enumerate(encoded) if len(ids) <= policy.max_prompt_length]
@@ -518,7 +530,7 @@ def main() -> None:
             if not fits:
                 write(part)
             for i in fits:
-                # One bit less than seed_of gives: vLLM adds to it and keeps the sum in 63.
+                # A bit less than seed_of gives: vLLM adds a sample's index to it, and 63 bits must hold the sum.
                 seed = records.seed_of(args.seed, args.iteration, rows[i]["id"]) >> 1
                 yield Prompt(part, i, encoded[i], seed)
 
@@ -531,9 +543,10 @@ def main() -> None:
 
     size = records.ROWS_PER_PART
     todo = [i for i in range(stage.rank, math.ceil(n / size), stage.world) if not stage.part(i).exists()]
-    with progress_bar(args, stage, sum(min(size, n - i * size) for i in todo)) as bar:
-        tokens, begin = 0, time.monotonic()
-        for prompt, answers in samples(args, policy, prompts()) if todo else ():
+    bar = progress_bar(args, stage, sum(min(size, n - i * size) for i in todo))
+    with bar, closing(samples(args, policy, prompts())) as stream:  # closing it ends the engine, whatever happens here
+        tokens = 0
+        for prompt, answers in stream if todo else ():
             rows, waiting = unfinished[prompt.part]
             where = f"{args.prompts}:{line(prompt.part, prompt.position)}"
             rows[prompt.position] |= {
@@ -544,7 +557,7 @@ def main() -> None:
             if waiting == 1:
                 write(prompt.part)
             tokens += sum(len(a["token_ids"]) for a in answers)
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
             bar.update()
     stage.join(n)
 

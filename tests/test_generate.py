@@ -349,8 +349,10 @@ def test_killed_and_restarted_on_two_ranks_is_byte_identical(policy, tmp_path):
         (["--num_samples", "1", "--temperature", "0.5", "1"], "some would get none"),
         (["--temperature", "0"], "same answer every time"),
         (["--top_p", "0"], "top_p lies in"),
-        (["--num_samples", "0"], "start at 1"),
+        (["--num_samples", "0"], "num_samples starts at 1"),
+        (["--max_prompt_length", "0"], "max_prompt_length starts at 1"),
         (["--max_new_tokens", "256"], "leaves no room for a prompt"),
+        (["--batch_size", "4"], "samples of a prompt run together"),
         (["--chat_template_kwargs", "x"], "no key=value"),
         (["--max_prompt_length", "3"], "all 3 prompts are longer than 3 tokens"),
     ],
@@ -373,11 +375,11 @@ def test_bad_prompts_are_named_before_the_work_begins(run, policy, tmp_path):
     with pytest.raises(records.Stop, match=r"prompts.jsonl:2: the conversation ends in an assistant turn"):
         run(policy, [good, ends_in_assistant], "--max_new_tokens", 4)
     with pytest.raises(records.Stop, match=r'prompts.jsonl:2: id "a" was used in line 1'):
-        run(policy, [good, good])
+        run(policy, [good, good], "--max_new_tokens", 4)
     with pytest.raises(records.Stop, match=r'prompts.jsonl:2: key "prompt" is missing'):
-        run(policy, [good, {"id": "b"}])
+        run(policy, [good, {"id": "b"}], "--max_new_tokens", 4)
     with pytest.raises(records.Stop, match="the file is empty"):
-        run(policy, [])
+        run(policy, [], "--max_new_tokens", 4)
     assert not (tmp_path / "candidates.jsonl").exists()
 
 

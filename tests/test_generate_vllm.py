@@ -159,4 +159,4 @@ def test_engine_arguments_are_checked_before_the_engine_starts(folder, monkeypat
         monkeypatch.setattr(sys, "argv", ["generate.py", *call, "--engine_args", argument])
         args = generate.arguments()
         with pytest.raises(records.Stop, match=message):
-            generate.vllm_engine(args, generate.Policy(args))
+            generate.vllm_settings(args, generate.Policy(args))
