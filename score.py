@@ -156,7 +156,7 @@ def weights(given: list[str], names: list[str]) -> list[float]:
     if not by_name and given and len(given) != len(names):
         raise Stop(f"{len(given)} --reward_weights for {len(names)} rewards: {', '.join(names)}.")
     if by_name and (len(by_name) < len(given) or not by_name.keys() <= set(names)):
-        raise Stop(f"--reward_weights {' '.join(given)}: all by name or all by place; the names are {', '.join(names)}.")
+        raise Stop(f"--reward_weights {' '.join(given)}: by name, all of them, or by place; names: {', '.join(names)}.")
     try:
         return [float(by_name.get(name, 1)) for name in names] if by_name or not given else list(map(float, given))
     except ValueError:
