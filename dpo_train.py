@@ -41,6 +41,7 @@ import resource
 import signal
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -51,6 +52,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -61,17 +63,22 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from kernels import attention, logprob
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal
 from kernels.logprob import linear_logprob, lm_head, logprob_from_logits
 from kernels.packing import collate, cost, microbatches
 from records import Stage, Stop, barrier, dump, parse, parser, ranks, read_jsonl, remove, run, seed_of, whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Flags that do not change the result: a run may go on with others.
+FREE = ("save_every", "report_to", "max_logprob_gap", "dry_run", "world_size")
 INTERRUPTED = 75  # EX_TEMPFAIL: "try again later"; iterate.sh tells it from a failure
 
 
@@ -80,8 +87,8 @@ def arguments():
     # Models and data
     p.add_argument("--model", required=True, help="the policy to start from: a folder or a hub name")
     p.add_argument("--ref_model", help="the reference; default: --model itself, which costs no second model")
-    p.add_argument("--pairs", required=True, nargs="+", help="pairs.jsonl; several are concatenated (history)")
-    p.add_argument("--output", required=True, help="folder of the trained policy; train.jsonl goes beside it")
+    p.add_argument("--pairs", nargs="+", help="pairs.jsonl; several are concatenated (history)")
+    p.add_argument("--output", help="folder of the trained policy; train.jsonl goes beside it")
     p.add_argument("--max_length", type=int, help="longer prompt + answer is dropped; default: the model's positions")
     # The loss
     p.add_argument(
@@ -130,6 +137,13 @@ def arguments():
         help="ranks that share one copy of the weights; default: all. Set it to "
         "the ranks of a machine and each machine holds a copy (HSDP)",
     )
+    p.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="append it to a command: prints "
+        "the memory of a rank on a GPU, and ends. Needs config.json alone: no GPU, no weights, no --pairs or --output",
+    )
+    p.add_argument("--world_size", type=int, help="ranks of the dry run; default 1. torchrun sets those of a real one")
     # Watching and stopping
     p.add_argument(
         "--save_every",
@@ -148,8 +162,12 @@ def arguments():
     return p
 
 
-def check(args, device) -> None:
+def check(args, device, world: int) -> None:
     """A flag without effect is an error: it means that the run is not what its author thinks."""
+    if not args.dry_run and not (args.pairs and args.output):
+        raise Stop("--pairs and --output are needed, except with --dry_run")
+    if not args.dry_run and args.world_size is not None:
+        raise Stop("--world_size has no effect without --dry_run: torchrun sets the ranks of a run")
     if args.loss_type in ("hinge", "ipo") and args.label_smoothing is not None:
         raise Stop(f"--label_smoothing has no effect with --loss_type {args.loss_type}")
     if args.loss_type == "robust" and not 0 < (args.label_smoothing or 0) < 0.5:
@@ -162,8 +180,8 @@ def check(args, device) -> None:
         raise Stop(f"--beta takes one value, or one for each of the {args.num_train_epochs} epochs")
     if args.cpu_offload and device.type == "cpu":
         raise Stop("--cpu_offload has no effect without a GPU: the weights are in host memory already")
-    if args.shard_size is not None and (ranks()[1] == 1 or ranks()[1] % args.shard_size):
-        raise Stop(f"--shard_size {args.shard_size} must divide the number of ranks ({ranks()[1]}, more than one)")
+    if args.shard_size is not None and (world == 1 or world % args.shard_size):
+        raise Stop(f"--shard_size {args.shard_size} must divide the number of ranks ({world}, more than one)")
     if min(args.batch_size, args.num_train_epochs, args.tokens_per_batch) < 1:
         raise Stop("--batch_size, --num_train_epochs and --tokens_per_batch must be at least 1")
     if args.batch_size < 128 and args.learning_rate <= 5e-7:
@@ -281,6 +299,17 @@ def render(row: dict, tokenizer, where: str) -> list[list[int]] | None:
 # The policy
 
 
+def choose_packing(args, config, longest: int) -> None:
+    """Settle --packing for sequences of up to `longest` tokens."""
+    refusal = packing_refusal(config, longest)
+    if refusal and args.packing in ("prefix", "packed"):
+        raise Stop(f"--packing {args.packing}: {args.model}: {refusal}. Use --packing padded.")
+    if refusal and args.packing == "auto":
+        say(f"{args.model}: {refusal}, so batches are padded")
+    if args.packing == "auto":
+        args.packing = "padded" if refusal else "prefix"
+
+
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log-probs of answers, [n, 2], instead of logits.
 
@@ -299,41 +328,54 @@ class Policy(torch.nn.Module):
         return torch.stack([torch.stack(sums[0::2]), torch.stack(sums[1::2])], dim=1)  # [n, 2]
 
 
-def load_policy(path: str, args, mesh, device, probe: dict) -> Policy:
-    """A sharded Policy with fp32 weights. Only rank 0 reads the weights; the others receive their shards of them.
+def build_model(config, args, dtype):
+    """The model that `config` describes, without its weights: on the meta device, or where torch is told to put it."""
+    for name, value in vars(config).items():
+        if name.endswith(("dropout", "_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)  # policy and reference must be the same function
+    attention = attention_implementation(config) if args.packing == "padded" else ATTENTION
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def build_policy(config, args, device_type: str, world: int) -> Policy:
+    """A sharded fp32 Policy on the meta device: every tensor has its shape, and none has memory."""
+    size = args.shard_size or world
+    mesh = init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+    options = {
+        "mesh": mesh if args.shard_size else mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(None if args.dtype == "fp32" else torch.bfloat16, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+    }
+    with torch.device("meta"):
+        policy = Policy(build_model(config, args, torch.float32))
+    for layer in layers_of(policy):
+        fully_shard(layer, **options)
+    return fully_shard(policy, **options)  # embedding, norm and head stay together in the root: they may be tied
+
+
+def layers_of(policy) -> list:
+    return [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def load_policy(path: str, args, device, probe: dict) -> Policy:
+    """A sharded Policy with its weights. Only rank 0 reads them; the others receive their shards of them.
 
     `probe` is a short pair: what transformers says of it, with its own attention and logits, must be what the sharded,
     packed and fused model says. An architecture whose head or attention we get wrong is refused here and now.
     """
     config = AutoConfig.from_pretrained(path)
-    for name, value in vars(config).items():
-        if name.endswith(("dropout", "_pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)  # policy and reference must be the same function
-    plain = attention_implementation(config)
-    with torch.device("meta"):
-        attention = plain if args.packing == "padded" else ATTENTION
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model.train())
-
-    fp32 = args.dtype == "fp32"
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(None if fp32 else torch.bfloat16, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
-    }
-    for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-        fully_shard(layer, **options)
-    fully_shard(policy, **options)  # embedding, norm and head stay together in the root: they may be tied
-
+    policy = build_policy(config, args, device.type, ranks()[1])
+    model, fp32 = policy.model, args.dtype == "fp32"
     policy.to_empty(device="cpu" if args.cpu_offload else device)
     model.tie_weights()
     if model.config.tie_word_embeddings:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "the tie came apart"
     source = None
     if ranks()[0] == 0:
-        dtype = torch.float32 if fp32 else "auto"
+        dtype, plain = torch.float32 if fp32 else "auto", attention_implementation(config)
         source = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=plain)
     weights = source.state_dict() if source else {}
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -544,6 +586,33 @@ METRICS = (  # TRL's names and some of ours; each is the mean over all pairs of 
 )  # fmt: skip
 
 
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets: dense bf16 flop/s, SXM
+
+
+def model_flops(config, layer_weights: float, pairs: list[dict]) -> float:
+    """Flops of forward and backward, useful ones only: each prompt once, no padding, nothing recomputed.
+
+    6 N (p + c + r) + 6 V D (c + r) + 12 L H d a       N: weights of all layers; the head sees only answers
+                                                       a: (query, key) pairs of the causal mask; no window is seen
+    """
+    c = config.get_text_config()
+    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    total = 0.0
+    for pair in pairs:
+        p, y, n = (len(pair[k]) for k in ("prompt", "chosen", "rejected"))
+        looks = (p + y) * (p + y + 1) / 2 + n * p + n * (n + 1) / 2
+        total += 6 * layer_weights * (p + y + n) + 6 * c.vocab_size * c.hidden_size * (y + n)
+        total += 12 * c.num_hidden_layers * c.num_attention_heads * dim * looks
+    return total
+
+
+def matmul_weights(policy) -> float:
+    """Weights of the layers that a token is multiplied with. Experts are stacked, [E, …], and a token sees a few."""
+    used = getattr(policy.model.config.get_text_config(), "num_experts_per_tok", None)
+    weights = [p for layer in layers_of(policy) for p in layer.parameters() if p.ndim > 1]
+    return sum(p.numel() * (used / len(p) if used and p.ndim == 3 else 1) for p in weights)
+
+
 def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict:
     """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches. Returns figures for the metadata."""
     rank, world = ranks()
@@ -558,12 +627,13 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
     bar = progress("train", steps, "step", first)
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    total_tokens, total_seconds = 0, 0.0
+    total_tokens, total_seconds, flops, layer_weights = 0, 0.0, 0.0, matmul_weights(policy)
 
     for step in range(first, steps):
         began = time.time()
         beta = args.beta[min(step // epoch_steps, len(args.beta) - 1)]
-        count = sum(len(bin) for bins in plans[step] for bin in bins)  # pairs of this step, on all ranks
+        this_step = [pairs[i] for bins in plans[step] for bin in bins for i in bin]  # of all ranks
+        count = len(this_step)
         sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
         seen = []
         mine = plans[step][rank]
@@ -605,11 +675,12 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         optimizer.step()
         optimizer.zero_grad()
 
-        tokens = sum(cost(pairs[i], "prefix") for bins in plans[step] for bin in bins for i in bin)
+        tokens = sum(cost(pair, "prefix") for pair in this_step)
         if device.type == "cuda":
             torch.cuda.synchronize()  # or the clock would measure how fast work is queued
         seconds = time.time() - began
         total_tokens, total_seconds = total_tokens + tokens, total_seconds + seconds
+        flops += model_flops(policy.model.config, layer_weights, this_step)
         row = {
             "step": step + 1, "epoch": (step + 1) / epoch_steps, **dict(zip(METRICS, means, strict=True)),
             "grad_norm": grad_norm, "learning_rate": learning_rate(step, steps, args), "beta": beta,
@@ -625,7 +696,12 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
                 sys.exit(INTERRUPTED)
     bar.close()
     figures = {"steps": steps, "tokens": total_tokens, "train_seconds": round(total_seconds, 2)}
+    if total_seconds:  # a run that was killed after its last step has none left
+        figures["model_flops_per_second"] = flops / total_seconds
     if device.type == "cuda":
+        peak = next((x for name, x in PEAK.items() if name in torch.cuda.get_device_name()), None)
+        if peak and total_seconds and args.dtype == "bf16":
+            figures["mfu"] = flops / total_seconds / (peak * world)
         return figures | {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
     return figures | {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
@@ -664,6 +740,92 @@ def open_log(path: Path, done: int, report_to: str):
 
 
 # ----------------------------------------------------------------------------------------------------
+# The dry run
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors made while it is on that are still alive: `now`, and the `peak`. `others`: not counted."""
+
+    def __init__(self, others):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet(t.untyped_storage() for t in others)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)):
+            if storage not in self.known:  # a view or a result in place is nothing new
+                self.known.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def memory(args, world: int) -> dict[str, int]:
+    """Bytes of rank 0, which has the largest shards, on a GPU; docs/scaling.md explains the rows."""
+    config = AutoConfig.from_pretrained(args.model)
+    choose_packing(args, config, 550)
+    dist.init_process_group("fake", rank=0, world_size=world)  # collectives that do nothing: shapes are all we need
+    policy = build_policy(config, args, "cpu", world)
+    total = sum(p.numel() for p in policy.parameters())
+    shard = sum(p.to_local().numel() for p in policy.parameters())
+    layers = [sum(p.numel() for p in m.parameters()) for m in layers_of(policy)]
+    size = DTYPES[args.dtype].itemsize
+
+    # One microbatch, forward and backward, of tensors without content. UltraFeedback's proportions: 200 + 350 + 350.
+    n = max(1, args.tokens_per_batch // 900)
+    parts = {"prompt": range(4), "chosen": range(7), "rejected": range(7)}
+    unit = args.tokens_per_batch / n / cost(parts, args.packing)
+    pair = {k: np.zeros(max(1, int(unit * len(part))), np.int32) for k, part in parts.items()}
+    # The code for a CPU allocates what that for a GPU does, but for these three. The process ends with the dry run.
+    attention._flash_takes = lambda q, v: True
+    logprob.rows_torch = lambda x, *_: x.new_empty(2, len(x)).unbind()
+    logprob.CHUNK = {"cpu": logprob.CHUNK["cuda"]}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        policy = Policy(build_model(config, args, DTYPES[args.dtype]))  # one rank's weights as gathered
+        for p in (p for layer in layers_of(policy) for p in layer.parameters()):
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # FSDP takes a layer's at once
+        batch, marks = collate([pair] * n, args.packing, "cpu"), []
+        with Live(policy.parameters()) as live:
+            policy.model.base_model.register_forward_hook(lambda *_: marks.append(live.now))
+            logprobs = policy(batch)
+            marks.append(live.now)
+            logprobs.sum().backward()
+    return {
+        "weights, fp32, this rank's share": 4 * shard,
+        "Adam's two states, fp32, the same share": 8 * shard,
+        "gradients, fp32, the same share": 4 * shard,
+        "embedding, norm and head, gathered": size * (total - sum(layers)),
+        "a layer and the next, gathered": 2 * size * max(layers),
+        "a layer's gradient, and in fp32 to be reduced": (size + 4) * max(layers),
+        f"activations that {n} pairs of {cost(pair, args.packing):,} tokens keep": marks[0],
+        "what their log-probs keep": marks[1] - marks[0],
+        "working memory, and the head's gradient": live.peak - marks[1],
+        "whole gradients, fp32, between microbatches": 4 * total,
+    }
+
+
+def dry_run(args) -> None:
+    if args.dtype == "auto":
+        args.dtype = "bf16"
+    world = args.world_size or 1
+    check(args, torch.device("cuda"), world)
+    rows = memory(args, world)
+    say(f"{args.model}, rank 0 of {world}, {args.dtype}, GiB:")
+    *always, (name, whole_gradients) = rows.items()
+    for row, size in always:
+        host = args.cpu_offload and row.endswith("share")
+        say(f"{size / 2**30:10.2f}  {row}{' (host memory)' if host else ''}")
+    needed = sum(size for row, size in always if not (args.cpu_offload and row.endswith("share")))
+    say(f"{needed / 2**30:10.2f}  sum on the GPU, where a step is one microbatch a rank")
+    say(f"{(needed + whole_gradients) / 2**30:10.2f}  where it is several: {name} added")
+
+
+# ----------------------------------------------------------------------------------------------------
 
 
 def start() -> torch.device:
@@ -684,12 +846,14 @@ def start() -> torch.device:
 def main():
     args = parse(arguments())
     transformers_logging.disable_progress_bar()
+    if args.dry_run:
+        return dry_run(args)
     device = start()
-    check(args, device)
+    check(args, device, ranks()[1])
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
     inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
-    stage = Stage(args, inputs, args.output, free=("save_every", "report_to", "max_logprob_gap"))
+    stage = Stage(args, inputs, args.output, free=FREE)
     if stage.hashes.get("ref_model") == stage.hashes["model"]:
         args.ref_model = None  # the same weights under another name: no second model
 
@@ -698,13 +862,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs, total, dropped = load_pairs(args, tokenizer, config)
     stage.count("rows", total, len(pairs), dropped)
-    refusal = packing_refusal(config, max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs))
-    if refusal and args.packing in ("prefix", "packed"):
-        raise Stop(f"--packing {args.packing}: {args.model}: {refusal}. Use --packing padded.")
-    if refusal and args.packing == "auto":
-        say(f"{args.model}: {refusal}, so batches are padded")
-    if args.packing == "auto":
-        args.packing = "padded" if refusal else "prefix"
+    choose_packing(args, config, max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs))
 
     # 2. Every step, decided in advance: plans[step][rank] -> microbatches of indices into pairs
     plans = []
@@ -719,13 +877,10 @@ def main():
     first_epoch = plans[: len(plans) // args.num_train_epochs]
 
     # 3. The reference, once, in the very microbatches of the first epoch: it rounds as the policy will
-    size = args.shard_size or ranks()[1]
-    mesh = init_device_mesh(device.type, (ranks()[1] // size, size), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if args.shard_size else mesh["shard"]
     probe = min(pairs, key=lambda p: cost(p, "prefix"))
 
     def load(path):
-        return load_policy(path, args, mesh, device, probe)
+        return load_policy(path, args, device, probe)
 
     if args.ref_model is None:
         policy = load(args.model)
