@@ -306,6 +306,16 @@ def test_weights_penalty_and_everything_else_untouched(tmp_path, run, folder):
     assert meta(tmp_path / "s.jsonl")["arguments"]["reward_weights"] == [0, 0.5, -2]
 
 
+def test_weights_by_name_and_by_place():
+    names = ["rm", "gold", "judge"]
+    assert score.weights([], names) == [1, 1, 1]
+    assert score.weights(["1", "0", "-.5"], names) == [1, 0, -0.5]
+    assert score.weights(["judge=2", "gold=0"], names) == [1, 0, 2]
+    for wrong in (["1", "2"], ["gold=0", "1", "1"], ["silver=0"], ["gold=0", "gold=1"], ["gold=none"], ["a", "b", "c"]):
+        with pytest.raises(records.Stop, match="--reward_weights"):
+            score.weights(wrong, names)
+
+
 def test_names_and_a_second_scoring(tmp_path, run, folder):
     """Several models are called by their folders; scoring a scored file adds to its rewards."""
     models.reward_model(tmp_path / "other", seed=1)
