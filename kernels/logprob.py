@@ -81,14 +81,14 @@ if triton:
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)  # [BLOCK]
             z, slope = load_z(x, bias, v, V, stride, scale, cap, BIAS, CAP)
-            e = tl.where((v == y) | (v >= V), 0.0, tl.exp(z - c))
+            e = tl.where(v == y, 0.0, tl.exp(z - c))  # 0 beyond V
             total += e
             if GRAD:
                 tl.store(q + v, (e * slope).to(q.dtype.element_ty), mask=v < stride)
         return tl.sum(total, axis=0)  # [BLOCK] -> scalar
 
     @triton.jit
-    def row_kernel(x, bias, target, q, S, D, V, stride, scale, cap, far,
+    def row_kernel(x, bias, target, q, s_out, d_out, V, stride, scale, cap, far,
                    BIAS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
         """One program a row of V logits: reads 4 V bytes and writes 2 V (Q in bf16), or nothing without GRAD."""
         row = tl.program_id(0).to(tl.int64)  # 16384 rows of 151936 are past int32
@@ -109,8 +109,8 @@ if triton:
         if GRAD:
             tl.debug_barrier()  # the thread that wrote 0 at y may be another one
             tl.store(q + y, (-s * slope).to(q.dtype.element_ty))
-        tl.store(S + row, s)
-        tl.store(D + row, zy - c)
+        tl.store(s_out + row, s)
+        tl.store(d_out + row, zy - c)
 
 
 def rows_triton(x, bias, target, q, scale, cap):
