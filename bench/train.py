@@ -366,11 +366,11 @@ def main():
                     last = task["runs"][-1]
                     says = last.get("failed") or f"{statistics.median(last['seconds']):.2f} s/step"
                     print(f"  round {round + 1}: {task['name']}: {says}", file=sys.stderr, flush=True)
-        lines = ["", shape, *table(tasks, lengths, config, peak, 2e-2 if cuda else 1e-4)]
+                lines = ["", shape, *table(tasks, lengths, config, peak, 2e-2 if cuda else 1e-4)]
+                if args.save:  # after each round: what is measured is kept if the next one is cut short
+                    args.save.write_text("\n".join(out + lines) + "\n")
         print("\n".join(lines), flush=True)
         out += lines
-        if args.save:
-            args.save.write_text("\n".join(out) + "\n")
 
 
 if __name__ == "__main__":
