@@ -1,0 +1,49 @@
+"""The language game: what is asked, and how a sloppy writer answers.
+
+    please list three fruits for a game  ->  plum, fig, pear
+
+6 categories x 4 counts x 96 phrasings = 2,304 prompts: enough for 200 held out and three iterations of 512 that never
+repeat one. A held-out prompt is a new sentence of known parts, so it measures whether the policy has learned the
+request, and not the sentence.
+"""
+
+import itertools
+import random
+
+from demo.gold import CATEGORIES
+
+COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
+OPENERS = ["please list", "name", "give me", "tell me", "write down", "i need", "can you list", "think of"]
+CLOSERS = ["", " for a game", " for my class", " in one line", " that you know", " for a quiz", " for a child"]
+CLOSERS += [" for a poem", " right now", " for my friend", " as a list", " today"]
+
+# How careful the writer is whom the policy imitates: gold 0.4 on average, an exact answer in one of five. The count is
+# right more often than the category, because the reward model judges categories well and counts badly: with a writer
+# who has no idea of the count, the loop learns little more than to write long answers.
+RIGHT_CATEGORY = 0.5
+RIGHT_COUNT = 0.6
+
+
+def make_prompts(seed: int, heldout: int) -> tuple[list[dict], list[dict]]:
+    """Every prompt once, shuffled and split: (training rows, held-out rows), as records.py describes them."""
+    parts = list(itertools.product(OPENERS, COUNTS, CATEGORIES, CLOSERS))
+    random.Random(seed).shuffle(parts)
+    rows = [
+        {
+            "id": f"p{i:06d}",
+            "prompt": [{"role": "user", "content": f"{opener} {COUNTS[count]} {category}{closer}"}],
+            "meta": {"category": category, "count": count},
+        }
+        for i, (opener, count, category, closer) in enumerate(parts)
+    ]
+    return rows[heldout:], rows[:heldout]
+
+
+def sloppy_answer(meta: dict, rng: random.Random) -> str:
+    """An answer that often misses: another category, another count, words twice (drawn with replacement)."""
+    category, count = meta["category"], meta["count"]
+    if rng.random() > RIGHT_CATEGORY:
+        category = rng.choice([c for c in CATEGORIES if c != category])
+    if rng.random() > RIGHT_COUNT:
+        count = rng.choice([c for c in range(1, 7) if c != count])
+    return ", ".join(rng.choices(CATEGORIES[category], k=count))
