@@ -84,81 +84,53 @@ INTERRUPTED = 75  # EX_TEMPFAIL: "try again later"; iterate.sh tells it from a f
 
 def arguments():
     p = parser(__doc__)
+    add = p.add_argument
+    # fmt: off
     # Models and data
-    p.add_argument("--model", required=True, help="the policy to start from: a folder or a hub name")
-    p.add_argument("--ref_model", help="the reference; default: --model itself, which costs no second model")
-    p.add_argument("--pairs", nargs="+", help="pairs.jsonl; several are concatenated (history)")
-    p.add_argument("--output", help="folder of the trained policy; train.jsonl goes beside it")
-    p.add_argument("--max_length", type=int, help="longer prompt + answer is dropped; default: the model's positions")
+    add("--model", required=True, help="the policy to start from: a folder or a hub name")
+    add("--ref_model", help="the reference; default: --model itself, which costs no second model")
+    add("--pairs", nargs="+", help="pairs.jsonl; several are concatenated (history)")
+    add("--output", help="folder of the trained policy; train.jsonl goes beside it")
+    add("--max_length", type=int, help="longer prompt + answer is dropped; default: the model's positions")
     # The loss
-    p.add_argument(
-        "--beta", type=float, nargs="+", default=[0.1], help="0.1, as in the DPO paper; several: one an epoch"
-    )
-    p.add_argument("--loss_type", choices=("sigmoid", "ipo", "hinge", "robust"), default="sigmoid")
-    p.add_argument("--label_smoothing", type=float, help="share of flipped labels (sigmoid: default 0; robust: needed)")
-    p.add_argument("--nll_coef", type=float, default=0.0, help="weight of the chosen answer's NLL; default 0: DPO")
-    p.add_argument("--length_coef", type=float, help="reward per token of extra length in the margin; default 0")
+    add("--beta", type=float, nargs="+", default=[0.1], help="0.1, as in the DPO paper; several: one an epoch")
+    add("--loss_type", choices=("sigmoid", "ipo", "hinge", "robust"), default="sigmoid")
+    add("--label_smoothing", type=float, help="share of flipped labels (sigmoid: default 0; robust: needed)")
+    add("--nll_coef", type=float, default=0.0, help="weight of the chosen answer's NLL; default 0: DPO")
+    add("--length_coef", type=float, help="reward per token of extra length in the margin; default 0")
     # The optimizer; the defaults are OpenRLHF's and RLHFlow's
-    p.add_argument("--learning_rate", type=float, default=5e-7, help="5e-7: for full models of 1B and more")
-    p.add_argument("--batch_size", type=int, default=128, help="pairs an optimizer step, over all ranks")
-    p.add_argument("--num_train_epochs", type=int, default=1, help="1: fresh pairs come every iteration")
-    p.add_argument("--lr_scheduler", choices=("cosine", "linear", "constant"), default="cosine")
-    p.add_argument("--min_lr_ratio", type=float, help="where cosine and linear end, as a share; default 0.1")
-    p.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps with a rising learning rate")
-    p.add_argument("--weight_decay", type=float, default=0.0, help="0: the reference is what holds the weights")
-    p.add_argument("--adam_betas", type=float, nargs=2, default=[0.9, 0.95], metavar=("B1", "B2"))
-    p.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm; 0 does not")
+    add("--learning_rate", type=float, default=5e-7, help="5e-7: for full models of 1B and more")
+    add("--batch_size", type=int, default=128, help="pairs an optimizer step, over all ranks")
+    add("--num_train_epochs", type=int, default=1, help="1: fresh pairs come every iteration")
+    add("--lr_scheduler", choices=("cosine", "linear", "constant"), default="cosine")
+    add("--min_lr_ratio", type=float, help="where cosine and linear end, as a share; default 0.1")
+    add("--warmup_ratio", type=float, default=0.03, help="share of the steps with a rising learning rate")
+    add("--weight_decay", type=float, default=0.0, help="0: the reference is what holds the weights")
+    add("--adam_betas", type=float, nargs=2, default=[0.9, 0.95], metavar=("B1", "B2"))
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm; 0 does not")
     # Memory and speed
-    p.add_argument(
-        "--dtype",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="of the matrix products; auto: "
-        "bf16 on a GPU, fp32 on a CPU. Master weights, gradients and log-probs are fp32 either way",
-    )
-    p.add_argument("--save_dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as the model came")
-    p.add_argument("--tokens_per_batch", type=int, default=16384, help="a rank and forward; 16k fills a large GPU")
-    p.add_argument(
-        "--packing",
-        choices=("auto", "prefix", "packed", "padded"),
-        default="auto",
-        help="prefix shares "
-        "the prompt of a pair; packed does not; padded is for attention that cannot be packed; auto chooses",
-    )
-    p.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="recompute layers: a third more time, activations of one layer instead of all",
-    )
-    p.add_argument("--cpu_offload", action="store_true", help="weights and Adam states in host memory (GPU only)")
-    p.add_argument(
-        "--shard_size",
-        type=int,
-        help="ranks that share one copy of the weights; default: all. Set it to "
-        "the ranks of a machine and each machine holds a copy (HSDP)",
-    )
-    p.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="append it to a command: prints "
-        "the memory of a rank on a GPU, and ends. Needs config.json alone: no GPU, no weights, no --pairs or --output",
-    )
-    p.add_argument("--world_size", type=int, help="ranks of the dry run; default 1. torchrun sets those of a real one")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+        help="of the matrix products; auto: bf16 on a GPU, fp32 on a CPU. Weights and log-probs are fp32 either way")
+    add("--save_dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as the model came")
+    add("--tokens_per_batch", type=int, default=16384, help="a rank and forward; 16k fills a large GPU")
+    add("--packing", choices=("auto", "prefix", "packed", "padded"), default="auto",
+        help="prefix: a pair shares its prompt; packed: it does not; padded: for attention that cannot be packed")
+    add("--gradient_checkpointing", action="store_true",
+        help="recompute layers: a third more time, activations of one layer instead of all")
+    add("--cpu_offload", action="store_true", help="weights and Adam states in host memory (GPU only)")
+    add("--shard_size", type=int,
+        help="ranks that share one copy of the weights; default all. A machine's ranks: a copy on each (HSDP)")
+    add("--dry_run", action="store_true",
+        help="print the memory of a rank on a GPU, and end. Needs config.json alone: no weights, --pairs or --output")
+    add("--world_size", type=int, help="ranks of the dry run; default 1. torchrun sets those of a real one")
     # Watching and stopping
-    p.add_argument(
-        "--save_every",
-        type=int,
-        default=0,
-        help="steps between checkpoints; 0: only on SIGTERM, because "
-        "one is 12 bytes a parameter and an iteration is short",
-    )
-    p.add_argument(
-        "--max_logprob_gap",
-        type=float,
-        help="the audit's tolerance, mean nats a token; default 1e-3 in fp32, 0.05 in bf16",
-    )
-    p.add_argument("--seed", type=int, default=0, help="order of the pairs")
-    p.add_argument("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none")
+    add("--save_every", type=int, default=0,
+        help="steps between checkpoints; 0: only on SIGTERM, for one is 12 bytes a parameter and an iteration short")
+    add("--max_logprob_gap", type=float,
+        help="the audit's tolerance, mean nats a token; default 1e-3 in fp32, 0.05 in bf16")
+    add("--seed", type=int, default=0, help="order of the pairs")
+    add("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none")
+    # fmt: on
     return p
 
 
