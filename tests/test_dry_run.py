@@ -1,0 +1,213 @@
+"""What --dry_run predicts is what two ranks allocate; the flops behind MFU are what torch counts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from models import causal_lm, config
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+import dpo_train
+from dpo_train import Policy, matmul_weights, model_flops
+from kernels import attention, logprob
+from kernels.attention import ATTENTION
+from kernels.packing import collate
+from records import dump
+
+# What FSDP holds on rank 0: within a forward, between two microbatches, and after a step.
+MEASURE = """
+import json, numpy as np, torch, dpo_train
+from kernels.packing import collate
+
+args = dpo_train.parse(dpo_train.arguments())
+args.packing = "prefix"
+device, found = dpo_train.start(), {}
+size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+pair = {k: np.arange(9, dtype=np.int32) for k in ("prompt", "chosen", "rejected")} | {"id": "a"}
+policy = dpo_train.load_policy(args.model, args, device, pair)
+layers = dpo_train.layers_of(policy)
+within = {p for layer in layers for p in layer.parameters()}
+root = [n for n, p in policy.named_parameters() if p not in within]
+seen = lambda *_: found.update(
+    layer=size(layers[0].parameters()), root=size(p for n, p in policy.named_parameters() if n in root)
+)
+layers[0].mlp.register_forward_hook(seen)
+optimizer = torch.optim.AdamW(policy.parameters())
+for last in (False, True):
+    policy.set_requires_gradient_sync(last)
+    policy(collate([pair], "prefix", device)).sum().backward()
+    if not last:
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in (policy, *layers)]
+        whole = [p.unsharded_accumulated_grad for g in groups for p in g.fsdp_params]
+        found["whole"] = size(whole)
+optimizer.step()
+local = [p.to_local() for p in policy.parameters()]
+found["weights"], found["gradients"] = size(local), size(p.grad.to_local() for p in policy.parameters())
+states = [s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+found["adam"] = size(states)
+if torch.distributed.get_rank() == 0:
+    print(json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
+
+# A whole run; prints how much the resident memory of rank 0 rises above what it was before a model was loaded.
+RESIDENT = """
+import json, re, dpo_train
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def train(*args):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew: loading is not what is predicted
+    figures = original(*args)
+    if dpo_train.ranks()[0] == 0:
+        print(json.dumps({"resident": status("VmHWM") - before}))
+    return figures
+original, dpo_train.train, before = dpo_train.train, train, status("VmRSS")
+dpo_train.main()
+"""
+
+
+def two_ranks(folder, code, *arguments):
+    """Run code with torchrun; the JSON that rank 0 printed last."""
+    (folder / "code.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(folder / "code.py"), *map(str, arguments)]
+    # Freed memory goes back to the system at once, so that the resident size is what is in use.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+
+
+@pytest.fixture
+def predict(monkeypatch):
+    """predict(flags…) -> bytes of the dry run's rows, in order, under short names."""
+
+    def call(*flags):
+        args = dpo_train.parse(dpo_train.arguments(), [str(x) for x in ("--dry_run", *flags)])
+        with monkeypatch.context() as m:  # a dry run is the end of its process, and changes what it likes
+            for module, name in ((attention, "_flash_takes"), (logprob, "rows_torch"), (logprob, "CHUNK")):
+                m.setattr(module, name, getattr(module, name))
+            rows = dpo_train.memory(args, args.world_size)
+        torch.distributed.destroy_process_group()
+        names = "weights adam gradients root layers reduce activations logprobs working whole".split()
+        return dict(zip(names, rows.values(), strict=True))
+
+    return call
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_two_ranks_hold_exactly_the_bytes_predicted(tmp_path, predict, tie):
+    """Shards (of a vocabulary of 307, so uneven ones), what is gathered, and fp32 gradients kept whole in between."""
+    causal_lm(tmp_path / "m", "qwen2", tie=tie)
+    flags = ["--model", tmp_path / "m", "--dtype", "bf16"]
+    found = two_ranks(tmp_path, MEASURE, *flags)
+    said = predict(*flags, "--world_size", 2)
+    assert {k: said[k] for k in ("weights", "adam", "gradients", "root", "whole")} == {
+        k: found[k] for k in ("weights", "adam", "gradients", "root", "whole")
+    }
+    assert said["layers"] == 2 * found["layer"]  # one at work and the next on its way
+
+
+def test_activations_are_those_of_the_equations(tmp_path, predict):
+    """A recomputed layer keeps its input and nothing else, a log-prob its row of Q and its hidden state."""
+    flags = ["--tokens_per_batch", 1800, "--world_size", 1, "--dtype", "bf16"]
+    said = {}
+    for layers, *more in ((2, "--gradient_checkpointing"), (4, "--gradient_checkpointing"), (4,)):
+        config("qwen2", num_hidden_layers=layers, max_position_embeddings=2048).save_pretrained(tmp_path)
+        said[layers, bool(more)] = predict("--model", tmp_path, *flags, *more)
+    assert said[4, True]["activations"] - said[2, True]["activations"] == 2 * 1800 * 64 * 2
+    assert said[4, False]["activations"] > 4 * said[4, True]["activations"]
+    answers, row = 1400, 320  # of 2 pairs of 200 + 350 + 350; V = 307, in 16-byte loads 320
+    kept = answers * (row + 64) - 1800 * 64  # from here on nobody holds the last hidden states of all tokens
+    assert said[4, True]["logprobs"] == pytest.approx(2 * kept, rel=0.03)
+
+
+def test_peak_memory_of_two_ranks_is_near_the_prediction(tmp_path, predict):
+    """25M parameters: half of the states, activations and all, against the resident memory of rank 0 in a real run.
+
+    A CPU's attention kernels and gloo's buffers are others than a GPU's, so this is a bound and no equality.
+    """
+    shape = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+    causal_lm(tmp_path / "m", "llama", num_hidden_layers=6, max_position_embeddings=2048, **shape)
+    ids = {f"{k}_token_ids": [5] * n for k, n in dict(prompt=200, chosen=350, rejected=350).items()}
+    row = {"prompt": "x", "chosen": "x", "rejected": "x"} | ids
+    (tmp_path / "pairs.jsonl").write_text("".join(dump({"id": str(i)} | row) for i in range(4)))
+    flags = ["--model", tmp_path / "m", "--tokens_per_batch", 900, "--dtype", "fp32", "--batch_size", "2"]
+    said = predict(*flags, "--world_size", 2)
+    needed = sum(said.values()) - said["whole"]  # 2 pairs a step: one microbatch a rank
+    files = ["--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "o"]
+    found = two_ranks(tmp_path, RESIDENT, *flags, *files)["resident"]
+    print(f"predicted {needed / 2**20:.0f} MiB, resident {found / 2**20:.0f} MiB")
+    assert 0.8 < found / needed < 1.2  # 528 MiB, predicted 556, when this was written
+
+
+def test_a_dry_run_needs_a_config_only_and_adds_up(tmp_path, stage):
+    config("llama").save_pretrained(tmp_path)
+    flags = ["--model", tmp_path, "--tokens_per_batch", 2_000_000, "--world_size", 8, "--shard_size", 4, "--dry_run"]
+    lines = stage("dpo_train.py", *flags, "--cpu_offload").stdout.splitlines()
+    assert "rank 0 of 8, bf16" in lines[0]
+    sizes = {line[12:]: float(line[:10]) for line in lines[1:]}
+    host = [name for name in sizes if "(host memory)" in name]
+    assert len(host) == 3
+    *rows, total, several = (size for name, size in sizes.items() if name not in host)
+    assert total == pytest.approx(sum(rows), abs=0.005 * len(rows) + 0.005) and total > 1
+    assert several >= total
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--pairs", "p", "--output", "o", "--world_size", "2"], "--world_size has no effect without --dry_run"),
+        (["--output", "o"], "--pairs and --output are needed"),
+        (["--dry_run", "--world_size", "8", "--shard_size", "3"], "must divide the number of ranks (8"),
+    ],
+)
+def test_a_flag_without_effect_is_an_error(stage, flags, says):
+    done = stage("dpo_train.py", "--model", "m", *flags, check=False)
+    assert done.returncode == 1 and says in done.stderr
+
+
+# ---- the flops behind MFU --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "olmo2"])
+def test_model_flops_are_what_torch_counts(tmp_path, arch, tie):
+    """Matrix products of a real forward and backward, all of them; of attention what the causal mask leaves."""
+    causal_lm(tmp_path, arch, tie=tie)
+    policy = Policy(AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=ATTENTION).train())
+    pairs = [
+        {k: np.full(n, 7, np.int32) for k, n in zip(("prompt", "chosen", "rejected"), x, strict=True)}
+        for x in ((5, 9, 3), (1, 1, 14))
+    ]
+    with FlopCounterMode(display=False) as counter:
+        policy(collate(pairs, "prefix", "cpu")).sum().backward()
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+
+    # Attention a query at a time: every key that is counted is one that is seen. Backward is twice the forward.
+    c = policy.model.config
+    q = torch.randn(1, c.num_attention_heads, 1, c.head_dim, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        for pair in pairs:
+            p, y, n = (len(pair[k]) for k in ("prompt", "chosen", "rejected"))
+            for keys in [*range(1, p + y + 1), *range(p + 1, p + n + 1)]:
+                k = torch.randn(1, c.num_attention_heads, keys, c.head_dim, device="meta")
+                scaled_dot_product_attention(q, k, k)
+    looking = 3 * c.num_hidden_layers * counter.get_total_flops()
+    assert model_flops(c, matmul_weights(policy), pairs) == products + looking
+
+
+def test_an_expert_that_a_token_does_not_see_is_no_flop(tmp_path):
+    c = config("qwen3_moe", num_experts=4, num_experts_per_tok=1, moe_intermediate_size=32)
+    with torch.device("meta"):
+        policy = Policy(AutoModelForCausalLM.from_config(c))
+    experts = 3 * 64 * 32 * c.num_hidden_layers  # gate, up and down of one
+    every = sum(p.numel() for n, p in policy.named_parameters() if p.ndim > 1 and ".layers." in n)
+    assert matmul_weights(policy) == every - 3 * experts
