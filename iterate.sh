@@ -27,8 +27,8 @@ if [[ -z "${MODEL:-}" ]]; then # the demo: a small language game, built offline 
     GOLD_FN=${GOLD_FN:-demo/gold.py:gold} # the truth of the game, which only the report sees
     PROMPTS_PER_ITER=${PROMPTS_PER_ITER:-512}
     GENERATE_ARGS=${GENERATE_ARGS:---max_new_tokens 40}
-    # A policy of 0.4M parameters takes a learning rate 600 times that of a 1B model, and smaller batches.
-    TRAIN_ARGS=${TRAIN_ARGS:---learning_rate 3e-4 --batch_size 32}
+    # A policy of 0.4M parameters takes a learning rate 400 times that of a 1B model, and smaller batches.
+    TRAIN_ARGS=${TRAIN_ARGS:---learning_rate 2e-4 --batch_size 32}
 fi
 RUN=${RUN:?name the run: RUN=runs/NAME}
 PROMPTS=${PROMPTS:?prompts.jsonl to train on; tools/prepare_prompts.py makes it}
