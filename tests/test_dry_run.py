@@ -150,14 +150,14 @@ def test_peak_memory_of_two_ranks_is_near_the_prediction(tmp_path, predict):
 
 def test_a_dry_run_needs_a_config_only_and_adds_up(tmp_path, stage):
     config("llama").save_pretrained(tmp_path)
-    flags = ["--model", tmp_path, "--tokens_per_batch", 2_000_000, "--world_size", 8, "--shard_size", 4, "--dry_run"]
+    flags = ["--model", tmp_path, "--tokens_per_batch", 200_000, "--world_size", 8, "--shard_size", 4, "--dry_run"]
     lines = stage("dpo_train.py", *flags, "--cpu_offload").stdout.splitlines()
     assert "rank 0 of 8, bf16" in lines[0]
     sizes = {line[12:]: float(line[:10]) for line in lines[1:]}
     host = [name for name in sizes if "(host memory)" in name]
     assert len(host) == 3
     *rows, total, several = (size for name, size in sizes.items() if name not in host)
-    assert total == pytest.approx(sum(rows), abs=0.005 * len(rows) + 0.005) and total > 1
+    assert total == pytest.approx(sum(rows), abs=0.005 * len(rows) + 0.005) and total > 0.1
     assert several >= total
 
 
