@@ -3,7 +3,7 @@
 A prompt asks for COUNT words of a CATEGORY: "please list three fruits for a game". With S the set of distinct words of
 that category in the answer,
 
-    gold = |S| / max(COUNT, number of items in the answer)
+    gold = min(|S|, COUNT) / max(COUNT, number of items in the answer)
 
 so "plum, fig, pear" is 1.0, and every missing, surplus, repeated or foreign item costs its share.
 
@@ -33,4 +33,4 @@ def gold(prompt, response: str, meta: dict) -> float:
         raise ValueError(f'gold needs a prompt of the demo, with "category" and "count" in its meta; this is {meta}')
     items = re.split(r"\s*(?:,|\n|\band\b)\s*", response.lower().strip(" \n."))
     right = set(items) & set(CATEGORIES[meta["category"]])
-    return len(right) / max(meta["count"], len(items))
+    return min(len(right), meta["count"]) / max(meta["count"], len(items))

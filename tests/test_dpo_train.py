@@ -14,15 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from models import causal_lm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_train
+from conftest import ROOT
 from dpo_train import Policy, all_logprobs, dpo_loss, learning_rate
 from kernels.attention import ATTENTION
 from kernels.packing import collate, cost, microbatches
+from models import causal_lm
 from records import dump, hash_path
 
 

@@ -8,17 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from models import causal_lm, config
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import dpo_train
+from conftest import ROOT
 from dpo_train import Policy, matmul_weights, model_flops
 from kernels import attention, logprob
 from kernels.attention import ATTENTION
 from kernels.packing import collate
+from models import causal_lm, config
 from records import dump
 
 # What FSDP holds on rank 0: within a forward, between two microbatches, and after a step.

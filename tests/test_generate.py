@@ -11,12 +11,12 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT
-from models import SPECIAL, VOCAB, causal_lm, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config
 
 import generate
 import records
+from conftest import ROOT
+from models import SPECIAL, VOCAB, causal_lm, tokenizer
 
 CHAT = [
     [{"role": "user", "content": "please name three fruits"}],

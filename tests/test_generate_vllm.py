@@ -14,12 +14,12 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import ROOT
-from models import causal_lm
-from test_generate import CHAT, STOPS, check_answers, chi_square_fits, next_token, write_prompts
 
 import generate
 import records
+from conftest import ROOT
+from models import causal_lm
+from test_generate import CHAT, STOPS, check_answers, chi_square_fits, next_token, write_prompts
 
 pytestmark = [
     pytest.mark.vllm,

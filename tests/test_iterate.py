@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
+
 from conftest import ROOT
 from models import causal_lm
-
 from records import dump, hash_path
 
 REWARD = "def reward(prompt, response, meta):\n    return response.count('e') - 0.01 * len(response)\n"

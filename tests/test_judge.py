@@ -11,10 +11,10 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import models
 import pytest
 import torch
 
+import models
 import records
 import score
 

@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+
 from conftest import ROOT
 
 STAGES = ("generate.py", "score.py", "make_pairs.py", "dpo_train.py")

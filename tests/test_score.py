@@ -10,14 +10,14 @@ import time
 import tracemalloc
 from pathlib import Path
 
-import models
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
+import models
 import records
 import score
+from conftest import ROOT
 
 WORDS = "plum fig pear name three the user asks for fruits".split()
 
