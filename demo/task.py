@@ -17,9 +17,8 @@ OPENERS = ["please list", "name", "give me", "tell me", "write down", "i need", 
 CLOSERS = ["", " for a game", " for my class", " in one line", " that you know", " for a quiz", " for a child"]
 CLOSERS += [" for a poem", " right now", " for my friend", " as a list", " today"]
 
-# How careful the writer is whom the policy imitates: gold 0.4 on average, an exact answer in one of five. The count is
-# right more often than the category, because the reward model judges categories well and counts badly: with a writer
-# who has no idea of the count, the loop learns little more than to write long answers.
+# How careful the writer is whom the policy imitates. So careless that most answers fail (gold 0.37 on average, one in
+# six exact), and so varied that the best of eight answers is mostly a good one: what there is to learn from pairs.
 RIGHT_CATEGORY = 0.5
 RIGHT_COUNT = 0.6
 
