@@ -21,27 +21,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a script, yet part of the repository
 
-from transformers.utils import logging
-
 import records
 from demo.task import make_prompts
-from demo.train_policy import train_policy
-from demo.train_reward_model import accuracy, compare, sample, train_reward_model
 
 
 def main() -> None:
     p = records.parser(__doc__)
     p.add_argument("--output", default="demo/build/seed_0", help="folder to build (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the split, the weights, the answers and the noise")
-    p.add_argument("--heldout", type=int, default=200, help="prompts kept for evaluation, of 2,304 (default: 200)")
     p.add_argument("--policy_steps", type=int, default=400, help="of 32 answers; flat by 300 (default: 400)")
     p.add_argument("--comparisons", type=int, default=5000, help="noisy choices, seen twice (default: 5000)")
     args = records.parse(p)
     stage = records.Stage(args, {"code": sorted(Path(__file__).parent.glob("*.py"))}, args.output)
-    logging.disable_progress_bar()
 
+    # Here and not above: torch and transformers take seconds to import, and often there is nothing left to do.
+    from transformers.utils import logging
+
+    from demo.train_policy import train_policy
+    from demo.train_reward_model import accuracy, compare, sample, train_reward_model
+
+    logging.disable_progress_bar()
     started = time.time()
-    prompts, heldout = make_prompts(args.seed, args.heldout)
+    prompts, heldout = make_prompts(args.seed)
     policy, tokenizer = train_policy(prompts, args.seed, args.policy_steps)
     print(f"the policy was trained in {time.time() - started:.0f} s and writes:")
     for row, answer in zip(heldout[:3], sample(policy, tokenizer, heldout[:3]), strict=True):

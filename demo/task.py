@@ -23,7 +23,7 @@ RIGHT_CATEGORY = 0.5
 RIGHT_COUNT = 0.6
 
 
-def make_prompts(seed: int, heldout: int) -> tuple[list[dict], list[dict]]:
+def make_prompts(seed: int, heldout: int = 200) -> tuple[list[dict], list[dict]]:
     """Every prompt once, shuffled and split: (training rows, held-out rows), as records.py describes them."""
     parts = list(itertools.product(OPENERS, COUNTS, CATEGORIES, CLOSERS))
     random.Random(seed).shuffle(parts)

@@ -63,11 +63,11 @@ def test_no_word_belongs_to_two_categories():
 
 def test_prompts_are_split_once_and_for_all():
     """PITFALLS 15: training and held-out prompts share neither id nor text; another seed is another split."""
-    prompts, heldout = make_prompts(seed=0, heldout=200)
+    prompts, heldout = make_prompts(seed=0)
     assert (len(prompts), len(heldout)) == (2104, 200)
     for key in (lambda row: row["id"], lambda row: row["prompt"][0]["content"]):
         assert len({key(row) for row in prompts + heldout}) == 2304
-    assert {row["prompt"][0]["content"] for row in make_prompts(1, 200)[1]} != {
+    assert {row["prompt"][0]["content"] for row in make_prompts(1)[1]} != {
         row["prompt"][0]["content"] for row in heldout
     }
 
