@@ -869,7 +869,11 @@ def main():
             lambda: all_logprobs(load(args.ref_model), pairs, first_epoch, args.packing, device), pairs, args, stage
         )  # that model is gone when this returns
         policy = load(args.model)
-        before = all_logprobs(policy, pairs, plans[:1], args.packing, device)  # one step's pairs, for the audit
+        own = [i for i, pair in enumerate(pairs) if stage.hashes["model"] in pair["models"]][: args.batch_size]
+        costs = [cost(pairs[i], args.packing) for i in own]
+        bins = microbatches(costs, args.tokens_per_batch, ranks()[1], args.packing) if own else []
+        plan = [[[own[j] for j in bin] for bin in of_rank] for of_rank in bins]
+        before = all_logprobs(policy, pairs, [plan] if own else [], args.packing, device)  # a step's worth, to audit
 
     # 4. Audit, train, save
     audited = audit(
