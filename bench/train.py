@@ -1,7 +1,7 @@
 """One optimizer step of DPO, ours against TRL 1.16's DPOTrainer: pairs and answer tokens a second, MFU, peak memory.
 
-    OMP_NUM_THREADS=1 python -m bench.train --rounds 3 --save bench/results/train_cpu.txt       a small model on a CPU
-    python -m bench.train --shapes Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-7B --save bench/results/train_gpu.txt       a GPU
+    OMP_NUM_THREADS=1 python -m bench.train --rounds 2 --steps 4 --save bench/results/train_cpu.txt   a small model, CPU
+    python -m bench.train --shapes Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-7B --save bench/results/train_gpu.txt   a GPU
 
 Without trl in the environment it measures our side alone. What is compared, and how it is kept fair:
 
@@ -317,7 +317,7 @@ def main():
     p.add_argument("--rounds", type=int, default=1, help="runs of each contender, in alternation")
     p.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
     p.add_argument("--packing", nargs="+", default=["padded", "packed", "prefix"], help="ours; dpo_train.py --help")
-    p.add_argument("--tokens_per_batch", type=int, nargs="+", default=[16384 if cuda else 1024], help="ours")
+    p.add_argument("--tokens_per_batch", type=int, nargs="+", default=[16384 if cuda else 768], help="ours")
     p.add_argument("--ours_args", default="", help="more flags for dpo_train.py, as one string: '--cpu_offload'")
     p.add_argument("--trl_batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16] if cuda else [1, 4],
                    help="pairs of a microbatch; those that divide --pairs")  # fmt: skip
