@@ -1,4 +1,4 @@
-"""Build the demo, offline, in about a minute on two CPU cores.
+"""Build the demo, offline, in some 75 seconds of one CPU core.
 
     prompts.jsonl, heldout.jsonl    what is asked, disjoint by id and text (task.py)
     policy/                         a Llama pre-trained on sloppy answers (train_policy.py)
