@@ -151,8 +151,9 @@ report
 
 for ((i = 1; i <= ITERS; i++)); do
     now=$RUN/$(printf 'iter_%02d' "$i")
-    if [[ $KEEP == last && -e $now/eval/scored.jsonl && ! -e $now/policy ]]; then
-        echo "$now: done, and its policy was not kept"
+    if [[ $KEEP == last && -e $now/eval/scored.jsonl ]] && [[ ! -e $now/policy || $policy == "$RUN"/* && ! -e $policy ]]; then
+        echo "$now: done; its policy or the one before was not kept"
+        previous=$policy
         policy=$now/policy
         continue
     fi
