@@ -29,56 +29,49 @@ the same. What happens, in order:
   4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once (kernels/packing.py and
      attention.py); log-probs come from kernels/logprob.py, which never holds the logits. Weights are fp32, always: at
      a learning rate of 5e-7, AdamW on bf16 weights rounds nearly every update away.
-  5. Save a Hugging Face folder. SIGTERM saves a checkpoint and exits with 75; the same command goes on from it.
+  5. Save a Hugging Face folder. SIGTERM in training saves a checkpoint and exits with 75; the same command goes on.
 """
 
+import gc
 import hashlib
 import json
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
-import weakref
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as state_dicts
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from kernels import attention, logprob
+from kernels import footprint
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal
 from kernels.logprob import linear_logprob, lm_head, logprob_from_logits
 from kernels.packing import collate, cost, microbatches
 from records import Stage, Stop, barrier, dump, parse, parser, ranks, read_jsonl, remove, run, seed_of, whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Flags that do not change the result: a run may go on with others.
-FREE = ("save_every", "report_to", "max_logprob_gap", "dry_run", "world_size")
+PARTS = ("prompt", "chosen", "rejected")
+# Flags that change the result by rounding at most: a run that ran out of memory, say, may go on with others.
+FREE = ("tokens_per_batch", "gradient_checkpointing", "cpu_offload", "shard_size", "save_every", "report_to")
+FREE += ("max_logprob_gap", "dry_run", "world_size")
 INTERRUPTED = 75  # EX_TEMPFAIL: "try again later"; iterate.sh tells it from a failure
 
 
@@ -127,7 +120,7 @@ def arguments():
     add("--save_every", type=int, default=0,
         help="steps between checkpoints; 0: only on SIGTERM, for one is 12 bytes a parameter and an iteration short")
     add("--max_logprob_gap", type=float,
-        help="the audit's tolerance, mean nats a token; default 1e-3 in fp32, 0.05 in bf16")
+        help="the audit's tolerance, mean nats a root of tokens; default 1e-3 in fp32, 0.05 in bf16")
     add("--seed", type=int, default=0, help="order of the pairs")
     add("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none")
     # fmt: on
@@ -136,26 +129,25 @@ def arguments():
 
 def check(args, device, world: int) -> None:
     """A flag without effect is an error: it means that the run is not what its author thinks."""
-    if not args.dry_run and not (args.pairs and args.output):
-        raise Stop("--pairs and --output are needed, except with --dry_run")
-    if not args.dry_run and args.world_size is not None:
-        raise Stop("--world_size has no effect without --dry_run: torchrun sets the ranks of a run")
-    if args.loss_type in ("hinge", "ipo") and args.label_smoothing is not None:
-        raise Stop(f"--label_smoothing has no effect with --loss_type {args.loss_type}")
-    if args.loss_type == "robust" and not 0 < (args.label_smoothing or 0) < 0.5:
-        raise Stop("--loss_type robust needs --label_smoothing, the share of flipped labels, between 0 and 0.5")
-    if args.loss_type == "ipo" and args.length_coef is not None:
-        raise Stop("--length_coef has no effect with --loss_type ipo, which works on per-token means")
-    if args.lr_scheduler == "constant" and args.min_lr_ratio is not None:
-        raise Stop("--min_lr_ratio has no effect with --lr_scheduler constant")
-    if len(args.beta) not in (1, args.num_train_epochs):
-        raise Stop(f"--beta takes one value, or one for each of the {args.num_train_epochs} epochs")
-    if args.cpu_offload and device.type == "cpu":
-        raise Stop("--cpu_offload has no effect without a GPU: the weights are in host memory already")
-    if args.shard_size is not None and (world == 1 or world % args.shard_size):
-        raise Stop(f"--shard_size {args.shard_size} must divide the number of ranks ({world}, more than one)")
-    if min(args.batch_size, args.num_train_epochs, args.tokens_per_batch) < 1:
-        raise Stop("--batch_size, --num_train_epochs and --tokens_per_batch must be at least 1")
+    loss, e, size = args.loss_type, args.label_smoothing, args.shard_size
+    for wrong, why in (
+        (not args.dry_run and not (args.pairs and args.output), "--pairs and --output are needed without --dry_run"),
+        (not args.dry_run and args.world_size, "--world_size has no effect without --dry_run: torchrun sets it"),
+        (loss in ("hinge", "ipo") and e is not None, f"--label_smoothing has no effect with --loss_type {loss}"),
+        (loss == "robust" and not 0 < (e or 0) < 0.5, "--loss_type robust needs --label_smoothing between 0 and 0.5"),
+        (loss == "ipo" and args.length_coef is not None, "--length_coef has no effect with --loss_type ipo"),
+        (args.lr_scheduler == "constant" and args.min_lr_ratio is not None,
+         "--min_lr_ratio has no effect with --lr_scheduler constant"),
+        (len(args.beta) not in (1, args.num_train_epochs),
+         f"--beta takes one value, or one for each of the {args.num_train_epochs} epochs"),
+        (args.cpu_offload and device.type == "cpu", "--cpu_offload has no effect without a GPU"),
+        (size is not None and (world == 1 or size < 1 or world % size),
+         f"--shard_size {size} must divide the number of ranks ({world}, more than one)"),
+        (min(args.batch_size, args.num_train_epochs, args.tokens_per_batch) < 1,
+         "--batch_size, --num_train_epochs and --tokens_per_batch must be at least 1"),
+    ):  # fmt: skip
+        if wrong:
+            raise Stop(why)
     if args.batch_size < 128 and args.learning_rate <= 5e-7:
         say(
             f"note: --batch_size {args.batch_size} at --learning_rate {args.learning_rate:g}: the rate was tuned for "
@@ -167,6 +159,12 @@ def say(text: str) -> None:
     if ranks()[0] == 0:
         tqdm.write(text)
         sys.stdout.flush()
+
+
+def progress(name: str, total: int, unit: str, done: int = 0) -> tqdm:
+    """A bar on rank 0. In a log file it appears after half a minute, and then every half minute."""
+    pace = {} if sys.stderr.isatty() else {"mininterval": 30, "delay": 30, "ascii": True}
+    return tqdm(desc=name, total=total, initial=done, unit=unit, disable=ranks()[0] > 0, leave=False, **pace)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -198,27 +196,19 @@ def dpo_loss(policy, reference, lengths, beta: float, args) -> torch.Tensor:
 
 
 def load_pairs(args, tokenizer, config) -> tuple[list[dict], int, Counter]:
-    """(pairs, rows read, rows dropped by reason). Token ids are int32 arrays: a quarter of a list's memory.
-
-    A pair without token ids (anyone's preference data) is rendered with the chat template, and dropped when the prompt
-    is no prefix of prompt + answer: the boundary is then inside a token, and there is no right place to cut.
-    """
-    shape = {"prompt": (str, list), "chosen": (str, list), "rejected": (str, list)}
+    """(pairs, rows read, rows dropped by reason). Token ids are int32 arrays: a quarter of a list's memory."""
     vocabulary = config.get_text_config().vocab_size
-    limit = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    limit = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     pairs, total, rendered, dropped = [], 0, 0, Counter()
-    for file, path in enumerate(args.pairs):
-        for line, row in enumerate(read_jsonl(path, shape), 1):
+    for path in args.pairs:
+        for line, row in enumerate(read_jsonl(path, dict.fromkeys(PARTS, (str, list))), 1):
             total += 1
-            if "chosen_token_ids" in row:
-                ids = [row.get(f"{k}_token_ids") for k in ("prompt", "chosen", "rejected")]
-                if None in ids:
-                    raise Stop(
-                        f"{path}:{line}: has chosen_token_ids; prompt_token_ids and rejected_token_ids must go with it"
-                    )
-            else:
+            ids = [row.get(f"{k}_token_ids") for k in PARTS]
+            if ids == [None] * 3:
                 rendered += 1
                 ids = render(row, tokenizer, f"{path}:{line}")
+            elif None in ids:
+                raise Stop(f"{path}:{line}: prompt_, chosen_ and rejected_token_ids come together, or not at all")
             reason = (
                 "template_not_prefix" if ids is None
                 else "no_tokens" if not all(ids)
@@ -229,16 +219,13 @@ def load_pairs(args, tokenizer, config) -> tuple[list[dict], int, Counter]:
                 dropped[reason] += 1
                 continue
             if not 0 <= min(map(min, ids)) <= max(map(max, ids)) < vocabulary:
-                raise Stop(
-                    f"{path}:{line}: a token id outside 0 … {vocabulary - 1}: made with another model's tokenizer?"
-                )
-            prompt, chosen, rejected = (np.asarray(x, dtype=np.int32) for x in ids)
-            pairs.append({
-                "prompt": prompt, "chosen": chosen, "rejected": rejected,
-                "id": row.get("id", f"{path}:{line}"), "file": file, "line": line,
+                raise Stop(f"{path}:{line}: a token id outside 0 … {vocabulary - 1}: another model's tokenizer?")
+            pairs.append({k: np.asarray(x, dtype=np.int32) for k, x in zip(PARTS, ids, strict=True)})
+            pairs[-1] |= {
+                "id": row.get("id", f"{path}:{line}"),
                 "logprobs": [row.get("chosen_logprob"), row.get("rejected_logprob")],
                 "models": [row.get("chosen_model"), row.get("rejected_model")],
-            })  # fmt: skip
+            }
     if rendered:
         say(f"{rendered:,} pairs carry no token ids: rendered with the tokenizer and chat template of {args.model}")
     if not pairs:
@@ -247,21 +234,22 @@ def load_pairs(args, tokenizer, config) -> tuple[list[dict], int, Counter]:
 
 
 def render(row: dict, tokenizer, where: str) -> list[list[int]] | None:
-    """Token ids of (prompt, chosen, rejected) for a pair that has none; None when the prompt is no prefix."""
-    prompt = row["prompt"]
+    """Token ids of (prompt, chosen, rejected) for a pair that has none: anyone's preference data.
+
+    None when the prompt is no prefix of prompt + answer: the boundary is then inside a token, and nowhere right to cut.
+    """
+    prompt, answers = row["prompt"], (row["chosen"], row["rejected"])
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-        full = [tokenizer(prompt + row[k])["input_ids"] for k in ("chosen", "rejected")]
-        if tokenizer.eos_token_id is not None:
-            full = [f if f[-1] == tokenizer.eos_token_id else [*f, tokenizer.eos_token_id] for f in full]
+        ids, eos = tokenizer(prompt)["input_ids"], tokenizer.eos_token_id
+        full = [tokenizer(prompt + answer)["input_ids"] for answer in answers]
+        full = [f if eos is None or f[-1] == eos else [*f, eos] for f in full]
+    elif not tokenizer.chat_template:
+        raise Stop(
+            f"{where}: the prompt is a conversation, but the tokenizer has no chat template. Add one to its folder"
+        )
     else:
-        if not tokenizer.chat_template:
-            raise Stop(
-                f"{where}: the prompt is a conversation, but the tokenizer has no chat template. Add one to the "
-                "model's folder, or give pairs with token ids."
-            )
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        full = [tokenizer.apply_chat_template(prompt + row[k], return_dict=False) for k in ("chosen", "rejected")]
+        full = [tokenizer.apply_chat_template(prompt + answer, return_dict=False) for answer in answers]
     if any(f[: len(ids)] != ids for f in full):
         return None
     return [ids, *(f[len(ids) :] for f in full)]
@@ -276,10 +264,10 @@ def choose_packing(args, config, longest: int) -> None:
     refusal = packing_refusal(config, longest)
     if refusal and args.packing in ("prefix", "packed"):
         raise Stop(f"--packing {args.packing}: {args.model}: {refusal}. Use --packing padded.")
-    if refusal and args.packing == "auto":
-        say(f"{args.model}: {refusal}, so batches are padded")
     if args.packing == "auto":
         args.packing = "padded" if refusal else "prefix"
+        if refusal:
+            say(f"{args.model}: {refusal}, so batches are padded")
 
 
 class Policy(torch.nn.Module):
@@ -340,17 +328,16 @@ def load_policy(path: str, args, device, probe: dict) -> Policy:
     """
     config = AutoConfig.from_pretrained(path)
     policy = build_policy(config, args, device.type, ranks()[1])
-    model, fp32 = policy.model, args.dtype == "fp32"
+    model, fp32, source = policy.model, args.dtype == "fp32", None
     policy.to_empty(device="cpu" if args.cpu_offload else device)
     model.tie_weights()
     if model.config.tie_word_embeddings:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "the tie came apart"
-    source = None
     if ranks()[0] == 0:
         dtype, plain = torch.float32 if fp32 else "auto", attention_implementation(config)
         source = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=plain)
-    weights = source.state_dict() if source else {}
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    weights, options = source.state_dict() if source else {}, {"full_state_dict": True, "broadcast_from_rank0": True}
+    state_dicts.set_model_state_dict(model, weights, options=state_dicts.StateDictOptions(**options))
     for name, buffer in model.named_buffers():  # rotary frequencies and their like are in no state dict
         value = source.get_buffer(name).to(device, buffer.dtype) if source else torch.empty_like(buffer, device=device)
         dist.broadcast(value, 0)
@@ -387,13 +374,13 @@ def own_logprobs(model, pair: dict) -> torch.Tensor:
 def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> torch.Tensor:
     """[n, 2] fp32 on the CPU: log-probs of every pair in `plans` ([step][rank] -> microbatches); NaN for the others."""
     found = torch.zeros(len(pairs), 3, device=device)  # the third column: has it been computed?
-    bar = progress("log-probs", sum(map(len, (plan[ranks()[0]] for plan in plans))), "batch")
-    for plan in plans:
-        for bin in plan[ranks()[0]]:
-            logprobs = policy(collate([pairs[i] for i in bin or [0]], packing, device))  # [n, 2]
-            if bin:  # a rank without pairs takes part in the collectives only
-                found[bin] = F.pad(logprobs, (0, 1), value=1.0)
-            bar.update()
+    mine = [bin for plan in plans for bin in plan[ranks()[0]]]
+    bar = progress("log-probs", len(mine), "batch")
+    for bin in mine:
+        logprobs = policy(collate([pairs[i] for i in bin or [0]], packing, device))  # [n, 2]
+        if bin:  # a rank without pairs takes part in the collectives only
+            found[bin] = F.pad(logprobs, (0, 1), value=1.0)
+        bar.update()
     bar.close()
     policy.reshard()  # without a backward the root stays whole, and an optimizer made now would train the copy
     dist.all_reduce(found)  # each pair was one rank's, and adding zeros is exact
@@ -405,58 +392,55 @@ def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -
 
 
 def reference_logprobs(compute, pairs: list[dict], args, stage) -> torch.Tensor:
-    """r of every pair, [n, 2] fp32 on the CPU: from the files beside the pairs, or else from compute() -> [n, 2].
+    """r of every pair, [n, 2] fp32 on the CPU: from the file beside the pairs, or else from compute() -> [n, 2].
 
-    A file is named by the hashes of reference and pairs, and holds a checksum of its content: another reference is
-    another file, and a damaged one is noticed.
+    The file is named by a hash of the reference and of the very token ids, and holds a checksum of its content:
+    another reference is another file, and a damaged one is noticed.
     """
-    reference = stage.hashes.get("ref_model", stage.hashes["model"])
-    result, complete, files = torch.full((len(pairs), 2), math.nan), True, []
-    for number, path in enumerate(args.pairs):
-        identity = json.dumps([reference, stage.hashes["pairs"][number], args.dtype, args.packing])
-        file = Path(f"{path}.reference-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors")
-        mine = [i for i, pair in enumerate(pairs) if pair["file"] == number]
-        files.append((file, mine))
-        if not file.exists():
-            complete = False
-            continue
+    identity = [stage.hashes.get("ref_model", stage.hashes["model"]), args.dtype, args.packing]
+    key = hashlib.sha256(json.dumps([*identity, [len(p[k]) for p in pairs for k in PARTS]]).encode())
+    for ids in (pair[k] for pair in pairs for k in PARTS):
+        key.update(ids)
+    file = Path(f"{args.pairs[0]}.reference-{key.hexdigest()[:16]}.safetensors")
+    found = [None]  # one rank looks and tells the others: file systems need not show all of them the same
+    if ranks()[0] == 0 and file.exists():
         try:
             with safe_open(file, "pt") as f:
-                values, digest, lines = f.get_tensor("logprobs"), f.metadata()["sha256"], f.get_tensor("lines")
+                values, digest = f.get_tensor("logprobs"), f.metadata()["sha256"]
         except (SafetensorError, KeyError, TypeError):
-            values, digest, lines = torch.empty(0), None, torch.empty(0)
-        if digest != sha256(values) or lines.tolist() != [pairs[i]["line"] for i in mine]:
-            say(f"{file}: is damaged or of other pairs; the reference is computed again")
-            complete = False
-            continue
-        result[mine] = values
-    if complete:
-        say("reference log-probs: from the cache beside the pairs")
-        return result
+            values, digest = torch.empty(0), None
+        if digest == sha256(values):
+            found = [values]
+            say(f"reference log-probs: from the cache {file}")
+        else:
+            say(f"{file}: is damaged; the reference is computed again")
+    dist.broadcast_object_list(found)
+    if found[0] is not None:
+        return found[0]
 
     result = compute()
     if not result.isfinite().all():
         bad = [pairs[i]["id"] for i in (~result.isfinite()).any(1).nonzero().flatten()[:8].tolist()]
         raise Stop(f"the reference's log-probs are not finite for the pairs {bad}")
     if ranks()[0] == 0:
-        for file, mine in files:
-            tensors = {"logprobs": result[mine], "lines": torch.tensor([pairs[i]["line"] for i in mine])}
-            with whole(file) as temporary:
-                save_file(tensors, temporary, metadata={"sha256": sha256(result[mine])})
+        with whole(file) as temporary:
+            save_file({"logprobs": result}, temporary, metadata={"sha256": sha256(result)})
     return result
 
 
 def sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
 
 
 def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, tolerance: float) -> dict:
     """Compare the generator's log-prob of each answer that this very policy wrote with ours; stop past the tolerance.
 
-    logprobs: [n, 2] of the policy as loaded, NaN where unknown. Returns what is recorded, in nats per token.
+    logprobs: [n, 2] of the policy as loaded, NaN where unknown. An answer's gap is |difference| / sqrt(its tokens):
+    rounding errors add up like a random walk, so they make the same gap at any length; a mistake's grows with it. In
+    bf16, 0.03 was seen in 24 layers of random weights, 0.3 between two iterations' policies (docs/math.md).
     """
     gaps = [
-        (abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]), str(pair["id"]), name)
+        (abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]) ** 0.5, str(pair["id"]), name)
         for i, pair in enumerate(pairs)
         for k, name in enumerate(("chosen", "rejected"))
         if pair["models"][k] == model_hash and pair["logprobs"][k] is not None and not logprobs[i, k].isnan()
@@ -465,23 +449,23 @@ def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, tolerance:
         say("audit: none of these answers was written by this model, so there is nothing to compare")
         return {"answers": 0}
     mean, (worst, id, name) = sum(g[0] for g in gaps) / len(gaps), max(gaps)
-    say(f"audit: generator and trainer differ by {mean:.1e} nats a token, {worst:.1e} at most ({len(gaps):,} answers)")
+    seen = f"by {mean:.1e} nats / sqrt(token), {worst:.1e} at most ({len(gaps):,} answers)"
+    say(f"audit: generator and trainer differ {seen}")
     if not mean <= tolerance:
         raise Stop(
-            f"generator and trainer disagree about the same answers: {mean:.3g} nats a token (tolerance {tolerance:g}; "
-            f"worst: the {name} one of {id}). Look for another chat template, a doubled BOS, other weights than those "
-            "that generated, wrong position ids. --max_logprob_gap raises the tolerance."
+            f"generator and trainer disagree about the same answers, {seen}; the tolerance is {tolerance:g}, the worst "
+            f"is the {name} one of {id}. Look for another chat template, a doubled BOS, other weights than those that "
+            "generated, wrong position ids. --max_logprob_gap raises the tolerance."
         )
     return {"answers": len(gaps), "mean": mean, "max": worst, "tolerance": tolerance}
 
 
-def check_first_loss(loss: float, pairs: list[dict], reference, plan: list, beta: float, args) -> None:
+def check_first_loss(loss: float, pairs: list[dict], reference, step: list[int], beta: float, args) -> None:
     """Before its first update the policy is its own reference, so the first loss is that of d = 0: ln 2 for sigmoid."""
-    step = [i for bins in plan for bin in bins for i in bin]
     lengths = torch.tensor([[len(pairs[i]["chosen"]), len(pairs[i]["rejected"])] for i in step])
     expected = dpo_loss(reference[step], reference[step], lengths, beta, args).mean().item()
     say(f"step 0: loss {loss:.7f}; policy = reference makes it {expected:.7f}")
-    if not abs(loss - expected) <= (1e-4 if args.dtype == "fp32" else 2e-2):
+    if not abs(loss - expected) <= (1e-4 if args.dtype == "fp32" else 2e-2) * max(1, abs(expected)):
         raise Stop("policy and reference are the same model, but the first loss says otherwise: dropout, precision or "
                    "masking differs between the two passes")  # fmt: skip
 
@@ -500,24 +484,26 @@ def save_checkpoint(stage, policy, optimizer, step: int) -> None:
     if ranks()[0] == 0:
         remove(temporary)
     barrier()
-    weights, adam = get_state_dict(policy, optimizer)
+    weights, adam = state_dicts.get_state_dict(policy, optimizer)
     dcp.save({"weights": weights, "adam": adam}, checkpoint_id=temporary)
     barrier()
     if ranks()[0] == 0:
         os.replace(temporary, folder)
         for old in set(stage.parts.glob("step_??????")) - {folder}:
             remove(old)
+    barrier()
 
 
 def load_checkpoint(stage, policy, optimizer) -> int:
     """Load the last checkpoint, whatever number of ranks wrote it; the number of steps it has done, 0 without one."""
-    folders = sorted(stage.parts.glob("step_??????"))
-    if not folders:
+    folders = [sorted(stage.parts.glob("step_??????"))]
+    dist.broadcast_object_list(folders)  # one rank looks: file systems need not show all of them the same
+    if not folders[0]:
         return 0
-    weights, adam = get_state_dict(policy, optimizer)
-    dcp.load({"weights": weights, "adam": adam}, checkpoint_id=folders[-1])
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=adam)
-    return int(folders[-1].name[-6:])
+    weights, adam = state_dicts.get_state_dict(policy, optimizer)
+    dcp.load({"weights": weights, "adam": adam}, checkpoint_id=folders[0][-1])
+    state_dicts.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=adam)
+    return int(folders[0][-1].name[-6:])
 
 
 def export(weights: dict, args, folder: Path, tokenizer) -> float:
@@ -558,33 +544,6 @@ METRICS = (  # TRL's names and some of ours; each is the mean over all pairs of 
 )  # fmt: skip
 
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets: dense bf16 flop/s, SXM
-
-
-def model_flops(config, layer_weights: float, pairs: list[dict]) -> float:
-    """Flops of forward and backward, useful ones only: each prompt once, no padding, nothing recomputed.
-
-    6 N (p + c + r) + 6 V D (c + r) + 12 L H d a       N: weights of all layers; the head sees only answers
-                                                       a: (query, key) pairs of the causal mask; no window is seen
-    """
-    c = config.get_text_config()
-    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    total = 0.0
-    for pair in pairs:
-        p, y, n = (len(pair[k]) for k in ("prompt", "chosen", "rejected"))
-        looks = (p + y) * (p + y + 1) / 2 + n * p + n * (n + 1) / 2
-        total += 6 * layer_weights * (p + y + n) + 6 * c.vocab_size * c.hidden_size * (y + n)
-        total += 12 * c.num_hidden_layers * c.num_attention_heads * dim * looks
-    return total
-
-
-def matmul_weights(policy) -> float:
-    """Weights of the layers that a token is multiplied with. Experts are stacked, [E, …], and a token sees a few."""
-    used = getattr(policy.model.config.get_text_config(), "num_experts_per_tok", None)
-    weights = [p for layer in layers_of(policy) for p in layer.parameters() if p.ndim > 1]
-    return sum(p.numel() * (used / len(p) if used and p.ndim == 3 else 1) for p in weights)
-
-
 def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict:
     """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches. Returns figures for the metadata."""
     rank, world = ranks()
@@ -599,16 +558,15 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
     bar = progress("train", steps, "step", first)
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    total_tokens, total_seconds, flops, layer_weights = 0, 0.0, 0.0, matmul_weights(policy)
+    sizes = [tuple(len(pair[k]) for k in PARTS) for pair in pairs]
+    total_tokens, total_seconds = 0, 0.0
 
     for step in range(first, steps):
         began = time.time()
         beta = args.beta[min(step // epoch_steps, len(args.beta) - 1)]
-        this_step = [pairs[i] for bins in plans[step] for bin in bins for i in bin]  # of all ranks
-        count = len(this_step)
+        this_step = [i for bins in plans[step] for bin in bins for i in bin]  # of all ranks
+        count, mine, seen = len(this_step), plans[step][rank], []
         sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
-        seen = []
-        mine = plans[step][rank]
         for k, bin in enumerate(mine):
             # Gradients are reduced to shards after every microbatch: kept whole in between they would take 4 bytes a
             # weight on every rank (28 GiB for 7B). Copies of the model (HSDP) are added up once, at the end.
@@ -623,8 +581,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
             (loss.sum() * world / count).backward()  # FSDP divides by the ranks; we want the mean over the step's pairs
             with torch.no_grad():
                 rewards = beta * (logprobs - ref)  # [n, 2]
-                margins = rewards[:, 0] - rewards[:, 1]
-                fell = logprobs[:, 0] < ref[:, 0]
+                margins, fell = rewards[:, 0] - rewards[:, 1], logprobs[:, 0] < ref[:, 0]
                 columns = [loss, *rewards.T, margins > 0, margins, *logprobs.T, fell, *lengths.T]
                 sums[:-1] += torch.stack([c.double().sum() for c in columns])
                 seen.append((bin, loss.detach()))
@@ -643,65 +600,57 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
                 "Lower --learning_rate, or look at those pairs."
             )
         if step == 0 and args.ref_model is None:
-            check_first_loss(means[0], pairs, reference, plans[0], beta, args)
+            check_first_loss(means[0], pairs, reference, this_step, beta, args)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
         optimizer.step()
         optimizer.zero_grad()
 
-        tokens = sum(cost(pair, "prefix") for pair in this_step)
         if device.type == "cuda":
             torch.cuda.synchronize()  # or the clock would measure how fast work is queued
-        seconds = time.time() - began
+        seconds, tokens = time.time() - began, sum(sum(sizes[i]) for i in this_step)
         total_tokens, total_seconds = total_tokens + tokens, total_seconds + seconds
-        flops += model_flops(policy.model.config, layer_weights, this_step)
-        row = {
+        log({
             "step": step + 1, "epoch": (step + 1) / epoch_steps, **dict(zip(METRICS, means, strict=True)),
             "grad_norm": grad_norm, "learning_rate": learning_rate(step, steps, args), "beta": beta,
             "pairs": count, "tokens": tokens, "tokens_per_second": tokens / seconds,
-        }  # fmt: skip
-        log(row)
+        })  # fmt: skip
         bar.set_postfix(loss=f"{means[0]:.4f}", acc=f"{means[3]:.2f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)
         bar.update()
-        if step + 1 < steps and (stop or (args.save_every and (step + 1) % args.save_every == 0)):
+        due = args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == steps)  # an export may fail, too
+        if stop or due:
             save_checkpoint(stage, policy, optimizer, step + 1)
             if stop:
                 say(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
                 sys.exit(INTERRUPTED)
     bar.close()
-    figures = {"steps": steps, "tokens": total_tokens, "train_seconds": round(total_seconds, 2)}
+    figures = {"steps": steps, "tokens_since_start": total_tokens, "seconds_since_start": round(total_seconds, 2)}
+    figures["peak_memory_bytes"] = footprint.peak_memory(device)
     if total_seconds:  # a run that was killed after its last step has none left
-        figures["model_flops_per_second"] = flops / total_seconds
-    if device.type == "cuda":
-        peak = next((x for name, x in PEAK.items() if name in torch.cuda.get_device_name()), None)
-        if peak and total_seconds and args.dtype == "bf16":
-            figures["mfu"] = flops / total_seconds / (peak * world)
-        return figures | {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
-    return figures | {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-
-def progress(name: str, total: int, unit: str, done: int = 0) -> tqdm:
-    """A bar on rank 0. In a log file it appears after half a minute, and then every half minute."""
-    pace = {} if sys.stderr.isatty() else {"mininterval": 30, "delay": 30, "ascii": True}
-    return tqdm(desc=name, total=total, initial=done, unit=unit, disable=ranks()[0] > 0, leave=False, **pace)
+        weights = footprint.matmul_weights(layers_of(policy), policy.model.config)
+        done = [sizes[i] for step in plans[first:] for bins in step for bin in bins for i in bin]
+        speed = footprint.flops(weights, policy.model.config, done) / total_seconds
+        figures["model_flops_per_second"], peak = speed, footprint.peak_flops(device)
+        if peak and args.dtype == "bf16":
+            figures["mfu"] = speed / (peak * world)
+    return figures
 
 
 def open_log(path: Path, done: int, report_to: str):
     """A function that appends a row to train.jsonl, behind the first `done` rows, and shows it on the dashboard."""
-    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(rows[:done]))
+    rows = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
+    path.write_text("".join(rows))
+    show = lambda row: None  # noqa: E731
     try:
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(path.parent.with_suffix(".tensorboard")))
-            show = lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()]  # noqa: E731
+            board = SummaryWriter(str(path.parent.with_suffix(".tensorboard")))
+            show = lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()]  # noqa: E731
         elif report_to != "none":
-            dashboard = __import__(report_to)  # wandb and trackio share this interface
-            dashboard.init(project="iterdpo", name=path.parent.stem)
-            show = lambda row: dashboard.log(row, step=row["step"])  # noqa: E731
-        else:
-            show = lambda row: None  # noqa: E731
+            board = __import__(report_to)  # wandb and trackio share this interface
+            board.init(project="iterdpo", name=path.parent.stem)
+            show = lambda row: board.log(row, step=row["step"])  # noqa: E731
     except ImportError as e:
         raise Stop(f"--report_to {report_to}: {e}. Install it, or leave the flag out.") from None
 
@@ -714,104 +663,31 @@ def open_log(path: Path, done: int, report_to: str):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The dry run
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors made while it is on that are still alive: `now`, and the `peak`. `others`: not counted."""
-
-    def __init__(self, others):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = weakref.WeakSet(t.untyped_storage() for t in others)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)):
-            if storage not in self.known:  # a view or a result in place is nothing new
-                self.known.add(storage)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-    def add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def memory(args, world: int) -> dict[str, int]:
-    """Bytes of rank 0, which has the largest shards, on a GPU; docs/scaling.md explains the rows."""
-    config = AutoConfig.from_pretrained(args.model)
-    choose_packing(args, config, 550)
-    dist.init_process_group("fake", rank=0, world_size=world)  # collectives that do nothing: shapes are all we need
-    policy = build_policy(config, args, "cpu", world)
-    total = sum(p.numel() for p in policy.parameters())
-    shard = sum(p.to_local().numel() for p in policy.parameters())
-    layers = [sum(p.numel() for p in m.parameters()) for m in layers_of(policy)]
-    size = DTYPES[args.dtype].itemsize
-
-    # One microbatch, forward and backward, of tensors without content. UltraFeedback's proportions: 200 + 350 + 350.
-    n = max(1, args.tokens_per_batch // 900)
-    parts = {"prompt": range(4), "chosen": range(7), "rejected": range(7)}
-    unit = args.tokens_per_batch / n / cost(parts, args.packing)
-    pair = {k: np.zeros(max(1, int(unit * len(part))), np.int32) for k, part in parts.items()}
-    # The code for a CPU allocates what that for a GPU does, but for these three. The process ends with the dry run.
-    attention._flash_takes = lambda q, v: True
-    logprob.rows_torch = lambda x, *_: x.new_empty(2, len(x)).unbind()
-    logprob.CHUNK = {"cpu": logprob.CHUNK["cuda"]}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        policy = Policy(build_model(config, args, DTYPES[args.dtype]))  # one rank's weights as gathered
-        for p in (p for layer in layers_of(policy) for p in layer.parameters()):
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # FSDP takes a layer's at once
-        batch, marks = collate([pair] * n, args.packing, "cpu"), []
-        with Live(policy.parameters()) as live:
-            policy.model.base_model.register_forward_hook(lambda *_: marks.append(live.now))
-            logprobs = policy(batch)
-            marks.append(live.now)
-            logprobs.sum().backward()
-    return {
-        "weights, fp32, this rank's share": 4 * shard,
-        "Adam's two states, fp32, the same share": 8 * shard,
-        "gradients, fp32, the same share": 4 * shard,
-        "embedding, norm and head, gathered": size * (total - sum(layers)),
-        "a layer and the next, gathered": 2 * size * max(layers),
-        "a layer's gradient, and in fp32 to be reduced": (size + 4) * max(layers),
-        f"activations that {n} pairs of {cost(pair, args.packing):,} tokens keep": marks[0],
-        "what their log-probs keep": marks[1] - marks[0],
-        "working memory, and the head's gradient": live.peak - marks[1],
-    }
-
-
-def dry_run(args) -> None:
-    if args.dtype == "auto":
-        args.dtype = "bf16"
-    world = args.world_size or 1
-    check(args, torch.device("cuda"), world)
-    rows = memory(args, world)
-    say(f"{args.model}, rank 0 of {world}, {args.dtype}, GiB:")
-    for row, size in rows.items():
-        host = args.cpu_offload and row.endswith("share")
-        say(f"{size / 2**30:10.2f}  {row}{' (host memory)' if host else ''}")
-    needed = sum(size for row, size in rows.items() if not (args.cpu_offload and row.endswith("share")))
-    say(f"{needed / 2**30:10.2f}  sum on the GPU")
-
-
-# ----------------------------------------------------------------------------------------------------
 
 
 def start() -> torch.device:
     """Join torchrun's ranks, or make a group of one: the code above knows no other case."""
     cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-    if not cuda:
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    # While rank 0 reads or writes a large model from a slow disk, the others wait for it in a collective.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     return device
+
+
+def dry_run(args) -> None:
+    """Print the memory of rank 0 on a GPU, from config.json alone."""
+    args.dtype, world = "fp32" if args.dtype == "fp32" else "bf16", args.world_size or 1
+    check(args, torch.device("cuda"), world)
+    config = AutoConfig.from_pretrained(args.model)
+    choose_packing(args, config, 550)
+    dist.init_process_group("fake", rank=0, world_size=world)  # collectives that do nothing: shapes are all we need
+    sharded = build_policy(config, args, "cpu", world)
+    gathered = lambda: Policy(build_model(config, args, DTYPES[args.dtype]))  # noqa: E731
+    rows = footprint.predict(sharded, gathered, layers_of, args.tokens_per_batch, args.packing)
+    say(f"{args.model}, rank 0 of {world}, {args.dtype}, GiB:\n{footprint.table(rows, args.cpu_offload)}")
 
 
 def main():
@@ -836,53 +712,50 @@ def main():
     choose_packing(args, config, max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs))
 
     # 2. Every step, decided in advance: plans[step][rank] -> microbatches of indices into pairs
+    def plan(step: list[int]) -> list[list[list[int]]]:
+        costs = [cost(pairs[i], args.packing) for i in step]
+        bins = microbatches(costs, args.tokens_per_batch, ranks()[1], args.packing)
+        return [[[step[j] for j in bin] for bin in of_rank] for of_rank in bins]
+
     plans = []
     for epoch in range(args.num_train_epochs):
         order = list(range(len(pairs)))
         random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
-        for step in (order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)):
-            bins = microbatches(
-                [cost(pairs[i], args.packing) for i in step], args.tokens_per_batch, ranks()[1], args.packing
-            )
-            plans.append([[[step[j] for j in bin] for bin in of_rank] for of_rank in bins])
+        plans += [plan(order[i : i + args.batch_size]) for i in range(0, len(order), args.batch_size)]
     first_epoch = plans[: len(plans) // args.num_train_epochs]
 
     # 3. The reference, once, in the very microbatches of the first epoch: it rounds as the policy will
     probe = min(pairs, key=lambda p: cost(p, "prefix"))
 
-    def load(path):
-        return load_policy(path, args, device, probe)
+    def logprobs_of_all(policy):
+        return all_logprobs(policy, pairs, first_epoch, args.packing, device)
 
     if args.ref_model is None:
-        policy = load(args.model)
-        reference = reference_logprobs(
-            lambda: all_logprobs(policy, pairs, first_epoch, args.packing, device), pairs, args, stage
-        )
-        before = reference
+        policy = load_policy(args.model, args, device, probe)
+        before = reference = reference_logprobs(lambda: logprobs_of_all(policy), pairs, args, stage)
     else:
         if (
             AutoConfig.from_pretrained(args.ref_model).get_text_config().vocab_size
             != config.get_text_config().vocab_size
         ):
             raise Stop(f"--ref_model {args.ref_model} and --model {args.model} have vocabularies of different sizes")
-        reference = reference_logprobs(
-            lambda: all_logprobs(load(args.ref_model), pairs, first_epoch, args.packing, device), pairs, args, stage
-        )  # that model is gone when this returns
-        policy = load(args.model)
+        compute = lambda: logprobs_of_all(load_policy(args.ref_model, args, device, probe))  # noqa: E731
+        reference = reference_logprobs(compute, pairs, args, stage)
+        gc.collect()  # FSDP's modules refer to each other: without this the reference would stay beside the policy
+        torch.cuda.empty_cache()
+        policy = load_policy(args.model, args, device, probe)
+        # To audit, a step's worth of what this policy wrote.
         own = [i for i, pair in enumerate(pairs) if stage.hashes["model"] in pair["models"]][: args.batch_size]
-        costs = [cost(pairs[i], args.packing) for i in own]
-        bins = microbatches(costs, args.tokens_per_batch, ranks()[1], args.packing) if own else []
-        plan = [[[own[j] for j in bin] for bin in of_rank] for of_rank in bins]
-        before = all_logprobs(policy, pairs, [plan] if own else [], args.packing, device)  # a step's worth, to audit
+        before = all_logprobs(policy, pairs, [plan(own)] if own else [], args.packing, device)
 
     # 4. Audit, train, save
-    audited = audit(
-        pairs, before, stage.hashes["model"], args.max_logprob_gap or (1e-3 if args.dtype == "fp32" else 0.05)
-    )
+    tolerance = args.max_logprob_gap
+    if tolerance is None:
+        tolerance = 1e-3 if args.dtype == "fp32" else 0.05
+    audited = audit(pairs, before, stage.hashes["model"], tolerance)
     figures = train(policy, pairs, reference, plans, args, stage, device)
-    weights = get_model_state_dict(
-        policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )  # a collective; rank 0 gets them all
+    options = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = state_dicts.get_model_state_dict(policy.model, options=options)  # a collective; rank 0 gets them all
     if ranks()[0] == 0:
         with whole(stage.output) as folder:
             changed = export(weights, args, folder, tokenizer)

@@ -34,7 +34,10 @@ RUN=${RUN:?name the run: RUN=runs/NAME}
 PROMPTS=${PROMPTS:?prompts.jsonl to train on; tools/prepare_prompts.py makes it}
 HELDOUT=${HELDOUT:?held-out prompts, disjoint from PROMPTS; tools/prepare_prompts.py splits them off}
 REWARD_MODEL=${REWARD_MODEL:-} # a reward model, and/or
-REWARD_FN=${REWARD_FN:-}       # a python function, file.py:name; a judge goes into SCORE_ARGS
+REWARD_FN=${REWARD_FN:-}       # a python function, file.py:name, and/or
+JUDGE=${JUDGE:-}               # a language model that compares answers: served here, by vLLM, while answers are scored
+JUDGE_ARGS=${JUDGE_ARGS:-}     # more arguments for that server, or
+JUDGE_URL=${JUDGE_URL:-}       # the http://…/v1 of a server that offers JUDGE; its key in OPENAI_API_KEY
 GOLD_FN=${GOLD_FN:-}           # a function that only watches the held-out answers
 ITERS=${ITERS:-3}
 REF=${REF:-prev}               # the reference: "prev", the policy that wrote the answers, or "init", the first one
@@ -50,7 +53,9 @@ GENERATE_ARGS=${GENERATE_ARGS:-} SCORE_ARGS=${SCORE_ARGS:-} PAIRS_ARGS=${PAIRS_A
 # Machines. NPROC processes here; for several machines start this script on each with the same settings, its NODE_RANK,
 # a shared RUN folder and TORCHRUN_ARGS="--nnodes 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500".
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+[[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
+GENERATE_NPROC=${GENERATE_NPROC:-$NPROC} # processes of generate.py: fewer where GENERATE_ARGS has --tensor_parallel_size
 TORCHRUN_ARGS=${TORCHRUN_ARGS:-}
 NODE_RANK=${NODE_RANK:-0}
 # Two processes that each take all cores run ten times slower than two that share them.
@@ -62,8 +67,12 @@ export TOKENIZERS_PARALLELISM=false
 die() { echo "iterate.sh: $1" >&2; exit "${2:-1}"; }
 
 [[ $REF == prev || $REF == init ]] || die "REF is \"prev\" or \"init\", not \"$REF\""
+[[ $KEEP == all || $ENHANCER != prev ]] || die "ENHANCER=prev needs KEEP=all: it answers with a policy that KEEP=last removes"
 [[ $KEEP == all || $KEEP == last ]] || die "KEEP is \"all\" or \"last\", not \"$KEEP\""
-[[ -n $REWARD_MODEL$REWARD_FN || $SCORE_ARGS == *--judge_url* ]] || die "no reward: set REWARD_MODEL, REWARD_FN or SCORE_ARGS=\"--judge_url …\""
+[[ -n $REWARD_MODEL$REWARD_FN$JUDGE || $SCORE_ARGS == *--judge_url* ]] || die "no reward: set REWARD_MODEL, REWARD_FN or JUDGE"
+[[ -n $JUDGE || -z $JUDGE_URL$JUDGE_ARGS ]] || die "JUDGE_URL and JUDGE_ARGS have no effect without JUDGE, the model's name"
+[[ $JUDGE_URL != *@* ]] || die "JUDGE_URL holds credentials, which would end up in logs: put the key into OPENAI_API_KEY"
+[[ -z $JUDGE_URL || -z $JUDGE_ARGS ]] || die "JUDGE_ARGS are for a server started here; JUDGE_URL's runs already"
 
 . tools/environment.sh # makes .venv on the first run, and sets PYTHON
 install requirements.txt
@@ -90,7 +99,7 @@ stage() {
     shift
     mkdir -p "$(dirname "$log")"
     printf '\n+ %s\n' "$*" | tee -a "$log"
-    "$@" > >(exec tee -a "$log") 2>&1 &
+    "$@" > >(trap '' INT TERM; exec tee -a "$log") 2>&1 & # Ctrl-C reaches tee, too, and a stage has last words
     child=$!
     wait "$child" || status=$?
     child=
@@ -100,13 +109,14 @@ stage() {
 
 # everywhere LOG STAGE.py ARGS…: on all ranks of all machines.
 everywhere() {
-    local log=$1
+    local log=$1 processes=$NPROC
     shift
-    if ((NPROC == 1)) && [[ -z $TORCHRUN_ARGS ]]; then
+    [[ $1 != generate.py ]] || processes=$GENERATE_NPROC
+    if ((processes == 1)) && [[ -z $TORCHRUN_ARGS ]]; then
         stage "$log" "$PYTHON" "$@"
     else
         # shellcheck disable=SC2086
-        stage "$log" "$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" ${TORCHRUN_ARGS:---standalone} "$@"
+        stage "$log" "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" ${TORCHRUN_ARGS:---standalone} "$@"
     fi
 }
 
@@ -121,6 +131,60 @@ once() {
     fi
 }
 
+# serve_judge LOG PORT: start JUDGE's server and wait until it answers. score.py shares the GPUs with it, for a reward
+# model, say, or the references of an evaluation; the next stage finds them free.
+# shellcheck disable=SC2086
+serve_judge() {
+    local log=$1 port=$2 copies=()
+    ((gpus < 2)) || [[ $JUDGE_ARGS == *parallel* ]] || copies=(--data-parallel-size "$gpus")
+    # What `vllm serve` runs; that command does not exist in vLLM's build for CPUs.
+    set -- "$PYTHON" -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --port "$port" --model "$JUDGE" \
+        --gpu-memory-utilization 0.6 --max-model-len auto "${copies[@]}" $JUDGE_ARGS
+    mkdir -p "$(dirname "$log")"
+    printf '\n+ %s &\n' "$*" | tee -a "$log"
+    set -m # a process group of its own, to be stopped as a whole: while it starts, the server itself may miss a signal
+    (
+        VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} "$@" &
+        while kill -0 $$ && kill -0 $!; do sleep 1; done
+        kill -0 $$ || { trap '' TERM; kill -TERM 0; sleep 20; kill -KILL 0; } # this script was killed
+    ) </dev/null >>"$log" 2>&1 9>&- &
+    set +m
+    judge=$!
+    disown
+    until (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do # it listens when the model is loaded
+        kill -0 "$judge" 2>/dev/null || die "the judge's server did not start. Its output is in $log"
+        sleep 1
+    done
+}
+
+judge=
+stop_judge() {
+    [[ -n $judge ]] || return 0
+    kill -TERM -- "-$judge" 2>/dev/null || true
+    for _ in {1..200}; do
+        kill -0 -- "-$judge" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -KILL -- "-$judge" 2>/dev/null || true
+    judge=
+}
+trap stop_judge EXIT # however this script ends, the server ends with it
+
+# score LOG OUTPUT ARGS…: with the rewards that were set.
+# shellcheck disable=SC2086
+score() {
+    local log=$1 output=$2 url=$JUDGE_URL port
+    shift 2
+    if [[ -n $JUDGE && -z $url ]]; then
+        port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+        url=http://127.0.0.1:$port/v1
+        [[ -e $output ]] || serve_judge "${log%/*}/judge.log" "$port"
+    fi
+    everywhere "$log" score.py --output "$output" "${rewards[@]}" ${JUDGE:+--judge_url "$url" --judge_model "$JUDGE"} \
+        "$@" $SCORE_ARGS
+    stop_judge
+}
+
 rewards=(${REWARD_MODEL:+--reward_model "rm=$REWARD_MODEL"} ${REWARD_FN:+--reward_fn "$REWARD_FN"})
 watched=(${GOLD_FN:+--reward_fn "gold=$GOLD_FN" --reward_weights gold=0}) # weight 0: written down, decides nothing
 
@@ -131,8 +195,8 @@ evaluate() {
     shift 2
     everywhere "$folder/logs/generate.log" generate.py --model "$policy" --prompts "$RUN/heldout.jsonl" \
         --output "$folder/eval/candidates.jsonl" --num_samples "$EVAL_SAMPLES" --seed "$SEED" $GENERATE_ARGS
-    everywhere "$folder/logs/score.log" score.py --candidates "$folder/eval/candidates.jsonl" \
-        --output "$folder/eval/scored.jsonl" "${rewards[@]}" "${watched[@]}" "$@" $SCORE_ARGS
+    score "$folder/logs/score.log" "$folder/eval/scored.jsonl" --candidates "$folder/eval/candidates.jsonl" \
+        "${watched[@]}" "$@"
 }
 
 report() { once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"; }
@@ -142,9 +206,11 @@ report() { once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"; }
 if [[ -n ${DEMO:-} ]]; then
     once "$RUN/demo.log" "$DEMO" demo/build.py --output "$DEMO" --seed "$SEED"
 fi
-export MODEL REWARD_MODEL REWARD_FN GOLD_FN PROMPTS HELDOUT RUN ITERS REF HISTORY ENHANCER NUM_SAMPLES EVAL_SAMPLES \
-    PROMPTS_PER_ITER SEED KEEP NPROC GENERATE_ARGS SCORE_ARGS PAIRS_ARGS TRAIN_ARGS TORCHRUN_ARGS
+export MODEL REWARD_MODEL REWARD_FN JUDGE JUDGE_ARGS JUDGE_URL GOLD_FN PROMPTS HELDOUT RUN ITERS REF HISTORY ENHANCER \
+    NUM_SAMPLES EVAL_SAMPLES PROMPTS_PER_ITER SEED KEEP NPROC GENERATE_NPROC GENERATE_ARGS SCORE_ARGS PAIRS_ARGS \
+    TRAIN_ARGS TORCHRUN_ARGS
 once "$RUN/start.log" "$RUN/config.json" tools/start_run.py # config.json and heldout.jsonl
+rm -rf "$RUN"/iter_*/policy.gone
 policy=$MODEL
 evaluate "$RUN/iter_00" "$policy"
 report
@@ -181,9 +247,7 @@ for ((i = 1; i <= ITERS; i++)); do
     fi
 
     # The reward ranks them; best and worst become pairs.
-    # shellcheck disable=SC2086
-    everywhere "$now/logs/score.log" score.py --candidates "${candidates[@]}" --output "$now/scored.jsonl" \
-        "${rewards[@]}" $SCORE_ARGS
+    score "$now/logs/score.log" "$now/scored.jsonl" --candidates "${candidates[@]}"
     # shellcheck disable=SC2086
     once "$now/logs/pairs.log" "$now/pairs.jsonl" make_pairs.py --scored "$now/scored.jsonl" \
         --output "$now/pairs.jsonl" --iteration "$i" --seed "$SEED" $PAIRS_ARGS
@@ -203,7 +267,10 @@ for ((i = 1; i <= ITERS; i++)); do
     evaluate "$now" "$now/policy" --ref_model "init=$MODEL" "prev=$policy"
     report
 
-    if [[ $KEEP == last && $policy != "$MODEL" ]]; then rm -rf "$policy"; fi
+    if [[ $KEEP == last && $policy != "$MODEL" ]]; then # renamed first: a folder half removed would be taken for a policy
+        mv "$policy" "$policy.gone"
+        rm -rf "$policy.gone"
+    fi
     previous=$policy
     policy=$now/policy
 done

@@ -35,6 +35,7 @@ at the end the parts are joined in order. Nothing is ever half written, and memo
 """
 
 import argparse
+import ctypes
 import errno
 import hashlib
 import importlib.metadata
@@ -223,6 +224,20 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse
     )
 
 
+def key_values(flag: str, pairs: list[str] | None) -> dict:
+    """["a=1", "b=x"] -> {"a": 1, "b": "x"}: JSON where it is JSON, else a string."""
+    result = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise Stop(f"--{flag}: {pair!r} is no key=value pair.")
+        try:
+            result[key] = json.loads(value)
+        except json.JSONDecodeError:
+            result[key] = value
+    return result
+
+
 class Stage:
     """One run of one stage. Construction settles whether there is anything to do.
 
@@ -239,20 +254,25 @@ class Stage:
         self.meta_path = self.output.with_name(self.output.name + ".meta.json")
         self.counts: dict[str, dict] = {}
         self.arguments = vars(args)
-        self.hashes = {
-            name: [hash_path(p) for p in path] if isinstance(path, (list, tuple)) else hash_path(path)
-            for name, path in inputs.items()
-            if path
-        }
-        ignored = {"overwrite", "output", *self.hashes, *free}
-        settings = {k: v for k, v in sorted(self.arguments.items()) if k not in ignored}
-        self.key = json.loads(json.dumps({"arguments": settings, "inputs": self.hashes}, default=str))
-
-        if self.rank == 0:
+        if self.rank == 0:  # one rank hashes what may be hundreds of gigabytes; the others read what it found
+            self.hashes = {
+                name: [hash_path(p) for p in path] if isinstance(path, (list, tuple)) else hash_path(path)
+                for name, path in inputs.items()
+                if path
+            }
+            ignored = {"overwrite", "output", *self.hashes, *free}
+            settings = {k: v for k, v in sorted(self.arguments.items()) if k not in ignored}
+            self.key = json.loads(json.dumps({"arguments": settings, "inputs": self.hashes}, default=str))
             self._settle(args.overwrite)
         barrier()
-        if self.rank > 0 and self.output.exists():
-            raise SystemExit(0)
+        if self.rank > 0:
+            try:
+                self.key = json.loads((self.parts / "key.json").read_text())
+            except FileNotFoundError:
+                if self.output.exists():  # done, by an earlier run or by rank 0 a moment ago
+                    raise SystemExit(0) from None
+                raise
+            self.hashes = self.key["inputs"]
 
     def _settle(self, overwrite: bool) -> None:
         """Exit when the output is done, stop when it is another run's, else prepare the folder of parts."""
@@ -317,6 +337,16 @@ class Stage:
             if index % self.world == self.rank and not self.part(index).exists() and not self.output.exists():
                 yield index, part
 
+    def progress(self, rows: int):
+        """A tqdm bar over this rank's share of the `rows` input rows, less what is done. Rank 0 shows its own."""
+        from tqdm import tqdm
+
+        parts = range(self.rank, math.ceil(rows / ROWS_PER_PART), self.world)
+        share = sum(min(ROWS_PER_PART, rows - i * ROWS_PER_PART) for i in parts if not self.part(i).exists())
+        name = self.output.name + (f" (rank 0 of {self.world})" if self.world > 1 else "")
+        seconds = 0.1 if sys.stderr.isatty() else 30  # in a log file a line every half minute, not ten a second
+        return tqdm(total=share, desc=name, unit="prompt", mininterval=seconds, smoothing=0.05, disable=self.rank > 0)
+
     def part(self, index: int) -> Path:
         return self.parts / f"{index:06d}.jsonl"
 
@@ -325,12 +355,18 @@ class Stage:
         write_whole(self.part(index), dump(counts) + "".join(map(dump, rows)))
 
     def join(self, rows: int) -> None:
-        """Rank 0: wait for the parts of all `rows` input rows, then make the output of them, in order."""
-        if self.rank > 0:
+        """Rank 0: wait for the parts of all `rows` input rows, then make the output of them, in order.
+
+        A rank that fails takes the others of its machine down through torchrun. Of other machines no one knows, so who
+        starts them must end all when one fails (srun --kill-on-bad-exit=1).
+        """
+        if self.rank > 0:  # a machine that went on to the next stage would meet those still at this one
+            while not self.output.exists():
+                time.sleep(0.2)
             return
         parts = math.ceil(rows / ROWS_PER_PART)
         while not all(self.part(i).exists() for i in range(parts)):
-            time.sleep(0.2)  # a rank that fails takes this one down through torchrun
+            time.sleep(0.2)
         totals: dict[str, dict] = {}
         with whole(self.output) as temporary:
             with open(temporary, "w", encoding="utf-8") as out:
@@ -415,9 +451,17 @@ def finite(value: float, where: str) -> float:
     return value
 
 
+def die_with_parent() -> None:
+    """End this process when its parent is killed with -9, of which no one can be told. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage's main(): what a person can mend ends in one line and a non-zero code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that engines and children end, too
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks that outlive torchrun would write beside those of the next start
+        die_with_parent()
     try:
         main()
     except KeyboardInterrupt:

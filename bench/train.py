@@ -48,6 +48,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from bench.trl_dpo import trl_trainer
+from kernels import footprint
 from records import dump, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,6 @@ SHAPES = {  # of the published config.json files; "small" has 0.5B's proportions
     "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4,
                   num_key_value_heads=2, vocab_size=8192, tie_word_embeddings=True),
 }  # fmt: skip
-PEAK = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}  # dense bf16 flop/s
 
 
 # ---- the task ------------------------------------------------------------------------------------------------------
@@ -111,16 +111,9 @@ def build_pairs(path: Path, lengths: list[tuple[int, int, int]], vocabulary: int
 
 def useful_flops(config, lengths: list[tuple[int, int, int]]) -> float:
     """Forward and backward flops of one step over these pairs, nothing computed twice."""
-    c = config
-    dim = c.hidden_size // c.num_attention_heads
-    layer = c.hidden_size * dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)  # weights of q, o, k, v
-    layer += 3 * c.hidden_size * c.intermediate_size  # gate, up, down
-    total = 0
-    for p, y, n in lengths:
-        visible = (p + y) * (p + y + 1) / 2 + n * p + n * (n + 1) / 2  # (query, key) pairs of the causal mask
-        total += 6 * c.num_hidden_layers * layer * (p + y + n) + 6 * c.vocab_size * c.hidden_size * (y + n)
-        total += 12 * c.num_hidden_layers * c.num_attention_heads * dim * visible
-    return total
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return footprint.flops(footprint.matmul_weights(model.model.layers, config), config, lengths)
 
 
 # ---- one contender, in a process of its own ------------------------------------------------------------------------
@@ -179,6 +172,12 @@ def run_ours(task: dict, folder: Path) -> dict:
             raise Done  # before the export
         meter.begin()
 
+    def compiled(module, **options):  # each layer, before it is sharded
+        if task["compile"] and isinstance(module, dpo_train.GradientCheckpointingLayer):
+            module.compile(dynamic=True)
+        return sharded(module, **options)
+
+    sharded, dpo_train.fully_shard = dpo_train.fully_shard, compiled
     meter.begin()
     dpo_train.open_log = lambda *_: log
     flags = ["--model", task["model"], "--pairs", task["pairs"], "--output", folder / "policy"]
@@ -245,9 +244,10 @@ def contenders(args, common: dict) -> list[dict]:
         base = common | {"checkpointing": checkpointing}
         for packing in args.packing:
             tasks += [
-                base | {"name": f"ours, {packing}, {budget} tokens", "side": "ours", "packing": packing,
-                        "tokens_per_batch": budget, "ours_args": args.ours_args.split()}
-                for budget in args.tokens_per_batch
+                base | {"name": f"ours, {packing}, {budget} tokens" + ", compiled" * compile, "side": "ours",
+                        "packing": packing, "tokens_per_batch": budget, "compile": compile,
+                        "ours_args": args.ours_args.split()}
+                for budget in args.tokens_per_batch for compile in (False, True)[: 1 + args.compile]
             ]  # fmt: skip
         if not importlib.util.find_spec("trl"):
             continue
@@ -270,20 +270,20 @@ def table(tasks: list[dict], lengths, config, peak_flops: float | None, toleranc
     answers, flops = sum(c + r for _, c, r in lengths), useful_flops(config, lengths)
     reference = next((t["runs"][0]["losses"] for t in tasks if "losses" in t["runs"][0]), None)
     lines = [
-        f"{'contender':32} {'ckpt':4} {'s/step':>8} {'pairs/s':>8} {'answer tok/s':>12} {'MFU':>6} {'peak MB':>8} "
+        f"{'contender':38} {'ckpt':4} {'s/step':>8} {'pairs/s':>8} {'answer tok/s':>12} {'MFU':>6} {'peak MB':>8} "
         f"{'loss gap':>8} {'wall s':>7}"
     ]
     for t in tasks:
         ckpt = "yes" if t["checkpointing"] else "no"
         if failed := next((r["failed"] for r in t["runs"] if "failed" in r), None):
-            lines.append(f"{t['name']:32} {ckpt:4} {failed}")
+            lines.append(f"{t['name']:38} {ckpt:4} {failed}")
             continue
         t["median"] = statistics.median(s for r in t["runs"] for s in r["seconds"])
         t["peak"] = statistics.median(r["peak"] for r in t["runs"])
         t["gap"] = max(abs(a - b) for r in t["runs"] for a, b in zip(r["losses"], reference, strict=True))
         mfu = f"{flops / t['median'] / peak_flops:6.1%}" if peak_flops else f"{'':>6}"
         lines.append(
-            f"{t['name']:32} {ckpt:4} {t['median']:8.2f} {len(lengths) / t['median']:8.2f} "
+            f"{t['name']:38} {ckpt:4} {t['median']:8.2f} {len(lengths) / t['median']:8.2f} "
             f"{answers / t['median']:12,.0f} {mfu} {t['peak'] / 2**20:8,.0f} {t['gap']:8.0e} "
             f"{min(s for r in t['runs'] for s in r['wall']):7.2f}"
         )
@@ -318,6 +318,7 @@ def main():
     p.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
     p.add_argument("--packing", nargs="+", default=["padded", "packed", "prefix"], help="ours; dpo_train.py --help")
     p.add_argument("--tokens_per_batch", type=int, nargs="+", default=[16384 if cuda else 768], help="ours")
+    p.add_argument("--compile", action="store_true", help="ours with torch.compile of the layers as well")
     p.add_argument("--ours_args", default="", help="more flags for dpo_train.py, as one string: '--cpu_offload'")
     p.add_argument("--trl_batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16] if cuda else [1, 4],
                    help="pairs of a microbatch; those that divide --pairs")  # fmt: skip
@@ -335,9 +336,7 @@ def main():
     args.device = "cuda" if cuda else "cpu"
     dtype = "bf16" if cuda else "fp32"
     gpu = torch.cuda.get_device_name() if cuda else None
-    peak = next((v for k, v in PEAK.items() if cuda and k in gpu), None)
-    if args.peak_tflops:
-        peak = args.peak_tflops * 1e12
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else footprint.peak_flops(torch.device(args.device))
     lengths = draw_lengths(args.pairs, args.scale)
     p_, c_, r_ = (statistics.mean(x) for x in zip(*lengths, strict=True))
     longest = max(p + max(c, r) for p, c, r in lengths)

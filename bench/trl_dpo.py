@@ -140,7 +140,7 @@ def trl_trainer(
 def trl_side(args, folder: Path) -> None:
     """In a process of its own: train, and write losses and the ids that TRL made of the text."""
     trainer = trl_trainer(
-        args.model, args.pairs, folder, args.steps, len(args.pairs.read_text().splitlines()),
+        args.model, args.pairs, folder, args.steps, args.pairs.read_text().count("\n"),
         beta=args.beta, learning_rate=args.learning_rate,
     )  # fmt: skip
     ids = [[row[f"{k}_ids"] for k in PARTS] for row in trainer.train_dataset]
@@ -165,7 +165,7 @@ def compare(args, folder: Path) -> float:
     """Print both curves; the largest difference, or infinity when there is nothing that can be compared."""
     names = ("trl", "transformers", "torch")
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names) + ", fp32")
-    rows = [json.loads(line) for line in args.pairs.read_text().splitlines()]
+    rows = [json.loads(line) for line in open(args.pairs)]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     same, pairs = canonical(rows, tokenizer), args.pairs
     print(f"{len(rows)} pairs, one batch; token ids are what the text tokenises to in {same} of them, so")
@@ -217,7 +217,7 @@ def main():
             args.model, args.pairs = str(folder / "model"), folder / "pairs.jsonl"
             build_model(folder / "model")
             build_pairs(args.pairs, folder / "model")
-        lines = args.pairs.read_text().splitlines(keepends=True)[: args.limit]
+        lines = open(args.pairs).readlines()[: args.limit]
         args.pairs = folder / "pairs.jsonl"  # a copy: dpo_train.py leaves a cache beside the file it reads
         args.pairs.write_text("".join(lines))
         sys.exit(compare(args, folder) > args.tolerance)

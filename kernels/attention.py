@@ -65,19 +65,22 @@ class Layout:
     k_lengths: list[int]
 
 
-def prefix_layout(lengths: list[tuple[int, int, int]], device="cpu") -> tuple[torch.Tensor, Layout]:
-    """(prompt, chosen, rejected) lengths of each pair -> position_ids [1, T] and Layout of the row [P|C|R][P|C|R]..."""
+def prefix_layout(lengths: list[tuple[int, ...]], device="cpu") -> tuple[torch.Tensor, Layout]:
+    """(prompt, chosen, rejected) lengths of each pair -> position_ids [1, T] and Layout of the row [P|C|R][P|C|R]...
+
+    A prompt may have any number of answers: (prompt, a, b, c) is [P|A|B|C].
+    """
     positions, kv_index, q_lengths, k_lengths, start = [], [], [], [], 0
-    for i, (p, c, r) in enumerate(lengths):
-        if min(p, c, r) < 1:  # a prompt's last token predicts an answer's first: without it there is no log-prob
-            raise ValueError(f"pair {i} of the row has lengths {(p, c, r)}: prompt and answers need a token each")
-        # The token numbers of the three in the row.
-        prompt, chosen, rejected = torch.arange(start, start + p + c + r).split([p, c, r])
-        positions += [torch.arange(p + c), torch.arange(p, p + r)]
-        kv_index += [prompt, chosen, prompt, rejected]
-        q_lengths += [p + c, r]
-        k_lengths += [p + c, p + r]
-        start += p + c + r
+    for i, (p, *answers) in enumerate(lengths):
+        if not answers or min(answers) < 1:
+            raise ValueError(f"pair {i} of the row has lengths {lengths[i]}: each answer needs a token")
+        # The token numbers in the row.
+        prompt, *parts = torch.arange(start, start + p + sum(answers)).split([p, *answers])
+        positions += [torch.arange(p + answers[0]), *(torch.arange(p, p + n) for n in answers[1:])]
+        kv_index += [tokens for part in parts for tokens in (prompt, part)]
+        q_lengths += [p + answers[0], *answers[1:]]
+        k_lengths += [p + n for n in answers]
+        start += p + sum(answers)
     return _layout(positions, torch.cat(kv_index), q_lengths, k_lengths, device)
 
 

@@ -25,6 +25,6 @@ def test_the_trainer_agrees_with_vllm_about_the_demo_policy(stage, tmp_path):
     printed = stage(
         "dpo_train.py", *policy, "--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "policy"
     ).stdout
-    mean, worst = map(float, re.search(r"differ by (\S+) nats a token, (\S+) at most", printed).groups())
+    mean, worst = map(float, re.search(r"differ by (\S+) nats / sqrt\(token\), (\S+) at most", printed).groups())
     audit = json.loads((tmp_path / "policy.meta.json").read_text())["audit"]
     assert audit["answers"] >= 60 and mean <= worst < 1e-3 and audit["mean"] == pytest.approx(mean, rel=0.1)

@@ -183,24 +183,17 @@ def test_microbatches_hold_every_pair_once_under_the_budget(packing, world):
     assert [len(b) for b in microbatches([5000, 10, 10], 1000, 1, packing)[0]]  # one above the budget: still trained
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "olmo2"])
-def test_pitfalls_19_and_20_alone_equals_batched_packed_and_prefix_shared(tmp_path, arch, tie):
-    """Forward and gradient, through the very functions that train; padding never changes a log-prob."""
-    model = causal_lm(tmp_path / "m", arch, tie=tie)
-    pairs = arrays(make_pairs(tmp_path / "m", model, n=5))
-    results = {}
-    for packing in ("alone", "prefix", "packed", "padded"):
-        attention = ATTENTION if packing in ("prefix", "packed") else "sdpa"
-        policy = Policy(AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=attention).train())
-        batches = [[p] for p in pairs] if packing == "alone" else [pairs]
-        out = torch.cat([policy(collate(b, "padded" if packing == "alone" else packing, "cpu")) for b in batches])
-        (out[:, 0].sum() - 0.5 * out[:, 1].sum()).backward()
-        results[packing] = out.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])
-    logprobs, gradient = results.pop("alone")
-    for packing, (l, g) in results.items():
-        assert torch.allclose(l, logprobs, rtol=1e-5, atol=1e-5), packing
-        assert (g - gradient).norm() / gradient.norm() < 1e-5, packing
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_pitfalls_19_and_20_alone_equals_batched_packed_and_prefix_shared(tmp_path, stage, ranks):
+    """Log-probs and gradient through the very functions that train; padding never changes a log-prob."""
+    archs = ("llama", "qwen2", "qwen3", "olmo2")
+    for arch, tie in ((arch, tie) for arch in archs for tie in (True, False)):
+        causal_lm(tmp_path / f"{arch}-{tie}", arch, tie=tie)
+    done = stage("tests/equivalence.py", tmp_path, nproc=ranks, env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(rows) == len(archs) * 2 * 3 * 2  # tied and not, three layouts, with and without checkpointing
+    for name, packing, checkpointing, logprobs, gradient in rows:
+        assert logprobs < 1e-5 and gradient < 1e-5, (name, packing, checkpointing, logprobs, gradient)
 
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
@@ -354,7 +347,8 @@ def test_a_conversation_without_chat_template_is_an_error(run):
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     tokenizer.chat_template = None
     with pytest.raises(SystemExit, match="pairs.jsonl:4: the prompt is a conversation.*Add one"):
-        dpo_train.render({"prompt": [{"role": "user", "content": "hi"}]}, tokenizer, "pairs.jsonl:4")
+        talk = [{"role": "user", "content": "hi"}]
+        dpo_train.render({"prompt": talk, "chosen": talk, "rejected": talk}, tokenizer, "pairs.jsonl:4")
 
 
 # ---- The reference and the audit -------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import dpo_train
 from conftest import ROOT
-from dpo_train import Policy, matmul_weights, model_flops
-from kernels import attention, logprob
+from dpo_train import Policy, layers_of
+from kernels import attention, footprint, logprob
 from kernels.attention import ATTENTION
 from kernels.packing import collate
 from models import causal_lm, config
@@ -90,10 +90,12 @@ def predict(monkeypatch):
 
     def call(*flags):
         args = dpo_train.parse(dpo_train.arguments(), [str(x) for x in ("--dry_run", *flags)])
+        rows, footprint_predict = {}, footprint.predict
         with monkeypatch.context() as m:  # a dry run is the end of its process, and changes what it likes
             for module, name in ((attention, "_flash_takes"), (logprob, "rows_torch"), (logprob, "CHUNK")):
                 m.setattr(module, name, getattr(module, name))
-            rows = dpo_train.memory(args, args.world_size)
+            m.setattr(footprint, "predict", lambda *a: rows.update(footprint_predict(*a)) or rows)
+            dpo_train.dry_run(args)
         torch.distributed.destroy_process_group()
         names = "weights adam gradients root layers reduce activations logprobs working".split()
         return dict(zip(names, rows.values(), strict=True))
@@ -199,7 +201,9 @@ def test_model_flops_are_what_torch_counts(tmp_path, arch, tie):
                 k = torch.randn(1, c.num_attention_heads, keys, c.head_dim, device="meta")
                 scaled_dot_product_attention(q, k, k)
     looking = 3 * c.num_hidden_layers * counter.get_total_flops()
-    assert model_flops(c, matmul_weights(policy), pairs) == products + looking
+    lengths = [tuple(map(len, pair.values())) for pair in pairs]
+    weights = footprint.matmul_weights(layers_of(policy), c)
+    assert footprint.flops(weights, c, lengths) == products + looking
 
 
 def test_an_expert_that_a_token_does_not_see_is_no_flop(tmp_path):
@@ -208,4 +212,4 @@ def test_an_expert_that_a_token_does_not_see_is_no_flop(tmp_path):
         policy = Policy(AutoModelForCausalLM.from_config(c))
     experts = 3 * 64 * 32 * c.num_hidden_layers  # gate, up and down of one
     every = sum(p.numel() for n, p in policy.named_parameters() if p.ndim > 1 and ".layers." in n)
-    assert matmul_weights(policy) == every - 3 * experts
+    assert footprint.matmul_weights(layers_of(policy), c) == every - 3 * experts

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import generate
 import records
+from bench.kill_stages import family, finished
 from conftest import ROOT
 from models import SPECIAL, VOCAB, causal_lm, tokenizer
 
@@ -67,7 +68,7 @@ def own_logprob(model, prompt: list[int], answer: list[int]) -> float:
 def check_answers(rows, folder, stops, max_new_tokens, tolerance=1e-3):
     """What must hold of every candidate, whoever wrote it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tok = AutoTokenizer.from_pretrained(folder)
+    tok, model_hash = AutoTokenizer.from_pretrained(folder), records.hash_path(folder)
     for row in rows:
         for c in row["candidates"]:
             ids = c["token_ids"]
@@ -78,7 +79,7 @@ def check_answers(rows, folder, stops, max_new_tokens, tolerance=1e-3):
             assert (ids[-1] in stops) == (c["finish_reason"] == "stop")
             assert len(ids) == max_new_tokens or (c["finish_reason"] == "stop" and len(ids) < max_new_tokens)
             assert c["text"] == tok.decode(ids, skip_special_tokens=True)
-            assert c["model"] == records.hash_path(folder)
+            assert c["model"] == model_hash
 
 
 # ---- what a candidate is -------------------------------------------------------------------------------------------
@@ -150,17 +151,46 @@ def chi_square_fits(counts: Counter, probabilities: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def next_token(folder, prompt_ids, temperature, top_p=1.0) -> torch.Tensor:
-    """The exact distribution, [V]."""
+def next_token(folder, prompt_ids, temperature, top_p=1.0, top_k=None, min_p=0.0) -> torch.Tensor:
+    """The exact distribution, [V]: temperature, then min_p, then top_k, then top_p of what they left, as vLLM does."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     p = (model(torch.tensor([prompt_ids])).logits[0, -1].double() / temperature).softmax(-1)
+    p[p < min_p * p.max()] = 0
+    p[p.argsort(descending=True)[top_k or VOCAB :]] = 0
+    p /= p.sum()
     order = p.argsort(descending=True)
-    inside = p[order].cumsum(0) - p[order] < top_p  # the smallest set that holds top_p
-    return torch.zeros_like(p).index_copy(0, order, p[order] * inside) / (p[order] * inside).sum()
+    p[order[p[order].cumsum(0) - p[order] >= top_p]] = 0  # the smallest set that holds top_p stays
+    return p / p.sum()
+
+
+# Both backends are held to the same exact distributions. The order shows: top_p before the others would leave 40 and 34
+# tokens of the last two, and not 16 and 14; min_p before the temperature would leave fewer still.
+TRUNCATIONS = [
+    dict(temperature=1.0, top_p=0.5),
+    dict(temperature=1.5, top_p=0.5, top_k=40),
+    dict(temperature=1.5, top_p=0.5, min_p=0.4),
+]
+
+
+def check_truncated(rows, folder, arguments):
+    """The support exactly, the frequencies by chi-square, and log-probs that know nothing of the truncation."""
+    exact = next_token(folder, rows[0]["prompt_token_ids"], **arguments)
+    first = Counter(c["token_ids"][0] for r in rows for c in r["candidates"])
+    assert sum(first.values()) >= 5_000 and chi_square_fits(first, exact)
+    assert set(first) <= set(exact.nonzero()[:, 0].tolist())
+    assert set(first) >= set((exact > 0.005).nonzero()[:, 0].tolist())  # 25 expected: none is cut that should not be
+    for name in arguments.keys() - {"temperature"}:  # each argument is felt
+        off = arguments | {name: 1.0 if name == "top_p" else 0}
+        assert not chi_square_fits(first, next_token(folder, rows[0]["prompt_token_ids"], **off))
+    check_answers([{**rows[0], "candidates": rows[0]["candidates"][:20]}], folder, STOPS, 2)
+
+
+def flags_of(arguments: dict) -> list:
+    return [x for name, value in arguments.items() for x in (f"--{name}", value)]
 
 
 def test_samples_follow_the_distribution(run, policy):
-    """20,000 samples at each of 0.7 and 1.0, and under top-p, against exact probabilities, for two tokens in a row."""
+    """20,000 samples at each of 0.7 and 1.0 against exact probabilities, for two tokens in a row."""
     flags = ("--num_samples", 400, "--max_new_tokens", 2)
     rows = run(policy, [CHAT[0]] * 100, *flags, "--temperature", 0.7, 1.0)
     for temperature in (0.7, 1.0):
@@ -174,11 +204,11 @@ def test_samples_follow_the_distribution(run, policy):
         second = Counter(ids[1] for ids in mine if ids[0] == common)
         assert chi_square_fits(second, next_token(policy, [*prompt, common], temperature))
 
-    rows = run(policy, [CHAT[0]] * 50, *flags, "--top_p", 0.5, output="p.jsonl")
-    exact = next_token(policy, rows[0]["prompt_token_ids"], 1.0, top_p=0.5)
-    first = Counter(c["token_ids"][0] for r in rows for c in r["candidates"])
-    assert set(first) <= set(exact.nonzero()[:, 0].tolist()) and chi_square_fits(first, exact)
-    check_answers([{**rows[0], "candidates": rows[0]["candidates"][:20]}], policy, STOPS, 2)  # log-probs: before top-p
+
+@pytest.mark.parametrize("arguments", TRUNCATIONS, ids=lambda a: " ".join(map(str, flags_of(a))))
+def test_truncated_samples_follow_the_distribution(run, policy, arguments):
+    flags = ("--num_samples", 400, "--max_new_tokens", 2, *flags_of(arguments))
+    check_truncated(run(policy, [CHAT[0]] * 15, *flags), policy, arguments)
 
 
 def test_temperatures_share_the_samples_and_zero_is_greedy(run, policy):
@@ -251,11 +281,12 @@ def test_exactly_one_bos(run, tmp_path):
     rows = run(tmp_path / "m", [*CHAT, "a plain text", "a"], "--max_new_tokens", 2)
     for row in rows:
         assert row["prompt_token_ids"][0] == 1 and row["prompt_token_ids"].count(1) == 1
-    with pytest.raises(records.Stop, match=r"prompts.jsonl:2: .*two BOS"):
-        run(tmp_path / "m", ["fine", "<|bos|>rendered before"], "--max_new_tokens", 2, output="b.jsonl")
+    with pytest.raises(records.Stop, match=r"prompts.jsonl:65: the prompt begins with 2 BOS"):
+        run(tmp_path / "m", ["fine"] * 64 + ["<|bos|>rendered before"], "--max_new_tokens", 2, output="b.jsonl")
+    assert [f.name for f in (tmp_path / "b.jsonl.parts").iterdir()] == ["key.json"]  # seen before any was answered
     template = (tmp_path / "m" / "chat_template.jinja").read_text()
     (tmp_path / "m" / "chat_template.jinja").write_text(template.replace("{{ bos_token }}", ""))
-    with pytest.raises(records.Stop, match="Put {{ bos_token }} at the start"):
+    with pytest.raises(records.Stop, match=r"begins with 0 BOS, not 1.*must write {{ bos_token }} once"):
         run(tmp_path / "m", CHAT, "--max_new_tokens", 2, output="c.jsonl")
 
 
@@ -268,6 +299,30 @@ def test_stop_ids_come_from_everywhere(tmp_path, monkeypatch):
     assert generate.Policy(generate.arguments()).stop_ids == [eos, eot, 77, 78]
     (tmp_path / "m" / "generation_config.json").unlink()  # then the model's config says
     assert generate.Policy(generate.arguments()).stop_ids == [eos, eot]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('a system turn comes first') }}",  # its own refusal
+        "{% for m in messages %}<|im_start|>{{ m.content + m.name }}{% endfor %}",  # an error of Python's inside it
+        "<|im_start|>{% for m in messages if m.role != 'assistant' %}{{ m.content }}<|eot|>{% endfor %}",  # not shown
+        "<|im_start|>{% for m in messages %}{{ m.content | upper }}<|eot|>{% endfor %}",  # not to be found again
+    ],
+)
+def test_templates_that_do_not_show_where_an_answer_ends(tmp_path, monkeypatch, template, capsys):
+    """No stop id is guessed from such a template, and no traceback either; a prompt that it refuses is named."""
+    causal_lm(tmp_path / "m", template="bos")
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr(
+        sys, "argv", f"generate.py --prompts p --output o --model {tmp_path / 'm'}".split() + ["--max_new_tokens", "5"]
+    )
+    policy = generate.Policy(generate.arguments())
+    assert policy.stop_ids == [SPECIAL.index("<|eos|>")]
+    assert "shows no answer" in capsys.readouterr().out
+    if "m.name" in template or "raise" in template:
+        with pytest.raises(records.Stop, match="here: the chat template of .*m refuses it"):
+            policy.encode(CHAT[0], "here")
 
 
 @pytest.mark.parametrize("template", ["chatml", "bos"])
@@ -315,26 +370,34 @@ def command(policy, folder, nproc=1):
     return [sys.executable, *torchrun, str(ROOT / "generate.py"), *flags.split(), "--output"]
 
 
-def test_killed_and_restarted_on_two_ranks_is_byte_identical(policy, tmp_path):
-    """Law 7, PITFALLS 12: kill -9 in the middle, go on with two ranks; the file is that of an undisturbed run."""
-    write_prompts(tmp_path / "prompts.jsonl", [CHAT[i % 3] for i in range(5 * 64 + 7)])
+def test_killed_at_one_and_at_two_ranks_is_byte_identical(policy, tmp_path):
+    """Law 7, PITFALLS 12: kill -9 in the middle of one rank, then of two; the file is that of an undisturbed run."""
+    write_prompts(tmp_path / "prompts.jsonl", [CHAT[i % 3] for i in range(7 * 64 + 7)])
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    subprocess.run([*command(policy, tmp_path), whole], check=True, capture_output=True)
+    quiet = subprocess.Popen([*command(policy, tmp_path), whole], stderr=subprocess.DEVNULL)
 
-    process = subprocess.Popen([*command(policy, tmp_path), broken], stderr=subprocess.DEVNULL)
-    first = tmp_path / "broken.jsonl.parts" / "000001.jsonl"
-    while not first.exists() and process.poll() is None:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not broken.exists()
-    done = {p: p.stat().st_mtime_ns for p in first.parent.glob("0*.jsonl")}
-    assert 2 <= len(done) < 6
+    for nproc in (1, 2):
+        process = subprocess.Popen([*command(policy, tmp_path, nproc), broken], stderr=subprocess.DEVNULL)
+        enough = finished(broken) + 2
+        while finished(broken) < enough and process.poll() is None:
+            time.sleep(0.005)
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and not broken.exists() and enough <= finished(broken) < 8
 
     resumed = subprocess.Popen([*command(policy, tmp_path, nproc=2), broken], stdout=subprocess.PIPE, text=True)
     assert "going on with the unfinished run" in resumed.communicate()[0] and resumed.returncode == 0
-    assert broken.read_bytes() == whole.read_bytes()
+    assert quiet.wait() == 0 and broken.read_bytes() == whole.read_bytes()
     meta = json.loads((tmp_path / "broken.jsonl.meta.json").read_text())
-    assert meta["world_size"] == 2 and meta["counts"]["rows"] == {"in": 327, "out": 327, "dropped": {}}
+    assert meta["world_size"] == 2 and meta["counts"]["rows"] == {"in": 455, "out": 455, "dropped": {}}
+
+
+@pytest.mark.slow
+def test_the_bench_of_kills(tmp_path):
+    """Both stages, killed at one and at two ranks; bench/results/kill_stages.txt holds twenty kills of each."""
+    call = [sys.executable, "-m", "bench.kill_stages", "--kills", "2", "--save", tmp_path / "kills.txt"]
+    subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "kills.txt").read_text().count("2 kills,") == 4
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -349,9 +412,12 @@ def test_killed_and_restarted_on_two_ranks_is_byte_identical(policy, tmp_path):
         (["--num_samples", "1", "--temperature", "0.5", "1"], "some would get none"),
         (["--temperature", "0"], "same answer every time"),
         (["--top_p", "0"], "top_p lies in"),
+        (["--min_p", "2"], "min_p in"),
+        (["--top_k", "-1"], "not negative"),
+        (["--num_samples", "1", "--temperature", "0", "--top_k", "5"], "no effect at --temperature 0"),
         (["--num_samples", "0"], "num_samples starts at 1"),
         (["--max_prompt_length", "0"], "max_prompt_length starts at 1"),
-        (["--max_new_tokens", "256"], "leaves no room for a prompt"),
+        (["--max_new_tokens", "256"], "longer than 0 tokens, .*lower --max_new_tokens: the context is 256"),
         (["--batch_size", "4"], "samples of a prompt run together"),
         (["--chat_template_kwargs", "x"], "no key=value"),
         (["--max_prompt_length", "3"], "all 3 prompts are longer than 3 tokens"),
@@ -378,6 +444,8 @@ def test_bad_prompts_are_named_before_the_work_begins(run, policy, tmp_path):
         run(policy, [good, good], "--max_new_tokens", 4)
     with pytest.raises(records.Stop, match=r'prompts.jsonl:2: key "prompt" is missing'):
         run(policy, [good, {"id": "b"}], "--max_new_tokens", 4)
+    with pytest.raises(records.Stop, match=r"prompts.jsonl:2: the prompt is empty"):
+        run(policy, ["good", ""], "--max_new_tokens", 4)
     with pytest.raises(records.Stop, match="the file is empty"):
         run(policy, [], "--max_new_tokens", 4)
     assert not (tmp_path / "candidates.jsonl").exists()
@@ -401,8 +469,8 @@ def test_models_that_cannot_answer(run, tmp_path):
     model = causal_lm(tmp_path / "nan")
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
-    with pytest.raises(records.Stop, match=r"prompts.jsonl:3: the log-prob of an answer: the value is nan"):
-        run(tmp_path / "nan", CHAT, "--max_new_tokens", 4, output="c.jsonl")  # line 3: longest first
+    with pytest.raises(records.Stop, match=r'prompts.jsonl: "p2": the log-prob of an answer: the value is nan'):
+        run(tmp_path / "nan", CHAT, "--max_new_tokens", 4, output="c.jsonl")  # p2: longest first
 
 
 def test_help_teaches(capsys, monkeypatch):

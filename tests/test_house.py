@@ -1,6 +1,7 @@
 """The house: what may import what. Each stage is one file, and one process."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -37,3 +38,11 @@ def test_the_loop_runs_every_stage_as_a_process():
     script = (ROOT / "iterate.sh").read_text()
     assert all(f" {stage}.py " in script for stage in STAGES)
     assert "set -euo pipefail" in script and "sleep 140" not in script and "pkill" not in script  # PITFALLS 35
+
+
+def test_every_setting_that_a_run_records_reaches_the_script_that_records_it():
+    """One that iterate.sh gives a default but does not export would stand empty in config.json."""
+    source = (ROOT / "tools/start_run.py").read_text()
+    recorded = " ".join(re.findall(r'"([A-Z_ ]+)"', source.partition("SETTINGS")[2].partition(")")[0])).split()
+    exported = re.search(r"^export (MODEL(?:[^\n]*\\\n)*[^\n]*)", (ROOT / "iterate.sh").read_text(), re.M)[1]
+    assert sorted(recorded) == sorted(exported.replace("\\\n", " ").split()) and len(recorded) > 20

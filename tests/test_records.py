@@ -247,3 +247,41 @@ def test_dashes_are_accepted_and_unknown_flags_are_not(copy, tmp_path):
     p = records.parser("x")
     p.add_argument("--max_length", type=int)
     assert records.parse(p, ["--max-length=3"]).max_length == records.parse(p, ["--max-length", "3"]).max_length == 3
+
+
+RANK = """
+import os, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+import records
+
+def main():
+    pathlib.Path(sys.argv[2], os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(300)
+
+records.run(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_ranks_end_when_torchrun_is_killed(tmp_path):
+    """Orphans would go on writing beside the ranks of the next start."""
+    (tmp_path / "rank.py").write_text(RANK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen([*launcher, tmp_path / "rank.py", ROOT, tmp_path])
+    pids = [tmp_path / "0", tmp_path / "1"]
+    deadline = time.time() + 60
+    while not all(p.exists() and p.read_text() for p in pids):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+
+    def alive(pid):
+        try:  # a zombie, which nobody has asked about yet, is dead
+            return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    while any(alive(p.read_text()) for p in pids):
+        assert time.time() < deadline
+        time.sleep(0.05)

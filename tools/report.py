@@ -23,7 +23,7 @@ reward/NAME (every other one by itself). The other columns of summary.jsonl, a r
     pairs, counts      pairs made; rows in, out and dropped by reason, by stage
     seconds            by stage, counted from its last start
     training           of each column of train.jsonl: its last value, and its mean over the steps
-    audit, changed_weights          nats a token between generator and trainer; share of weights that changed
+    audit, changed_weights          gap between generator and trainer (docs/math.md); share of weights that changed
 
 and TRL's names, so that dashboards carry over. TRL logs them on training batches; here they are held-out figures:
 
@@ -143,8 +143,8 @@ def over_prompts(values: list[float]) -> tuple[float, float | None]:
 
 
 def win_rate(now: list[float], then: list[float]) -> float:
-    """The chance that one of these answers beats one of those; a tie is half a win."""
-    return fmean((a > b) + (a == b) / 2 for a in now for b in then)
+    """The chance that one of these answers beats one of those; a tie, but for rounding, is half a win."""
+    return fmean(0.5 if math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-5) else float(a > b) for a in now for b in then)
 
 
 def heldout_figures(now: dict[str, dict], initial: dict[str, dict] | None) -> dict:
