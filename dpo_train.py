@@ -36,36 +36,26 @@ import gc
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import sys
 import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.state_dict as state_dicts
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from kernels import footprint
+from kernels import checks, footprint, sharded
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal
-from kernels.logprob import linear_logprob, lm_head, logprob_from_logits
+from kernels.logprob import linear_logprob, lm_head
 from kernels.packing import collate, cost, microbatches
-from records import Stage, Stop, barrier, dump, parse, parser, ranks, read_jsonl, remove, run, seed_of, whole
+from records import Stage, Stop, dump, parse, parser, progress, ranks, read_jsonl, run, say, seed_of, whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PARTS = ("prompt", "chosen", "rejected")
@@ -155,18 +145,6 @@ def check(args, device, world: int) -> None:
         )
 
 
-def say(text: str) -> None:
-    if ranks()[0] == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def progress(name: str, total: int, unit: str, done: int = 0) -> tqdm:
-    """A bar on rank 0. In a log file it appears after half a minute, and then every half minute."""
-    pace = {} if sys.stderr.isatty() else {"mininterval": 30, "delay": 30, "ascii": True}
-    return tqdm(desc=name, total=total, initial=done, unit=unit, disable=ranks()[0] > 0, leave=False, **pace)
-
-
 # ----------------------------------------------------------------------------------------------------
 # The loss
 
@@ -197,35 +175,31 @@ def dpo_loss(policy, reference, lengths, beta: float, args) -> torch.Tensor:
 
 def load_pairs(args, tokenizer, config) -> tuple[list[dict], int, Counter]:
     """(pairs, rows read, rows dropped by reason). Token ids are int32 arrays: a quarter of a list's memory."""
-    vocabulary = config.get_text_config().vocab_size
-    limit = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    config = config.get_text_config()
+    limit = args.max_length or getattr(config, "max_position_embeddings", sys.maxsize)
     pairs, total, rendered, dropped = [], 0, 0, Counter()
     for path in args.pairs:
         for line, row in enumerate(read_jsonl(path, dict.fromkeys(PARTS, (str, list))), 1):
-            total += 1
+            where, total = f"{path}:{line}", total + 1
             ids = [row.get(f"{k}_token_ids") for k in PARTS]
             if ids == [None] * 3:
-                rendered += 1
-                ids = render(row, tokenizer, f"{path}:{line}")
+                ids, rendered = render(row, tokenizer, where), rendered + 1
             elif None in ids:
-                raise Stop(f"{path}:{line}: prompt_, chosen_ and rejected_token_ids come together, or not at all")
-            reason = (
-                "template_not_prefix" if ids is None
-                else "no_tokens" if not all(ids)
-                else "too_long" if len(ids[0]) + max(len(ids[1]), len(ids[2])) > limit
-                else None
-            )  # fmt: skip
-            if reason:
-                dropped[reason] += 1
-                continue
-            if not 0 <= min(map(min, ids)) <= max(map(max, ids)) < vocabulary:
-                raise Stop(f"{path}:{line}: a token id outside 0 … {vocabulary - 1}: another model's tokenizer?")
-            pairs.append({k: np.asarray(x, dtype=np.int32) for k, x in zip(PARTS, ids, strict=True)})
-            pairs[-1] |= {
-                "id": row.get("id", f"{path}:{line}"),
-                "logprobs": [row.get("chosen_logprob"), row.get("rejected_logprob")],
-                "models": [row.get("chosen_model"), row.get("rejected_model")],
-            }
+                raise Stop(f"{where}: prompt_, chosen_ and rejected_token_ids come together, or not at all")
+            if ids is None:
+                dropped["template_not_prefix"] += 1
+            elif not all(ids):
+                dropped["no_tokens"] += 1
+            elif len(ids[0]) + max(len(ids[1]), len(ids[2])) > limit:
+                dropped["too_long"] += 1
+            elif not 0 <= min(map(min, ids)) <= max(map(max, ids)) < config.vocab_size:
+                raise Stop(f"{where}: a token id outside 0 … {config.vocab_size - 1}: another model's tokenizer?")
+            else:
+                pair = {k: np.asarray(x, dtype=np.int32) for k, x in zip(PARTS, ids, strict=True)}
+                pair["id"] = row.get("id", where)
+                for k in ("logprob", "model"):  # what the generator wrote, and who it was
+                    pair[f"{k}s"] = [row.get(f"{answer}_{k}") for answer in PARTS[1:]]
+                pairs.append(pair)
     if rendered:
         say(f"{rendered:,} pairs carry no token ids: rendered with the tokenizer and chat template of {args.model}")
     if not pairs:
@@ -245,7 +219,7 @@ def render(row: dict, tokenizer, where: str) -> list[list[int]] | None:
         full = [f if eos is None or f[-1] == eos else [*f, eos] for f in full]
     elif not tokenizer.chat_template:
         raise Stop(
-            f"{where}: the prompt is a conversation, but the tokenizer has no chat template. Add one to its folder"
+            f"{where}: the prompt is a conversation, but the tokenizer has no chat template: add one to its folder"
         )
     else:
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -253,6 +227,22 @@ def render(row: dict, tokenizer, where: str) -> list[list[int]] | None:
     if any(f[: len(ids)] != ids for f in full):
         return None
     return [ids, *(f[len(ids) :] for f in full)]
+
+
+def plan(pairs: list[dict], step: list[int], args) -> list[list[list[int]]]:
+    """How the ranks share a step: [rank][microbatch] -> indices into pairs, of those in `step`."""
+    costs = {i: cost(pairs[i], args.packing) for i in step}
+    return microbatches(costs, args.tokens_per_batch, ranks()[1], args.packing)
+
+
+def plan_all(pairs: list[dict], args) -> list:
+    """The plan of every step of every epoch, decided in advance: nothing of it needs saving in a checkpoint."""
+    plans = []
+    for epoch in range(args.num_train_epochs):
+        order = list(range(len(pairs)))
+        random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
+        plans += [plan(pairs, order[i : i + args.batch_size], args) for i in range(0, len(order), args.batch_size)]
+    return plans
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -302,115 +292,63 @@ def build_model(config, args, dtype):
 
 def build_policy(config, args, device_type: str, world: int) -> Policy:
     """A sharded fp32 Policy on the meta device: every tensor has its shape, and none has memory."""
-    size = args.shard_size or world
-    mesh = init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicate", "shard"))
-    options = {
-        "mesh": mesh if args.shard_size else mesh["shard"],
-        "mp_policy": MixedPrecisionPolicy(None if args.dtype == "fp32" else torch.bfloat16, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
-    }
     with torch.device("meta"):
         policy = Policy(build_model(config, args, torch.float32))
-    for layer in layers_of(policy):
-        fully_shard(layer, **options)
-    return fully_shard(policy, **options)  # embedding, norm and head stay together in the root: they may be tied
-
-
-def layers_of(policy) -> list:
-    return [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+    products = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+    return sharded.shard(policy, products, args.shard_size, args.cpu_offload, device_type, world)
 
 
 def load_policy(path: str, args, device, probe: dict) -> Policy:
-    """A sharded Policy with its weights. Only rank 0 reads them; the others receive their shards of them.
-
-    `probe` is a short pair: what transformers says of it, with its own attention and logits, must be what the sharded,
-    packed and fused model says. An architecture whose head or attention we get wrong is refused here and now.
-    """
-    config = AutoConfig.from_pretrained(path)
-    policy = build_policy(config, args, device.type, ranks()[1])
-    model, fp32, source = policy.model, args.dtype == "fp32", None
-    policy.to_empty(device="cpu" if args.cpu_offload else device)
-    model.tie_weights()
-    if model.config.tie_word_embeddings:
-        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "the tie came apart"
-    if ranks()[0] == 0:
-        dtype, plain = torch.float32 if fp32 else "auto", attention_implementation(config)
+    """A sharded Policy with its weights, which rank 0 reads, and which agrees with transformers on the pair `probe`."""
+    (rank, world), config, source = ranks(), AutoConfig.from_pretrained(path), None
+    policy = build_policy(config, args, device.type, world)
+    if rank == 0:
+        dtype, plain = torch.float32 if args.dtype == "fp32" else "auto", attention_implementation(config)
         source = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=plain)
-    weights, options = source.state_dict() if source else {}, {"full_state_dict": True, "broadcast_from_rank0": True}
-    state_dicts.set_model_state_dict(model, weights, options=state_dicts.StateDictOptions(**options))
-    for name, buffer in model.named_buffers():  # rotary frequencies and their like are in no state dict
-        value = source.get_buffer(name).to(device, buffer.dtype) if source else torch.empty_like(buffer, device=device)
-        dist.broadcast(value, 0)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, value)
-
-    with torch.no_grad():
-        ours = policy(collate([probe], args.packing, device))[0].cpu()  # [2]
-    policy.reshard()  # a forward leaves the root whole for its backward, and here none comes
-    if source:
-        sizes = torch.tensor([len(probe["chosen"]), len(probe["rejected"])])
-        gap = ((ours - own_logprobs(source, probe)).abs() / sizes).max().item()
-        if not gap <= (1e-4 if fp32 else 0.25):  # fp32: the order of sums; bf16: 8 bits, and a few tokens only
-            raise Stop(
-                f"{path}: log-probs of this trainer and of transformers differ by {gap:.2g} nats a token on pair "
-                f"{probe['id']}: its head or attention is one that this file cannot express, so it would train wrongly."
-            )
-        say(f"{path}: log-probs equal transformers' own to {gap:.0e} nats a token ({args.packing})")
+    sharded.load_weights(policy, source, device, args.cpu_offload)
+    probe_on_rank_0 = [[[0]]] + [[[]]] * (world - 1)
+    found = all_logprobs(policy, [probe], [probe_on_rank_0], args.packing, device)[0]  # [2]
+    if rank == 0:
+        checks.check_model(found, source, probe, args.dtype, path)
     return policy
-
-
-@torch.no_grad()
-def own_logprobs(model, pair: dict) -> torch.Tensor:
-    """[2], log-probs of chosen and rejected from the model's own logits, one plain sequence at a time."""
-    result = []
-    for answer in (pair["chosen"], pair["rejected"]):
-        ids = torch.tensor(np.concatenate([pair["prompt"], answer]), dtype=torch.long)[None]  # [1, L]
-        logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]  # [|answer|, V]
-        result.append(logprob_from_logits(logits, ids[0, -len(answer) :]).sum())
-    return torch.stack(result)
 
 
 @torch.no_grad()
 def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> torch.Tensor:
     """[n, 2] fp32 on the CPU: log-probs of every pair in `plans` ([step][rank] -> microbatches); NaN for the others."""
     found = torch.zeros(len(pairs), 3, device=device)  # the third column: has it been computed?
-    mine = [bin for plan in plans for bin in plan[ranks()[0]]]
-    bar = progress("log-probs", len(mine), "batch")
-    for bin in mine:
-        logprobs = policy(collate([pairs[i] for i in bin or [0]], packing, device))  # [n, 2]
-        if bin:  # a rank without pairs takes part in the collectives only
-            found[bin] = F.pad(logprobs, (0, 1), value=1.0)
-        bar.update()
-    bar.close()
+    mine = [batch for plan in plans for batch in plan[ranks()[0]]]
+    with progress(len(mine), "log-probs", "batch") as bar:
+        for batch in mine:
+            logprobs = policy(collate([pairs[i] for i in batch or [0]], packing, device))  # [n, 2]
+            if batch:  # a rank without pairs takes part in the collectives only
+                found[batch] = F.pad(logprobs, (0, 1), value=1.0)
+            bar.update()
     policy.reshard()  # without a backward the root stays whole, and an optimizer made now would train the copy
     dist.all_reduce(found)  # each pair was one rank's, and adding zeros is exact
     return torch.where(found[:, 2:] > 0, found[:, :2], math.nan).cpu()
 
 
 # ----------------------------------------------------------------------------------------------------
-# The reference, and the audit
+# The reference
 
 
 def reference_logprobs(compute, pairs: list[dict], args, stage) -> torch.Tensor:
     """r of every pair, [n, 2] fp32 on the CPU: from the file beside the pairs, or else from compute() -> [n, 2].
 
-    The file is named by a hash of the reference and of the very token ids, and holds a checksum of its content:
-    another reference is another file, and a damaged one is noticed.
+    The file is named by a hash of the reference and of the very token ids: another reference is another file. It holds
+    the numbers and then their sha256, so that damage is noticed.
     """
     identity = [stage.hashes.get("ref_model", stage.hashes["model"]), args.dtype, args.packing]
     key = hashlib.sha256(json.dumps([*identity, [len(p[k]) for p in pairs for k in PARTS]]).encode())
     for ids in (pair[k] for pair in pairs for k in PARTS):
         key.update(ids)
-    file = Path(f"{args.pairs[0]}.reference-{key.hexdigest()[:16]}.safetensors")
+    file = Path(f"{args.pairs[0]}.reference-{key.hexdigest()[:16]}")
     found = [None]  # one rank looks and tells the others: file systems need not show all of them the same
     if ranks()[0] == 0 and file.exists():
-        try:
-            with safe_open(file, "pt") as f:
-                values, digest = f.get_tensor("logprobs"), f.metadata()["sha256"]
-        except (SafetensorError, KeyError, TypeError):
-            values, digest = torch.empty(0), None
-        if digest == sha256(values):
-            found = [values]
+        numbers, digest = file.read_bytes()[:-32], file.read_bytes()[-32:]
+        if hashlib.sha256(numbers).digest() == digest:
+            found = [torch.frombuffer(bytearray(numbers), dtype=torch.float32).view(-1, 2)]
             say(f"reference log-probs: from the cache {file}")
         else:
             say(f"{file}: is damaged; the reference is computed again")
@@ -424,101 +362,9 @@ def reference_logprobs(compute, pairs: list[dict], args, stage) -> torch.Tensor:
         raise Stop(f"the reference's log-probs are not finite for the pairs {bad}")
     if ranks()[0] == 0:
         with whole(file) as temporary:
-            save_file({"logprobs": result}, temporary, metadata={"sha256": sha256(result)})
+            numbers = result.numpy().tobytes()
+            temporary.write_bytes(numbers + hashlib.sha256(numbers).digest())
     return result
-
-
-def sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
-
-
-def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, tolerance: float) -> dict:
-    """Compare the generator's log-prob of each answer that this very policy wrote with ours; stop past the tolerance.
-
-    logprobs: [n, 2] of the policy as loaded, NaN where unknown. An answer's gap is |difference| / sqrt(its tokens):
-    rounding errors add up like a random walk, so they make the same gap at any length; a mistake's grows with it. In
-    bf16, 0.03 was seen in 24 layers of random weights, 0.3 between two iterations' policies (docs/math.md).
-    """
-    gaps = [
-        (abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]) ** 0.5, str(pair["id"]), name)
-        for i, pair in enumerate(pairs)
-        for k, name in enumerate(("chosen", "rejected"))
-        if pair["models"][k] == model_hash and pair["logprobs"][k] is not None and not logprobs[i, k].isnan()
-    ]
-    if not gaps:
-        say("audit: none of these answers was written by this model, so there is nothing to compare")
-        return {"answers": 0}
-    mean, (worst, id, name) = sum(g[0] for g in gaps) / len(gaps), max(gaps)
-    seen = f"by {mean:.1e} nats / sqrt(token), {worst:.1e} at most ({len(gaps):,} answers)"
-    say(f"audit: generator and trainer differ {seen}")
-    if not mean <= tolerance:
-        raise Stop(
-            f"generator and trainer disagree about the same answers, {seen}; the tolerance is {tolerance:g}, the worst "
-            f"is the {name} one of {id}. Look for another chat template, a doubled BOS, other weights than those that "
-            "generated, wrong position ids. --max_logprob_gap raises the tolerance."
-        )
-    return {"answers": len(gaps), "mean": mean, "max": worst, "tolerance": tolerance}
-
-
-def check_first_loss(loss: float, pairs: list[dict], reference, step: list[int], beta: float, args) -> None:
-    """Before its first update the policy is its own reference, so the first loss is that of d = 0: ln 2 for sigmoid."""
-    lengths = torch.tensor([[len(pairs[i]["chosen"]), len(pairs[i]["rejected"])] for i in step])
-    expected = dpo_loss(reference[step], reference[step], lengths, beta, args).mean().item()
-    say(f"step 0: loss {loss:.7f}; policy = reference makes it {expected:.7f}")
-    if not abs(loss - expected) <= (1e-4 if args.dtype == "fp32" else 2e-2) * max(1, abs(expected)):
-        raise Stop("policy and reference are the same model, but the first loss says otherwise: dropout, precision or "
-                   "masking differs between the two passes")  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------
-# Checkpoints and export
-
-
-def save_checkpoint(stage, policy, optimizer, step: int) -> None:
-    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all; only the last one is kept.
-
-    Nothing else needs saving: training draws no random number, and the order of pairs is a function of (seed, epoch).
-    """
-    folder = stage.parts / f"step_{step:06d}"
-    temporary = folder.with_name(folder.name + ".tmp")
-    if ranks()[0] == 0:
-        remove(temporary)
-    barrier()
-    weights, adam = state_dicts.get_state_dict(policy, optimizer)
-    dcp.save({"weights": weights, "adam": adam}, checkpoint_id=temporary)
-    barrier()
-    if ranks()[0] == 0:
-        os.replace(temporary, folder)
-        for old in set(stage.parts.glob("step_??????")) - {folder}:
-            remove(old)
-    barrier()
-
-
-def load_checkpoint(stage, policy, optimizer) -> int:
-    """Load the last checkpoint, whatever number of ranks wrote it; the number of steps it has done, 0 without one."""
-    folders = [sorted(stage.parts.glob("step_??????"))]
-    dist.broadcast_object_list(folders)  # one rank looks: file systems need not show all of them the same
-    if not folders[0]:
-        return 0
-    weights, adam = state_dicts.get_state_dict(policy, optimizer)
-    dcp.load({"weights": weights, "adam": adam}, checkpoint_id=folders[0][-1])
-    state_dicts.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=adam)
-    return int(folders[0][-1].name[-6:])
-
-
-def export(weights: dict, args, folder: Path, tokenizer) -> float:
-    """Write a Hugging Face folder from whole weights; the share of them that differ from --model, as saved."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")  # it knows how it wants to be saved
-    before, dtype = model.state_dict(), DTYPES.get(args.save_dtype, model.dtype)
-    changed = sum((v.to(dtype) != before[k].to(dtype)).sum().item() for k, v in weights.items())
-    model.to(dtype).load_state_dict(weights)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # some hub models set temperature but not do_sample, which transformers reads but will not write
-        model.generation_config.do_sample = True
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return changed / sum(v.numel() for v in weights.values())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -544,39 +390,42 @@ METRICS = (  # TRL's names and some of ours; each is the mean over all pairs of 
 )  # fmt: skip
 
 
-def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict:
-    """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches. Returns figures for the metadata."""
+def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict | None:
+    """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches of indices into pairs.
+
+    Returns figures for the metadata; None where SIGTERM ended it, after a checkpoint.
+    """
     rank, world = ranks()
     steps, epoch_steps = len(plans), len(plans) // args.num_train_epochs
     assert all(isinstance(p, DTensor) for p in policy.parameters()), "the optimizer must see the shards"
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
-    first = load_checkpoint(stage, policy, optimizer)
+    first = sharded.load_checkpoint(stage.parts, policy, optimizer)
     say(f"{steps} steps" + (f"; going on after step {first}" if first else ""))
     log = open_log(stage.parts / "train.jsonl", first, args.report_to) if rank == 0 else lambda row: None
-    bar = progress("train", steps, "step", first)
+    bar = progress(steps, "train", "step", first)
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     sizes = [tuple(len(pair[k]) for k in PARTS) for pair in pairs]
-    total_tokens, total_seconds = 0, 0.0
+    total_seconds = 0.0
 
     for step in range(first, steps):
         began = time.time()
         beta = args.beta[min(step // epoch_steps, len(args.beta) - 1)]
-        this_step = [i for bins in plans[step] for bin in bins for i in bin]  # of all ranks
-        count, mine, seen = len(this_step), plans[step][rank], []
+        this_step = [i for share in plans[step] for batch in share for i in batch]  # of all ranks
+        count, mine, losses = len(this_step), plans[step][rank], {}
         sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
-        for k, bin in enumerate(mine):
+        for k, batch in enumerate(mine):
             # Gradients are reduced to shards after every microbatch: kept whole in between they would take 4 bytes a
             # weight on every rank (28 GiB for 7B). Copies of the model (HSDP) are added up once, at the end.
             policy.set_requires_all_reduce(k == len(mine) - 1)
-            batch = collate([pairs[i] for i in bin or [0]], args.packing, device)
-            logprobs = policy(batch)  # [n, 2]
-            if not bin:  # no pair left for this rank: take part in the collectives, add nothing
+            inputs = collate([pairs[i] for i in batch or [0]], args.packing, device)
+            logprobs = policy(inputs)  # [n, 2]
+            if not batch:  # no pair left for this rank: take part in the collectives, add nothing
                 (logprobs.sum() * 0).backward()
                 continue
-            ref, lengths = reference[bin].to(device), batch["lengths"]  # [n, 2]
+            ref, lengths = reference[batch].to(device), inputs["lengths"]  # [n, 2]
             loss = dpo_loss(logprobs, ref, lengths, beta, args)  # [n]
             (loss.sum() * world / count).backward()  # FSDP divides by the ranks; we want the mean over the step's pairs
             with torch.no_grad():
@@ -584,7 +433,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
                 margins, fell = rewards[:, 0] - rewards[:, 1], logprobs[:, 0] < ref[:, 0]
                 columns = [loss, *rewards.T, margins > 0, margins, *logprobs.T, fell, *lengths.T]
                 sums[:-1] += torch.stack([c.double().sum() for c in columns])
-                seen.append((bin, loss.detach()))
+                losses |= zip(batch, loss.detach(), strict=True)
 
         sums[-1] = len(stopping)  # one rank that was told to stop stops all, at the same step
         dist.all_reduce(sums)
@@ -592,7 +441,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
         grad_norm = norm.full_tensor().item()
         if not all(map(math.isfinite, [*means, grad_norm])):
-            bad = [pairs[i]["id"] for bin, loss in seen for i, x in zip(bin, loss.tolist(), strict=True) if x - x != 0]
+            bad = [pairs[i]["id"] for i, loss in losses.items() if not loss.isfinite()]
             kept = [folder.name for folder in stage.parts.glob("step_??????")]
             raise Stop(
                 f"step {step + 1}: loss {means[0]:g}, gradient norm {grad_norm:g}: not finite; no weight was updated. "
@@ -600,81 +449,64 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
                 "Lower --learning_rate, or look at those pairs."
             )
         if step == 0 and args.ref_model is None:
-            check_first_loss(means[0], pairs, reference, this_step, beta, args)
+            tokens = torch.tensor([sizes[i][1:] for i in this_step])  # [n, 2]
+            expected = dpo_loss(reference[this_step], reference[this_step], tokens, beta, args).mean().item()
+            checks.check_first_loss(means[0], expected, args.dtype)
+        rate = learning_rate(step, steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
 
         if device.type == "cuda":
             torch.cuda.synchronize()  # or the clock would measure how fast work is queued
         seconds, tokens = time.time() - began, sum(sum(sizes[i]) for i in this_step)
-        total_tokens, total_seconds = total_tokens + tokens, total_seconds + seconds
+        total_seconds += seconds
         log({
             "step": step + 1, "epoch": (step + 1) / epoch_steps, **dict(zip(METRICS, means, strict=True)),
-            "grad_norm": grad_norm, "learning_rate": learning_rate(step, steps, args), "beta": beta,
-            "pairs": count, "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "grad_norm": grad_norm, "learning_rate": rate, "beta": beta, "pairs": count, "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
         })  # fmt: skip
         bar.set_postfix(loss=f"{means[0]:.4f}", acc=f"{means[3]:.2f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)
         bar.update()
         due = args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == steps)  # an export may fail, too
         if stop or due:
-            save_checkpoint(stage, policy, optimizer, step + 1)
-            if stop:
-                say(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
-                sys.exit(INTERRUPTED)
+            sharded.save_checkpoint(stage.parts, policy, optimizer, step + 1)
+        if stop:
+            return say(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
     bar.close()
-    figures = {"steps": steps, "tokens_since_start": total_tokens, "seconds_since_start": round(total_seconds, 2)}
-    figures["peak_memory_bytes"] = footprint.peak_memory(device)
-    if total_seconds:  # a run that was killed after its last step has none left
-        weights = footprint.matmul_weights(layers_of(policy), policy.model.config)
-        done = [sizes[i] for step in plans[first:] for bins in step for bin in bins for i in bin]
-        speed = footprint.flops(weights, policy.model.config, done) / total_seconds
-        figures["model_flops_per_second"], peak = speed, footprint.peak_flops(device)
-        if peak and args.dtype == "bf16":
-            figures["mfu"] = speed / (peak * world)
-    return figures
+    done = [sizes[i] for step in plans[first:] for share in step for batch in share for i in batch]
+    return footprint.figures(policy, done, total_seconds, device, args.dtype, world)
 
 
 def open_log(path: Path, done: int, report_to: str):
     """A function that appends a row to train.jsonl, behind the first `done` rows, and shows it on the dashboard."""
     rows = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
     path.write_text("".join(rows))
-    show = lambda row: None  # noqa: E731
     try:
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(str(path.parent.with_suffix(".tensorboard")))
-            show = lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()]  # noqa: E731
         elif report_to != "none":
             board = __import__(report_to)  # wandb and trackio share this interface
             board.init(project="iterdpo", name=path.parent.stem)
-            show = lambda row: board.log(row, step=row["step"])  # noqa: E731
     except ImportError as e:
         raise Stop(f"--report_to {report_to}: {e}. Install it, or leave the flag out.") from None
 
     def log(row: dict) -> None:
         with open(path, "a") as file:
             file.write(dump(row))
-        show(row)
+        if report_to == "tensorboard":
+            for k, v in row.items():
+                board.add_scalar(k, v, row["step"])
+        elif report_to != "none":
+            board.log(row, step=row["step"])
 
     return log
 
 
 # ----------------------------------------------------------------------------------------------------
-
-
-def start() -> torch.device:
-    """Join torchrun's ranks, or make a group of one: the code above knows no other case."""
-    cuda = torch.cuda.is_available()
-    alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    # While rank 0 reads or writes a large model from a slow disk, the others wait for it in a collective.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    return device
 
 
 def dry_run(args) -> None:
@@ -684,9 +516,9 @@ def dry_run(args) -> None:
     config = AutoConfig.from_pretrained(args.model)
     choose_packing(args, config, 550)
     dist.init_process_group("fake", rank=0, world_size=world)  # collectives that do nothing: shapes are all we need
-    sharded = build_policy(config, args, "cpu", world)
+    policy = build_policy(config, args, "cpu", world)
     gathered = lambda: Policy(build_model(config, args, DTYPES[args.dtype]))  # noqa: E731
-    rows = footprint.predict(sharded, gathered, layers_of, args.tokens_per_batch, args.packing)
+    rows = footprint.predict(policy, gathered, args.tokens_per_batch, args.packing)
     say(f"{args.model}, rank 0 of {world}, {args.dtype}, GiB:\n{footprint.table(rows, args.cpu_offload)}")
 
 
@@ -695,7 +527,7 @@ def main():
     transformers_logging.disable_progress_bar()
     if args.dry_run:
         return dry_run(args)
-    device = start()
+    device = sharded.start()
     check(args, device, ranks()[1])
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
@@ -704,68 +536,49 @@ def main():
     if stage.hashes.get("ref_model") == stage.hashes["model"]:
         args.ref_model = None  # the same weights under another name: no second model
 
-    # 1. The pairs, and how this model takes them
-    config = AutoConfig.from_pretrained(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    # 1. The pairs, how this model takes them, and every step in advance
+    config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
     pairs, total, dropped = load_pairs(args, tokenizer, config)
     stage.count("rows", total, len(pairs), dropped)
     choose_packing(args, config, max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs))
+    plans = plan_all(pairs, args)
 
-    # 2. Every step, decided in advance: plans[step][rank] -> microbatches of indices into pairs
-    def plan(step: list[int]) -> list[list[list[int]]]:
-        costs = [cost(pairs[i], args.packing) for i in step]
-        bins = microbatches(costs, args.tokens_per_batch, ranks()[1], args.packing)
-        return [[[step[j] for j in bin] for bin in of_rank] for of_rank in bins]
-
-    plans = []
-    for epoch in range(args.num_train_epochs):
-        order = list(range(len(pairs)))
-        random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
-        plans += [plan(order[i : i + args.batch_size]) for i in range(0, len(order), args.batch_size)]
-    first_epoch = plans[: len(plans) // args.num_train_epochs]
-
-    # 3. The reference, once, in the very microbatches of the first epoch: it rounds as the policy will
+    # 2. The reference, once, in the very microbatches of the first epoch: it rounds as the policy will
     probe = min(pairs, key=lambda p: cost(p, "prefix"))
-
-    def logprobs_of_all(policy):
-        return all_logprobs(policy, pairs, first_epoch, args.packing, device)
-
+    load_it = lambda path: load_policy(path, args, device, probe)  # noqa: E731
+    logprobs_of = lambda policy, plans: all_logprobs(policy, pairs, plans, args.packing, device)  # noqa: E731
+    first_epoch = plans[: len(plans) // args.num_train_epochs]
     if args.ref_model is None:
-        policy = load_policy(args.model, args, device, probe)
-        before = reference = reference_logprobs(lambda: logprobs_of_all(policy), pairs, args, stage)
+        policy = load_it(args.model)
+        before = reference = reference_logprobs(lambda: logprobs_of(policy, first_epoch), pairs, args, stage)
     else:
-        if (
-            AutoConfig.from_pretrained(args.ref_model).get_text_config().vocab_size
-            != config.get_text_config().vocab_size
-        ):
+        theirs = AutoConfig.from_pretrained(args.ref_model)
+        if theirs.get_text_config().vocab_size != config.get_text_config().vocab_size:
             raise Stop(f"--ref_model {args.ref_model} and --model {args.model} have vocabularies of different sizes")
-        compute = lambda: logprobs_of_all(load_policy(args.ref_model, args, device, probe))  # noqa: E731
+        compute = lambda: logprobs_of(load_it(args.ref_model), first_epoch)  # noqa: E731
         reference = reference_logprobs(compute, pairs, args, stage)
         gc.collect()  # FSDP's modules refer to each other: without this the reference would stay beside the policy
         torch.cuda.empty_cache()
-        policy = load_policy(args.model, args, device, probe)
+        policy = load_it(args.model)
         # To audit, a step's worth of what this policy wrote.
         own = [i for i, pair in enumerate(pairs) if stage.hashes["model"] in pair["models"]][: args.batch_size]
-        before = all_logprobs(policy, pairs, [plan(own)] if own else [], args.packing, device)
+        before = logprobs_of(policy, [plan(pairs, own, args)] if own else [])
 
-    # 4. Audit, train, save
-    tolerance = args.max_logprob_gap
-    if tolerance is None:
-        tolerance = 1e-3 if args.dtype == "fp32" else 0.05
-    audited = audit(pairs, before, stage.hashes["model"], tolerance)
+    # 3. Audit, 4. train, 5. save
+    audited = checks.audit(pairs, before, stage.hashes["model"], args.dtype, args.max_logprob_gap)
     figures = train(policy, pairs, reference, plans, args, stage, device)
-    options = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = state_dicts.get_model_state_dict(policy.model, options=options)  # a collective; rank 0 gets them all
-    if ranks()[0] == 0:
+    weights = sharded.gather_weights(policy) if figures else {}
+    if figures and ranks()[0] == 0:
         with whole(stage.output) as folder:
-            changed = export(weights, args, folder, tokenizer)
+            changed = sharded.export(weights, args.model, DTYPES.get(args.save_dtype), tokenizer, folder)
             with whole(stage.output.with_name("train.jsonl")) as log:
                 log.write_bytes((stage.parts / "train.jsonl").read_bytes())
             stage.write_meta(audit=audited, changed_weights=changed, train=figures, packing=args.packing)
         stage.clean()
         say(f"{args.output}: {changed:.1%} of the weights changed in the saved dtype")
-    barrier()
-    dist.destroy_process_group()
+    sharded.leave()
+    if not figures:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,23 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def say(text: str) -> None:
+    """Print on rank 0, above its bar."""
+    from tqdm import tqdm
+
+    if ranks()[0] == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress(total: int, name: str, unit: str, done: int = 0):
+    """A tqdm bar on rank 0. In a log file it appears after half a minute, and then every half minute."""
+    from tqdm import tqdm
+
+    pace = {} if sys.stderr.isatty() else {"mininterval": 30, "delay": 30, "ascii": True}
+    return tqdm(total=total, initial=done, desc=name, unit=unit, smoothing=0.05, disable=ranks()[0] > 0, **pace)
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -338,14 +355,11 @@ class Stage:
                 yield index, part
 
     def progress(self, rows: int):
-        """A tqdm bar over this rank's share of the `rows` input rows, less what is done. Rank 0 shows its own."""
-        from tqdm import tqdm
-
+        """A bar over this rank's share of the `rows` input rows, less what is done. Rank 0 shows its own."""
         parts = range(self.rank, math.ceil(rows / ROWS_PER_PART), self.world)
         share = sum(min(ROWS_PER_PART, rows - i * ROWS_PER_PART) for i in parts if not self.part(i).exists())
         name = self.output.name + (f" (rank 0 of {self.world})" if self.world > 1 else "")
-        seconds = 0.1 if sys.stderr.isatty() else 30  # in a log file a line every half minute, not ten a second
-        return tqdm(total=share, desc=name, unit="prompt", mininterval=seconds, smoothing=0.05, disable=self.rank > 0)
+        return progress(share, name, "prompt")
 
     def part(self, index: int) -> Path:
         return self.parts / f"{index:06d}.jsonl"

@@ -69,10 +69,10 @@ def log_probs(model: str, rows: list[dict], mistake, dtype: str) -> list[float]:
         pairs += [{"prompt": prompt, "chosen": a, "rejected": b, "id": row["id"]}
                   for a, b in zip(answers[0::2], answers[1::2], strict=True)]  # fmt: skip
     args = dpo_train.parse(dpo_train.arguments(), ["--model", model, "--dtype", dtype])
-    device = dpo_train.start()
+    device = dpo_train.sharded.start()
     args.packing = "prefix"
     policy = dpo_train.load_policy(model, args, device, min(pairs, key=lambda p: cost(p, "prefix")))
-    plan = microbatches([cost(p, "prefix") for p in pairs], 4096, 1, "prefix")
+    plan = microbatches({i: cost(p, "prefix") for i, p in enumerate(pairs)}, 4096, 1, "prefix")
     found = dpo_train.all_logprobs(policy, pairs, [plan], "prefix", device)
     torch.distributed.destroy_process_group()
     return found.flatten().tolist()

@@ -162,6 +162,7 @@ class Done(Exception):
 
 def run_ours(task: dict, folder: Path) -> dict:
     import dpo_train
+    from kernels import sharded
 
     meter = Meter()
 
@@ -173,11 +174,11 @@ def run_ours(task: dict, folder: Path) -> dict:
         meter.begin()
 
     def compiled(module, **options):  # each layer, before it is sharded
-        if task["compile"] and isinstance(module, dpo_train.GradientCheckpointingLayer):
+        if task["compile"] and isinstance(module, sharded.GradientCheckpointingLayer):
             module.compile(dynamic=True)
-        return sharded(module, **options)
+        return fully_shard(module, **options)
 
-    sharded, dpo_train.fully_shard = dpo_train.fully_shard, compiled
+    fully_shard, sharded.fully_shard = sharded.fully_shard, compiled
     meter.begin()
     dpo_train.open_log = lambda *_: log
     flags = ["--model", task["model"], "--pairs", task["pairs"], "--output", folder / "policy"]

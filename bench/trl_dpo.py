@@ -32,7 +32,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_train import own_logprobs, render
+from dpo_train import render
+from kernels.checks import own_logprobs
 from records import dump, hash_path, parse
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,8 +1,8 @@
 """What a training step costs, before and after it ran: useful flops, and bytes of GPU memory.
 
     flops(weights, config, lengths)     of forward and backward; over the GPU's peak they are the MFU
-    peak_memory(device)                 what this process needed at most
-    predict(sharded, gathered, …)       what it would need on a GPU: dpo_train.py --dry_run, on a laptop
+    figures(policy, …)                  a run's speed, memory and MFU, for its metadata
+    predict(policy, gathered, …)        what it would need on a GPU: dpo_train.py --dry_run, on a laptop
 
 Flops are the useful ones: each prompt once, no padding, nothing recomputed. For pairs of p + c + r tokens, L layers of
 N weights in all, H heads of d, a vocabulary of V and hidden states of D:
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import attention, logprob
 from kernels.packing import collate, cost
+from kernels.sharded import layers_of
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets: dense bf16 flop/s, SXM
 
@@ -62,6 +63,18 @@ def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float:
     return total
 
 
+def figures(policy, done: list[tuple[int, int, int]], seconds: float, device, dtype: str, world: int) -> dict:
+    """What the steps of this process did: `done` are the (prompt, chosen, rejected) tokens of all ranks' pairs."""
+    result = {"tokens_since_start": sum(map(sum, done)), "seconds_since_start": round(seconds, 2)}
+    result["peak_memory_bytes"] = peak_memory(device)
+    if seconds:  # a run that was killed after its last step has none left
+        weights = matmul_weights(layers_of(policy), policy.model.config)
+        result["model_flops_per_second"] = speed = flops(weights, policy.model.config, done) / seconds
+        if dtype == "bf16" and (peak := peak_flops(device)):
+            result["mfu"] = speed / (peak * world)
+    return result
+
+
 class Live(TorchDispatchMode):
     """Bytes of the tensors made while it is on that are still alive: `now`, and the `peak`. `others`: not counted."""
 
@@ -84,13 +97,12 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def predict(sharded, gathered, layers_of, tokens: int, packing: str) -> dict[str, int]:
+def predict(policy, gathered, tokens: int, packing: str) -> dict[str, int]:
     """Bytes of rank 0, which has the largest shards, on a GPU; docs/scaling.md explains the rows.
 
-    sharded: the FSDP root on the meta device, in fp32. gathered: a function that makes the same model whole, in the
-    dtype of the products. layers_of: what of it is sharded on its own. tokens, packing: of the microbatch, whose pairs
-    have UltraFeedback's proportions, 200 + 350 + 350. For a process that ends with it: code for a CPU is made to
-    allocate as that for a GPU does.
+    policy: the FSDP root on the meta device, in fp32. gathered: a function that makes the same one whole, in the dtype
+    of the products. tokens, packing: of the microbatch, whose pairs have UltraFeedback's proportions, 200 + 350 + 350.
+    For a process that ends with it: code for a CPU is made to allocate as that for a GPU does.
     """
     attention._flash_takes = lambda q, v: True
     logprob.rows_torch = lambda x, *_: x.new_empty(2, len(x)).unbind()
@@ -98,18 +110,18 @@ def predict(sharded, gathered, layers_of, tokens: int, packing: str) -> dict[str
     n, sizes = max(1, tokens // 900), {"prompt": 4, "chosen": 7, "rejected": 7}
     unit = tokens / n / cost({k: range(size) for k, size in sizes.items()}, packing)
     pair = {k: np.zeros(max(1, int(unit * size)), np.int32) for k, size in sizes.items()}
-    share = sum(p.to_local().numel() for p in sharded.parameters())
-    total = sum(p.numel() for p in sharded.parameters())
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(sharded)]
+    share = sum(p.to_local().numel() for p in policy.parameters())
+    total = sum(p.numel() for p in policy.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(policy)]
     marks = []  # bytes alive behind the base model, and behind the log-probs
     with FakeTensorMode(allow_non_fake_inputs=True):
-        policy, batch = gathered(), collate([pair] * n, packing, "cpu")
-        size = next(policy.parameters()).element_size()
-        for p in (p for layer in layers_of(policy) for p in layer.parameters()):
+        whole, batch = gathered(), collate([pair] * n, packing, "cpu")
+        size = next(whole.parameters()).element_size()
+        for p in (p for layer in layers_of(whole) for p in layer.parameters()):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # FSDP takes a layer's at once
-        with Live(policy.parameters()) as live:
-            policy.model.base_model.register_forward_hook(lambda *_: marks.append(live.now))
-            logprobs = policy(batch)
+        with Live(whole.parameters()) as live:
+            whole.model.base_model.register_forward_hook(lambda *_: marks.append(live.now))
+            logprobs = whole(batch)
             marks.append(live.now)
             logprobs.sum().backward()
     return {

@@ -24,15 +24,17 @@ def cost(pair: dict, packing: str) -> int:
     return {"prefix": p + c + r, "packed": 2 * p + c + r, "padded": 2 * (p + max(c, r))}[packing]
 
 
-def microbatches(costs: list[int], budget: int, world: int, packing: str) -> list[list[list[int]]]:
-    """Cut a step's pairs into microbatches of at most `budget` tokens: [rank][microbatch] -> indices into `costs`.
+def microbatches(costs: dict[int, int], budget: int, world: int, packing: str) -> list[list[list[int]]]:
+    """Cut a step's pairs into microbatches of at most `budget` tokens: [rank][microbatch] -> pairs.
+
+    costs: pair -> its tokens in a forward, see `cost`; any number may name a pair.
 
     FSDP's collectives need as many forwards on one rank as on another, and no rank should wait, so all ranks get the
     same number of bins of about the same weight: the longest pair first, each into the lightest bin (Graham's LPT
     rule, within 4/3 of the best balance), with as few bins as will do. Padded rows cost as much as the longest beside
     them, so there the bins are runs of similar length instead. A bin may be empty. A pair above the budget goes alone.
     """
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    order = sorted(costs, key=lambda i: -costs[i])
     if packing == "padded":
         bins: list[list[int]] = []
         for i in order:
@@ -42,7 +44,7 @@ def microbatches(costs: list[int], budget: int, world: int, packing: str) -> lis
         bins += [[] for _ in range(-len(bins) % world)]
     else:
         budget = max(budget, costs[order[0]])
-        count = math.ceil(sum(costs) / budget / world) * world
+        count = math.ceil(sum(costs.values()) / budget / world) * world
         while True:
             bins, loads = [[] for _ in range(count)], [(0, b) for b in range(count)]  # loads is a heap
             for i in order:

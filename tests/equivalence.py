@@ -48,15 +48,15 @@ def ours(folder, packing, checkpointing, device):
     args = dpo_train.parse(dpo_train.arguments(), list(map(str, flags)))
     policy = dpo_train.load_policy(folder, args, device, pairs[0])
     rank, world = dpo_train.ranks()
-    plan = microbatches([cost(p, packing) for p in pairs], 60, world, packing)
+    plan = microbatches({i: cost(p, packing) for i, p in enumerate(pairs)}, 60, world, packing)
     logprobs = dpo_train.all_logprobs(policy, pairs, [plan], packing, device)
-    for bin in plan[rank]:
-        out = policy(collate([pairs[i] for i in bin or [0]], packing, device))  # [n, 2]
-        ((out * G).sum() * (world if bin else 0)).backward()  # FSDP divides by the ranks
+    for batch in plan[rank]:
+        out = policy(collate([pairs[i] for i in batch or [0]], packing, device))  # [n, 2]
+        ((out * G).sum() * (world if batch else 0)).backward()  # FSDP divides by the ranks
     return logprobs, {n.removeprefix("model."): p.grad.full_tensor() for n, p in policy.named_parameters()}
 
 
-device = dpo_train.start()
+device = dpo_train.sharded.start()
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     expected, gradient = plain(folder)
     size = sum(g.norm() ** 2 for g in gradient.values()) ** 0.5
@@ -68,4 +68,4 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
             gap = ((logprobs - expected).abs() / tokens).max()
             if dpo_train.ranks()[0] == 0:
                 print(json.dumps([folder.name, packing, checkpointing, gap.item(), error.item()]))
-torch.distributed.destroy_process_group()
+dpo_train.sharded.leave()

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench import train, trl_dpo
-from dpo_train import own_logprobs, render
+from dpo_train import render
+from kernels.checks import own_logprobs
 
 
 def read(path):

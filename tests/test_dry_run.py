@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import dpo_train
 from conftest import ROOT
-from dpo_train import Policy, layers_of
+from dpo_train import Policy
 from kernels import attention, footprint, logprob
 from kernels.attention import ATTENTION
 from kernels.packing import collate
+from kernels.sharded import layers_of
 from models import causal_lm, config
 from records import dump
 
@@ -28,11 +29,11 @@ from kernels.packing import collate
 
 args = dpo_train.parse(dpo_train.arguments())
 args.packing = "prefix"
-device, found = dpo_train.start(), {}
+device, found = dpo_train.sharded.start(), {}
 size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
 pair = {k: np.arange(9, dtype=np.int32) for k in ("prompt", "chosen", "rejected")} | {"id": "a"}
 policy = dpo_train.load_policy(args.model, args, device, pair)
-layers = dpo_train.layers_of(policy)
+layers = dpo_train.sharded.layers_of(policy)
 within = {p for layer in layers for p in layer.parameters()}
 root = [n for n, p in policy.named_parameters() if p not in within]
 seen = lambda *_: found.update(
@@ -53,7 +54,7 @@ states = [s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg",
 found["adam"] = size(states)
 if torch.distributed.get_rank() == 0:
     print(json.dumps(found))
-torch.distributed.destroy_process_group()
+dpo_train.sharded.leave()
 """
 
 # A whole run; prints how much the resident memory of rank 0 rises above what it was before a model was loaded.

@@ -1,0 +1,80 @@
+"""The trainer's checks before its first update. Each stops the run, for each means that it would train something else.
+
+check_model        this trainer's log-probs of a short pair are those of transformers' own attention and logits
+audit              the generator's log-probs of its answers are those of this trainer
+check_first_loss   while the policy is its own reference, the loss is that of d = 0
+"""
+
+import numpy as np
+import torch
+
+from kernels.logprob import logprob_from_logits
+from records import Stop, say
+
+ANSWERS = ("chosen", "rejected")
+
+
+@torch.no_grad()
+def own_logprobs(model, pair: dict) -> torch.Tensor:
+    """[2], log-probs of chosen and rejected from the model's own logits, one plain sequence at a time."""
+    result = []
+    for answer in (pair[k] for k in ANSWERS):
+        ids = torch.tensor(np.concatenate([pair["prompt"], answer]), dtype=torch.long)[None]  # [1, L]
+        logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]  # [|answer|, V]
+        result.append(logprob_from_logits(logits, ids[0, -len(answer) :]).sum())
+    return torch.stack(result)
+
+
+def check_model(logprobs: torch.Tensor, model, pair: dict, dtype: str, where: str) -> None:
+    """logprobs: [2] of the sharded, packed and fused model; model: transformers' own, with the same weights.
+
+    An architecture whose head or attention we get wrong is refused here.
+    """
+    sizes = torch.tensor([len(pair[k]) for k in ANSWERS])
+    gap = ((logprobs - own_logprobs(model, pair)).abs() / sizes).max().item()
+    if not gap <= (1e-4 if dtype == "fp32" else 0.25):  # fp32: the order of sums; bf16: 8 bits, and a few tokens only
+        raise Stop(
+            f"{where}: log-probs of this trainer and of transformers differ by {gap:.2g} nats a token on pair "
+            f"{pair['id']}: its head or attention is one that dpo_train.py cannot express, so it would train wrongly."
+        )
+    say(f"{where}: log-probs equal transformers' own to {gap:.0e} nats a token")
+
+
+def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, dtype: str, tolerance: float | None) -> dict:
+    """Compare the generator's log-prob of each answer that this very policy wrote with ours; stop past the tolerance.
+
+    logprobs: [n, 2] of the policy as loaded, NaN where unknown. An answer's gap is |difference| / sqrt(its tokens):
+    rounding errors add up like a random walk, so they make the same gap at any length; a mistake's grows with it. In
+    bf16, 0.03 was seen in 24 layers of random weights, 0.3 between two iterations' policies (docs/math.md).
+    """
+    if tolerance is None:
+        tolerance = 1e-3 if dtype == "fp32" else 0.05
+    gaps = [
+        (abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]) ** 0.5, str(pair["id"]), name)
+        for i, pair in enumerate(pairs)
+        for k, name in enumerate(ANSWERS)
+        if pair["models"][k] == model_hash and pair["logprobs"][k] is not None and not logprobs[i, k].isnan()
+    ]
+    if not gaps:
+        say("audit: none of these answers was written by this model, so there is nothing to compare")
+        return {"answers": 0}
+    mean, (worst, id, name) = sum(g[0] for g in gaps) / len(gaps), max(gaps)
+    seen = f"by {mean:.1e} nats / sqrt(token), {worst:.1e} at most ({len(gaps):,} answers)"
+    say(f"audit: generator and trainer differ {seen}")
+    if not mean <= tolerance:
+        raise Stop(
+            f"generator and trainer disagree about the same answers, {seen}; the tolerance is {tolerance:g}, the worst "
+            f"is the {name} one of {id}. Look for another chat template, a doubled BOS, other weights than those that "
+            "generated, wrong position ids. --max_logprob_gap raises the tolerance."
+        )
+    return {"answers": len(gaps), "mean": mean, "max": worst, "tolerance": tolerance}
+
+
+def check_first_loss(loss: float, expected: float, dtype: str) -> None:
+    """expected: the mean loss of policy = reference, ln 2 for sigmoid."""
+    say(f"step 0: loss {loss:.7f}; policy = reference makes it {expected:.7f}")
+    if not abs(loss - expected) <= (1e-4 if dtype == "fp32" else 2e-2) * max(1, abs(expected)):
+        raise Stop(
+            "policy and reference are the same model, but the first loss says otherwise: dropout, precision or masking "
+            "differs between the two passes"
+        )

@@ -1,0 +1,147 @@
+"""FSDP2 for a Hugging Face model: what there is to know about sharding, and nothing of DPO.
+
+    start, leave                        join torchrun's ranks, and part
+    shard                               a layer is whole only while it works; else each rank holds its share of it
+    load_weights                        whole weights, which rank 0 has read, become everyone's shards
+    save_checkpoint, load_checkpoint    shards of weights and Adam states; another number of ranks may go on
+    gather_weights, export              whole weights again, on rank 0, and a Hugging Face folder of them
+
+`policy` is the module that becomes the root, and `policy.model` the Hugging Face model in it. Whatever reads a weight,
+the head, say, is called in the root's forward: there the weight is whole and a plain tensor, elsewhere a shard.
+All functions are collective: every rank calls them.
+"""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from records import barrier, ranks, remove
+
+
+def start() -> torch.device:
+    """Join torchrun's ranks, or make a group of one: no other code knows that case."""
+    cuda = torch.cuda.is_available()
+    alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    # While rank 0 reads or writes a large model from a slow disk, the others wait for it in a collective.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return device
+
+
+def leave() -> None:
+    """Part from the other ranks."""
+    barrier()
+    # A thread of gloo may still hold a tensor of the last collective. If it lets go when the interpreter has ended, the
+    # process aborts (pytorch/pytorch#179291); asleep, the interpreter lets it.
+    time.sleep(0.1)
+    dist.destroy_process_group()
+
+
+def layers_of(policy) -> list:
+    return [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def shard(policy, dtype, size: int | None, offload: bool, device_type: str, world: int):
+    """`policy` as the FSDP root. Its parameters become shards; layers work in `dtype`, gradients are summed in fp32.
+
+    size: ranks that share one copy of the weights, None for all `world` of them; else a copy on each group of so many,
+    whose gradients are then added up (HSDP). offload: shards and the optimizer's step in host memory.
+    """
+    mesh = init_device_mesh(device_type, (world // (size or world), size or world), mesh_dim_names=("copy", "shard"))
+    options = {
+        "mesh": mesh if size else mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for layer in layers_of(policy):
+        fully_shard(layer, **options)
+    return fully_shard(policy, **options)  # embedding, norm and head stay together in the root: they may be tied
+
+
+def load_weights(policy, source, device, offload: bool) -> None:
+    """Give the sharded `policy`, which is on the meta device, memory on `device` and the weights of `source`.
+
+    source: the same model, whole, on rank 0; None elsewhere.
+    """
+    model = policy.model
+    policy.to_empty(device="cpu" if offload else device)
+    model.tie_weights()
+    if model.config.tie_word_embeddings:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "the tie came apart"
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, source.state_dict() if source else {}, options=options)
+    for name, buffer in model.named_buffers():  # rotary frequencies and their like are in no state dict
+        value = source.get_buffer(name).to(device, buffer.dtype) if source else torch.empty_like(buffer, device=device)
+        dist.broadcast(value, 0)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, value)
+
+
+def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
+    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all; only the last one is kept.
+
+    Nothing else needs saving: training draws no random number, and the order of pairs is a function of (seed, epoch).
+    """
+    folder = parts / f"step_{step:06d}"
+    temporary = folder.with_name(folder.name + ".tmp")
+    if ranks()[0] == 0:
+        remove(temporary)
+    barrier()
+    weights, adam = get_state_dict(policy, optimizer)
+    dcp.save({"weights": weights, "adam": adam}, checkpoint_id=temporary)
+    barrier()
+    if ranks()[0] == 0:
+        os.replace(temporary, folder)
+        for old in set(parts.glob("step_??????")) - {folder}:
+            remove(old)
+    barrier()
+
+
+def load_checkpoint(parts: Path, policy, optimizer) -> int:
+    """Load the last checkpoint, whatever number of ranks wrote it; the number of steps it has done, 0 without one."""
+    folders = [sorted(parts.glob("step_??????"))]
+    dist.broadcast_object_list(folders)  # one rank looks: file systems need not show all of them the same
+    if not folders[0]:
+        return 0
+    weights, adam = get_state_dict(policy, optimizer)
+    dcp.load({"weights": weights, "adam": adam}, checkpoint_id=folders[0][-1])
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=adam)
+    return int(folders[0][-1].name[-6:])
+
+
+def gather_weights(policy) -> dict[str, torch.Tensor]:
+    """All weights, whole, in fp32 and host memory, on rank 0; {} elsewhere."""
+    return get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
+    """Write `weights` in `dtype` (None: as `model` came) as a folder like `model`; the share of them that differ."""
+    result = AutoModelForCausalLM.from_pretrained(model, dtype="auto")  # it knows how it wants to be saved
+    before, dtype = result.state_dict(), dtype or result.dtype
+    changed = sum((v.to(dtype) != before[k].to(dtype)).sum().item() for k, v in weights.items())
+    result.to(dtype).load_state_dict(weights)
+    try:
+        result.generation_config.validate(strict=True)
+    except ValueError:  # some hub models set temperature but not do_sample, which transformers reads but will not write
+        result.generation_config.do_sample = True
+    result.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return changed / sum(v.numel() for v in weights.values())
