@@ -9,7 +9,7 @@ For a prompt x with answers y_w (chosen) and y_l (rejected) let
 
     l_w = log pi(y_w | x)    r_w = log ref(y_w | x)    summed over the tokens of the answer; the same for y_l
     d   = (l_w - r_w) - (l_l - r_l)                    how much more the policy prefers y_w than the reference does
-    z   = beta d + a (|y_w| - |y_l|)                   a = --length_coef: R-DPO (arXiv 2403.19159)
+    z   = beta d + a (|y_w| - |y_l|)                   a = --length_coef > 0 discounts length: R-DPO (arXiv 2403.19159)
 
     sigmoid   -(1-e) log s(z) - e log s(-z)            DPO (arXiv 2305.18290, eq. 7); cDPO with e = --label_smoothing
     robust    [-(1-e) log s(z) + e log s(-z)] / (1-2e) rDPO (arXiv 2403.00409)
@@ -29,11 +29,12 @@ the same. What happens, in order:
   4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once (kernels/packing.py and
      attention.py); log-probs come from kernels/logprob.py, which never holds the logits. Weights are fp32, always: at
      a learning rate of 5e-7, AdamW on bf16 weights rounds nearly every update away.
-  5. Save a Hugging Face folder. SIGTERM in training saves a checkpoint and exits with 75; the same command goes on.
+  5. Save a Hugging Face folder. SIGTERM or Ctrl-C in training saves a checkpoint; the same command goes on from it.
 """
 
 import gc
 import hashlib
+import importlib.util
 import json
 import math
 import random
@@ -41,27 +42,26 @@ import signal
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from kernels import checks, footprint, sharded
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal
 from kernels.logprob import linear_logprob, lm_head
-from kernels.packing import collate, cost, microbatches
+from kernels.packing import PARTS, collate, cost, microbatches
 from records import Stage, Stop, dump, parse, parser, progress, ranks, read_jsonl, run, say, seed_of, whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PARTS = ("prompt", "chosen", "rejected")
-# Flags that change the result by rounding at most: a run that ran out of memory, say, may go on with others.
-FREE = ("tokens_per_batch", "gradient_checkpointing", "cpu_offload", "shard_size", "save_every", "report_to")
-FREE += ("max_logprob_gap", "dry_run", "world_size")
+# These may change when a run goes on after an interruption: some change rounding, others nothing at all.
+FREE = ("tokens_per_batch", "gradient_checkpointing", "cpu_offload", "shard_size", "world_size")
+FREE += ("save_every", "report_to", "max_logprob_gap", "dry_run")
 INTERRUPTED = 75  # EX_TEMPFAIL: "try again later"; iterate.sh tells it from a failure
 
 
@@ -80,7 +80,7 @@ def arguments():
     add("--loss_type", choices=("sigmoid", "ipo", "hinge", "robust"), default="sigmoid")
     add("--label_smoothing", type=float, help="share of flipped labels (sigmoid: default 0; robust: needed)")
     add("--nll_coef", type=float, default=0.0, help="weight of the chosen answer's NLL; default 0: DPO")
-    add("--length_coef", type=float, help="reward per token of extra length in the margin; default 0")
+    add("--length_coef", type=float, help="a > 0 discounts length: nats a token that the chosen is longer; default 0")
     # The optimizer; the defaults are OpenRLHF's and RLHFlow's
     add("--learning_rate", type=float, default=5e-7, help="5e-7: for full models of 1B and more")
     add("--batch_size", type=int, default=128, help="pairs an optimizer step, over all ranks")
@@ -108,16 +108,16 @@ def arguments():
     add("--world_size", type=int, help="ranks of the dry run; default 1. torchrun sets those of a real one")
     # Watching and stopping
     add("--save_every", type=int, default=0,
-        help="steps between checkpoints; 0: only on SIGTERM, for one is 12 bytes a parameter and an iteration short")
+        help="steps between checkpoints; 0: only when interrupted. One is 12 bytes a parameter, and an iteration short")
     add("--max_logprob_gap", type=float,
-        help="the audit's tolerance, mean nats a root of tokens; default 1e-3 in fp32, 0.05 in bf16")
+        help="the audit's tolerance: mean |difference| / sqrt(tokens), nats; default 1e-3 in fp32, 0.05 in bf16")
     add("--seed", type=int, default=0, help="order of the pairs")
     add("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none")
     # fmt: on
     return p
 
 
-def check(args, device, world: int) -> None:
+def check_flags(args, device, world: int) -> None:
     """A flag without effect is an error: it means that the run is not what its author thinks."""
     loss, e, size = args.loss_type, args.label_smoothing, args.shard_size
     for wrong, why in (
@@ -135,6 +135,8 @@ def check(args, device, world: int) -> None:
          f"--shard_size {size} must divide the number of ranks ({world}, more than one)"),
         (min(args.batch_size, args.num_train_epochs, args.tokens_per_batch) < 1,
          "--batch_size, --num_train_epochs and --tokens_per_batch must be at least 1"),
+        (args.report_to != "none" and not importlib.util.find_spec(args.report_to),
+         f"--report_to {args.report_to}: no such package. Install it, or leave the flag out"),
     ):  # fmt: skip
         if wrong:
             raise Stop(why)
@@ -173,17 +175,19 @@ def dpo_loss(policy, reference, lengths, beta: float, args) -> torch.Tensor:
 # The data
 
 
-def load_pairs(args, tokenizer, config) -> tuple[list[dict], int, Counter]:
-    """(pairs, rows read, rows dropped by reason). Token ids are int32 arrays: a quarter of a list's memory."""
+def load_pairs(args, tokenizer, config, stage) -> list[dict]:
+    """Token ids as int32 arrays, a tenth of a list's memory. What cannot be trained on is counted under a reason."""
     config = config.get_text_config()
-    limit = args.max_length or getattr(config, "max_position_embeddings", sys.maxsize)
+    limit = args.max_length or getattr(config, "max_position_embeddings", None) or sys.maxsize
     pairs, total, rendered, dropped = [], 0, 0, Counter()
     for path in args.pairs:
         for line, row in enumerate(read_jsonl(path, dict.fromkeys(PARTS, (str, list))), 1):
-            where, total = f"{path}:{line}", total + 1
+            where = f"{path}:{line}"
+            total += 1
             ids = [row.get(f"{k}_token_ids") for k in PARTS]
             if ids == [None] * 3:
-                ids, rendered = render(row, tokenizer, where), rendered + 1
+                ids = render(row, tokenizer, where)
+                rendered += 1
             elif None in ids:
                 raise Stop(f"{where}: prompt_, chosen_ and rejected_token_ids come together, or not at all")
             if ids is None:
@@ -204,7 +208,8 @@ def load_pairs(args, tokenizer, config) -> tuple[list[dict], int, Counter]:
         say(f"{rendered:,} pairs carry no token ids: rendered with the tokenizer and chat template of {args.model}")
     if not pairs:
         raise Stop(f"{', '.join(args.pairs)}: none of {total:,} pairs can be trained on: {dict(dropped)}")
-    return pairs, total, dropped
+    stage.count("rows", total, len(pairs), dropped)
+    return pairs
 
 
 def render(row: dict, tokenizer, where: str) -> list[list[int]] | None:
@@ -213,6 +218,8 @@ def render(row: dict, tokenizer, where: str) -> list[list[int]] | None:
     None when the prompt is no prefix of prompt + answer: the boundary is then inside a token, and nowhere right to cut.
     """
     prompt, answers = row["prompt"], (row["chosen"], row["rejected"])
+    if len({type(x) for x in (prompt, *answers)}) > 1:
+        raise Stop(f"{where}: prompt, chosen and rejected must be all text, or all turns, of which none is repeated")
     if isinstance(prompt, str):
         ids, eos = tokenizer(prompt)["input_ids"], tokenizer.eos_token_id
         full = [tokenizer(prompt + answer)["input_ids"] for answer in answers]
@@ -275,14 +282,15 @@ class Policy(torch.nn.Module):
         hidden = hidden.flatten(0, 1)[batch["positions"]]  # [Tc, D]
         logprobs = linear_logprob(hidden, targets=batch["targets"], **lm_head(self.model))  # [Tc] fp32
         sums = [y.sum() for y in logprobs.split(batch["split"])]  # 2n scalars: chosen, rejected, chosen, …
-        return torch.stack([torch.stack(sums[0::2]), torch.stack(sums[1::2])], dim=1)  # [n, 2]
+        return torch.stack([torch.stack(sums[0::2]), torch.stack(sums[1::2])], dim=1)  # [n, 2]; FSDP wants no view
 
 
 def build_model(config, args, dtype):
     """The model that `config` describes, without its weights: on the meta device, or where torch is told to put it."""
-    for name, value in vars(config).items():
+    text = config.get_text_config()
+    for name, value in vars(text).items():
         if name.endswith(("dropout", "_pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)  # policy and reference must be the same function
+            setattr(text, name, 0.0)  # policy and reference must be the same function
     attention = attention_implementation(config) if args.packing == "padded" else ATTENTION
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if args.gradient_checkpointing:
@@ -294,76 +302,79 @@ def build_policy(config, args, device_type: str, world: int) -> Policy:
     """A sharded fp32 Policy on the meta device: every tensor has its shape, and none has memory."""
     with torch.device("meta"):
         policy = Policy(build_model(config, args, torch.float32))
-    products = torch.float32 if args.dtype == "fp32" else torch.bfloat16
-    return sharded.shard(policy, products, args.shard_size, args.cpu_offload, device_type, world)
+    return sharded.shard(policy, DTYPES[args.dtype], args.shard_size, args.cpu_offload, device_type, world)
 
 
 def load_policy(path: str, args, device, probe: dict) -> Policy:
     """A sharded Policy with its weights, which rank 0 reads, and which agrees with transformers on the pair `probe`."""
-    (rank, world), config, source = ranks(), AutoConfig.from_pretrained(path), None
+    rank, world = ranks()
+    config = AutoConfig.from_pretrained(path)
     policy = build_policy(config, args, device.type, world)
+    source = None
     if rank == 0:
         dtype, plain = torch.float32 if args.dtype == "fp32" else "auto", attention_implementation(config)
         source = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=plain)
     sharded.load_weights(policy, source, device, args.cpu_offload)
-    probe_on_rank_0 = [[[0]]] + [[[]]] * (world - 1)
-    found = all_logprobs(policy, [probe], [probe_on_rank_0], args.packing, device)[0]  # [2]
+    ours = all_logprobs(policy, [probe], [plan([probe], [0], args)], args.packing, device)[0]  # [2]
     if rank == 0:
-        checks.check_model(found, source, probe, args.dtype, path)
+        checks.check_model(ours, source, probe, args.dtype, path)
     return policy
 
 
 @torch.no_grad()
 def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> torch.Tensor:
-    """[n, 2] fp32 on the CPU: log-probs of every pair in `plans` ([step][rank] -> microbatches); NaN for the others."""
-    found = torch.zeros(len(pairs), 3, device=device)  # the third column: has it been computed?
-    mine = [batch for plan in plans for batch in plan[ranks()[0]]]
+    """[n, 2] fp32 on the CPU: log-probs of all pairs, which are those of `plans` ([step][rank] -> microbatches)."""
+    result = torch.zeros(len(pairs), 2, device=device)
+    mine = [batch for step in plans for batch in step[ranks()[0]]]
     with progress(len(mine), "log-probs", "batch") as bar:
         for batch in mine:
             logprobs = policy(collate([pairs[i] for i in batch or [0]], packing, device))  # [n, 2]
             if batch:  # a rank without pairs takes part in the collectives only
-                found[batch] = F.pad(logprobs, (0, 1), value=1.0)
+                result[batch] = logprobs
             bar.update()
     policy.reshard()  # without a backward the root stays whole, and an optimizer made now would train the copy
-    dist.all_reduce(found)  # each pair was one rank's, and adding zeros is exact
-    return torch.where(found[:, 2:] > 0, found[:, :2], math.nan).cpu()
+    dist.all_reduce(result)  # each pair was one rank's, and adding zeros is exact
+    return result.cpu()
 
 
 # ----------------------------------------------------------------------------------------------------
 # The reference
 
 
-def reference_logprobs(compute, pairs: list[dict], args, stage) -> torch.Tensor:
+def reference_logprobs(compute, pairs: list[dict], plans: list, args, stage) -> torch.Tensor:
     """r of every pair, [n, 2] fp32 on the CPU: from the file beside the pairs, or else from compute() -> [n, 2].
 
-    The file is named by a hash of the reference and of the very token ids: another reference is another file. It holds
-    the numbers and then their sha256, so that damage is noticed.
+    The file is named by a hash of the reference, of the very token ids and of how they lie in microbatches, for that is
+    how they round; it holds the numbers and then their sha256, so that damage is noticed.
     """
-    identity = [stage.hashes.get("ref_model", stage.hashes["model"]), args.dtype, args.packing]
+    identity = [stage.hashes.get("ref_model", stage.hashes["model"]), args.dtype, args.packing, plans]
     key = hashlib.sha256(json.dumps([*identity, [len(p[k]) for p in pairs for k in PARTS]]).encode())
     for ids in (pair[k] for pair in pairs for k in PARTS):
         key.update(ids)
     file = Path(f"{args.pairs[0]}.reference-{key.hexdigest()[:16]}")
-    found = [None]  # one rank looks and tells the others: file systems need not show all of them the same
+    cached = [None]  # one rank looks and tells the others: file systems need not show all of them the same
     if ranks()[0] == 0 and file.exists():
-        numbers, digest = file.read_bytes()[:-32], file.read_bytes()[-32:]
-        if hashlib.sha256(numbers).digest() == digest:
-            found = [torch.frombuffer(bytearray(numbers), dtype=torch.float32).view(-1, 2)]
+        content = file.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            cached = [torch.frombuffer(bytearray(content[:-32]), dtype=torch.float32).view(-1, 2)]
             say(f"reference log-probs: from the cache {file}")
         else:
             say(f"{file}: is damaged; the reference is computed again")
-    dist.broadcast_object_list(found)
-    if found[0] is not None:
-        return found[0]
+    dist.broadcast_object_list(cached)
+    if cached[0] is not None:
+        return cached[0]
 
     result = compute()
     if not result.isfinite().all():
         bad = [pairs[i]["id"] for i in (~result.isfinite()).any(1).nonzero().flatten()[:8].tolist()]
         raise Stop(f"the reference's log-probs are not finite for the pairs {bad}")
     if ranks()[0] == 0:
-        with whole(file) as temporary:
-            numbers = result.numpy().tobytes()
-            temporary.write_bytes(numbers + hashlib.sha256(numbers).digest())
+        content = result.numpy().tobytes()
+        try:
+            with whole(file) as temporary:
+                temporary.write_bytes(content + hashlib.sha256(content).digest())
+        except OSError as e:  # a disk for data may be read-only
+            say(f"note: {file}: not cached ({e.strerror})")
     return result
 
 
@@ -390,14 +401,13 @@ METRICS = (  # TRL's names and some of ours; each is the mean over all pairs of 
 )  # fmt: skip
 
 
-def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict | None:
+def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict:
     """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches of indices into pairs.
 
-    Returns figures for the metadata; None where SIGTERM ended it, after a checkpoint.
+    Returns figures for the metadata. SIGTERM and Ctrl-C end it after a step and a checkpoint.
     """
     rank, world = ranks()
     steps, epoch_steps = len(plans), len(plans) // args.num_train_epochs
-    assert all(isinstance(p, DTensor) for p in policy.parameters()), "the optimizer must see the shards"
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
@@ -406,7 +416,8 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
     log = open_log(stage.parts / "train.jsonl", first, args.report_to) if rank == 0 else lambda row: None
     bar = progress(steps, "train", "step", first)
     stopping = []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    for number in (signal.SIGTERM, signal.SIGINT):  # and no other end from here on: the export is worth waiting for
+        signal.signal(number, lambda *_: stopping.append(True))
     sizes = [tuple(len(pair[k]) for k in PARTS) for pair in pairs]
     total_seconds = 0.0
 
@@ -414,11 +425,12 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         began = time.time()
         beta = args.beta[min(step // epoch_steps, len(args.beta) - 1)]
         this_step = [i for share in plans[step] for batch in share for i in batch]  # of all ranks
-        count, mine, losses = len(this_step), plans[step][rank], {}
+        count, mine = len(this_step), plans[step][rank]
+        losses = {}  # pair -> loss, of this rank
         sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
         for k, batch in enumerate(mine):
             # Gradients are reduced to shards after every microbatch: kept whole in between they would take 4 bytes a
-            # weight on every rank (28 GiB for 7B). Copies of the model (HSDP) are added up once, at the end.
+            # weight on every rank (28 GiB for 7B). Those of copies of the model (HSDP) are added up once, at the end.
             policy.set_requires_all_reduce(k == len(mine) - 1)
             inputs = collate([pairs[i] for i in batch or [0]], args.packing, device)
             logprobs = policy(inputs)  # [n, 2]
@@ -431,6 +443,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
             with torch.no_grad():
                 rewards = beta * (logprobs - ref)  # [n, 2]
                 margins, fell = rewards[:, 0] - rewards[:, 1], logprobs[:, 0] < ref[:, 0]
+                # In the order of METRICS.
                 columns = [loss, *rewards.T, margins > 0, margins, *logprobs.T, fell, *lengths.T]
                 sums[:-1] += torch.stack([c.double().sum() for c in columns])
                 losses |= zip(batch, loss.detach(), strict=True)
@@ -438,20 +451,20 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         sums[-1] = len(stopping)  # one rank that was told to stop stops all, at the same step
         dist.all_reduce(sums)
         *means, stop = (sums / count).tolist()
+        row = dict(zip(METRICS, means, strict=True))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
         grad_norm = norm.full_tensor().item()
         if not all(map(math.isfinite, [*means, grad_norm])):
             bad = [pairs[i]["id"] for i, loss in losses.items() if not loss.isfinite()]
             kept = [folder.name for folder in stage.parts.glob("step_??????")]
             raise Stop(
-                f"step {step + 1}: loss {means[0]:g}, gradient norm {grad_norm:g}: not finite; no weight was updated. "
+                f"step {step + 1}: loss {row['loss']:g}, gradient norm {grad_norm:g}: not finite; no update was made. "
                 f"This rank's pairs with such a loss: {bad[:8] or 'none'}. Last checkpoint: {kept or 'none'}. "
-                "Lower --learning_rate, or look at those pairs."
+                "Look at those pairs, or begin again (--overwrite) with a lower --learning_rate."
             )
         if step == 0 and args.ref_model is None:
-            tokens = torch.tensor([sizes[i][1:] for i in this_step])  # [n, 2]
-            expected = dpo_loss(reference[this_step], reference[this_step], tokens, beta, args).mean().item()
-            checks.check_first_loss(means[0], expected, args.dtype)
+            ref, lengths = reference[this_step], torch.tensor([sizes[i][1:] for i in this_step])  # [n, 2]
+            checks.check_first_loss(row["loss"], dpo_loss(ref, ref, lengths, beta, args).mean().item(), args.dtype)
         rate = learning_rate(step, steps, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -463,17 +476,19 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         seconds, tokens = time.time() - began, sum(sum(sizes[i]) for i in this_step)
         total_seconds += seconds
         log({
-            "step": step + 1, "epoch": (step + 1) / epoch_steps, **dict(zip(METRICS, means, strict=True)),
-            "grad_norm": grad_norm, "learning_rate": rate, "beta": beta, "pairs": count, "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
+            "step": step + 1, "epoch": (step + 1) / epoch_steps, **row, "grad_norm": grad_norm, "learning_rate": rate,
+            "beta": beta, "pairs": count, "tokens": tokens, "tokens_per_second": tokens / seconds,
         })  # fmt: skip
-        bar.set_postfix(loss=f"{means[0]:.4f}", acc=f"{means[3]:.2f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)
+        accuracy, speed = f"{row['rewards/accuracies']:.2f}", f"{tokens / seconds:.0f}"
+        bar.set_postfix(loss=f"{row['loss']:.4f}", acc=accuracy, tok_s=speed, refresh=False)
         bar.update()
         due = args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == steps)  # an export may fail, too
         if stop or due:
             sharded.save_checkpoint(stage.parts, policy, optimizer, step + 1)
         if stop:
-            return say(f"SIGTERM: saved after step {step + 1} of {steps}; the same command goes on from there")
+            say(f"interrupted: saved after step {step + 1} of {steps}; the same command goes on from there")
+            sharded.leave()
+            sys.exit(INTERRUPTED)
     bar.close()
     done = [sizes[i] for step in plans[first:] for share in step for batch in share for i in batch]
     return footprint.figures(policy, done, total_seconds, device, args.dtype, world)
@@ -483,16 +498,13 @@ def open_log(path: Path, done: int, report_to: str):
     """A function that appends a row to train.jsonl, behind the first `done` rows, and shows it on the dashboard."""
     rows = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
     path.write_text("".join(rows))
-    try:
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    if report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(str(path.parent.with_suffix(".tensorboard")))
-        elif report_to != "none":
-            board = __import__(report_to)  # wandb and trackio share this interface
-            board.init(project="iterdpo", name=path.parent.stem)
-    except ImportError as e:
-        raise Stop(f"--report_to {report_to}: {e}. Install it, or leave the flag out.") from None
+        board = SummaryWriter(str(path.parent.with_suffix(".tensorboard")))
+    elif report_to != "none":
+        board = importlib.import_module(report_to)  # wandb and trackio share this interface
+        board.init(project="iterdpo", name=path.parent.stem)
 
     def log(row: dict) -> None:
         with open(path, "a") as file:
@@ -500,6 +512,7 @@ def open_log(path: Path, done: int, report_to: str):
         if report_to == "tensorboard":
             for k, v in row.items():
                 board.add_scalar(k, v, row["step"])
+            board.flush()
         elif report_to != "none":
             board.log(row, step=row["step"])
 
@@ -511,10 +524,11 @@ def open_log(path: Path, done: int, report_to: str):
 
 def dry_run(args) -> None:
     """Print the memory of rank 0 on a GPU, from config.json alone."""
-    args.dtype, world = "fp32" if args.dtype == "fp32" else "bf16", args.world_size or 1
-    check(args, torch.device("cuda"), world)
+    args.dtype = "fp32" if args.dtype == "fp32" else "bf16"
+    world = args.world_size or 1
+    check_flags(args, torch.device("cuda"), world)
     config = AutoConfig.from_pretrained(args.model)
-    choose_packing(args, config, 550)
+    choose_packing(args, config, 550)  # 200 + 350, the pair that footprint.py counts with
     dist.init_process_group("fake", rank=0, world_size=world)  # collectives that do nothing: shapes are all we need
     policy = build_policy(config, args, "cpu", world)
     gathered = lambda: Policy(build_model(config, args, DTYPES[args.dtype]))  # noqa: E731
@@ -528,7 +542,7 @@ def main():
     if args.dry_run:
         return dry_run(args)
     device = sharded.start()
-    check(args, device, ranks()[1])
+    check_flags(args, device, ranks()[1])
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
     inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
@@ -537,48 +551,48 @@ def main():
         args.ref_model = None  # the same weights under another name: no second model
 
     # 1. The pairs, how this model takes them, and every step in advance
-    config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-    pairs, total, dropped = load_pairs(args, tokenizer, config)
-    stage.count("rows", total, len(pairs), dropped)
+    config = AutoConfig.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    pairs = load_pairs(args, tokenizer, config, stage)
     choose_packing(args, config, max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs))
     plans = plan_all(pairs, args)
 
     # 2. The reference, once, in the very microbatches of the first epoch: it rounds as the policy will
-    probe = min(pairs, key=lambda p: cost(p, "prefix"))
-    load_it = lambda path: load_policy(path, args, device, probe)  # noqa: E731
-    logprobs_of = lambda policy, plans: all_logprobs(policy, pairs, plans, args.packing, device)  # noqa: E731
     first_epoch = plans[: len(plans) // args.num_train_epochs]
+    probe = min(pairs, key=lambda p: cost(p, "prefix"))
+    load = partial(load_policy, args=args, device=device, probe=probe)
+    logprobs = partial(all_logprobs, packing=args.packing, device=device)
     if args.ref_model is None:
-        policy = load_it(args.model)
-        before = reference = reference_logprobs(lambda: logprobs_of(policy, first_epoch), pairs, args, stage)
+        policy = load(args.model)
+        compute = lambda: logprobs(policy, pairs, first_epoch)  # noqa: E731
+        reference = reference_logprobs(compute, pairs, first_epoch, args, stage)
+        own, own_logprobs = pairs, reference
     else:
         theirs = AutoConfig.from_pretrained(args.ref_model)
         if theirs.get_text_config().vocab_size != config.get_text_config().vocab_size:
             raise Stop(f"--ref_model {args.ref_model} and --model {args.model} have vocabularies of different sizes")
-        compute = lambda: logprobs_of(load_it(args.ref_model), first_epoch)  # noqa: E731
-        reference = reference_logprobs(compute, pairs, args, stage)
+        compute = lambda: logprobs(load(args.ref_model), pairs, first_epoch)  # noqa: E731
+        reference = reference_logprobs(compute, pairs, first_epoch, args, stage)
         gc.collect()  # FSDP's modules refer to each other: without this the reference would stay beside the policy
         torch.cuda.empty_cache()
-        policy = load_it(args.model)
+        policy = load(args.model)
         # To audit, a step's worth of what this policy wrote.
-        own = [i for i, pair in enumerate(pairs) if stage.hashes["model"] in pair["models"]][: args.batch_size]
-        before = logprobs_of(policy, [plan(pairs, own, args)] if own else [])
+        own = [pair for pair in pairs if stage.hashes["model"] in pair["models"]][: args.batch_size]
+        own_logprobs = logprobs(policy, own, [plan(own, list(range(len(own))), args)] if own else [])
 
     # 3. Audit, 4. train, 5. save
-    audited = checks.audit(pairs, before, stage.hashes["model"], args.dtype, args.max_logprob_gap)
+    audited = checks.audit(own, own_logprobs, stage.hashes["model"], args.dtype, args.max_logprob_gap)
     figures = train(policy, pairs, reference, plans, args, stage, device)
-    weights = sharded.gather_weights(policy) if figures else {}
-    if figures and ranks()[0] == 0:
+    weights = sharded.gather_weights(policy)
+    if ranks()[0] == 0:
         with whole(stage.output) as folder:
             changed = sharded.export(weights, args.model, DTYPES.get(args.save_dtype), tokenizer, folder)
             with whole(stage.output.with_name("train.jsonl")) as log:
                 log.write_bytes((stage.parts / "train.jsonl").read_bytes())
-            stage.write_meta(audit=audited, changed_weights=changed, train=figures, packing=args.packing)
+            stage.write_meta(audit=audited, changed_weights=changed, train=figures)
         stage.clean()
         say(f"{args.output}: {changed:.1%} of the weights changed in the saved dtype")
     sharded.leave()
-    if not figures:
-        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -214,11 +214,12 @@ def say(text: str) -> None:
 
 
 def progress(total: int, name: str, unit: str, done: int = 0):
-    """A tqdm bar on rank 0. In a log file it appears after half a minute, and then every half minute."""
+    """A tqdm bar on rank 0, where there are two to count. In a log file it moves every half minute."""
     from tqdm import tqdm
 
     pace = {} if sys.stderr.isatty() else {"mininterval": 30, "delay": 30, "ascii": True}
-    return tqdm(total=total, initial=done, desc=name, unit=unit, smoothing=0.05, disable=ranks()[0] > 0, **pace)
+    pace["disable"] = ranks()[0] > 0 or total < 2
+    return tqdm(total=total, initial=done, desc=name, unit=unit, smoothing=0.05, **pace)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -293,13 +294,15 @@ class Stage:
 
     def _settle(self, overwrite: bool) -> None:
         """Exit when the output is done, stop when it is another run's, else prepare the folder of parts."""
-        if overwrite:
+        begun = self.parts / "key.json"
+        if overwrite and self.output.exists():
             # The old output goes only when the new one is whole; until then it carries a name of its own.
-            if self.output.exists():
-                old = self.output.with_name(self.output.name + ".old")
-                remove(old)
-                os.replace(self.output, old)
+            old = self.output.with_name(self.output.name + ".old")
+            remove(old)
+            os.replace(self.output, old)
             remove(self.parts)
+        elif overwrite and begun.exists() and json.loads(begun.read_text()) != self.key:
+            remove(self.parts)  # else they are what an interrupted --overwrite of this very run has done
         if self.output.exists():
             if not self.meta_path.exists():
                 raise Stop(
@@ -311,7 +314,6 @@ class Stage:
             print(f"{self.output}: already done with the same arguments and inputs", flush=True)
             barrier()
             raise SystemExit(0)
-        begun = self.parts / "key.json"
         if begun.exists() and len(list(self.parts.iterdir())) > 1:  # with the key alone, nothing has been done yet
             self._compare(json.loads(begun.read_text()), self.parts)
             print(f"{self.output}: going on with the unfinished run in {self.parts.name}/", flush=True)

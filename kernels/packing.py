@@ -17,10 +17,12 @@ import torch
 
 from kernels.attention import packed_layout, prefix_layout
 
+PARTS = ("prompt", "chosen", "rejected")
+
 
 def cost(pair: dict, packing: str) -> int:
     """Tokens that a pair adds to a forward; padded: if no pair beside it is longer."""
-    p, c, r = (len(pair[k]) for k in ("prompt", "chosen", "rejected"))
+    p, c, r = (len(pair[k]) for k in PARTS)
     return {"prefix": p + c + r, "packed": 2 * p + c + r, "padded": 2 * (p + max(c, r))}[packing]
 
 
@@ -67,7 +69,7 @@ def collate(pairs: list[dict], packing: str, device) -> dict:
     split      2n lengths of those answers, on the host
     lengths    [n, 2] int64, the same as a tensor
     """
-    answers = [pair[k] for pair in pairs for k in ("chosen", "rejected")]
+    answers = [pair[k] for pair in pairs for k in PARTS[1:]]
     prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
     sizes = [len(p) + len(y) for p, y in zip(prompts, answers, strict=True)]
     if packing == "padded":
@@ -86,7 +88,7 @@ def collate(pairs: list[dict], packing: str, device) -> dict:
         inputs["position_ids"], inputs["layout"] = packed_layout(sizes, device)
         starts = np.cumsum([0, *sizes[:-1]])
     else:
-        parts = [[pair[k] for k in ("prompt", "chosen", "rejected")] for pair in pairs]
+        parts = [[pair[k] for k in PARTS] for pair in pairs]
         inputs = {"input_ids": np.concatenate([x for pcr in parts for x in pcr])[None]}
         inputs["position_ids"], inputs["layout"] = prefix_layout([tuple(map(len, pcr)) for pcr in parts], device)
         # Seen from R, its prompt would begin len(C) later than it does; only the first position of R needs the truth.

@@ -8,7 +8,7 @@
 
 `policy` is the module that becomes the root, and `policy.model` the Hugging Face model in it. Whatever reads a weight,
 the head, say, is called in the root's forward: there the weight is whole and a plain tensor, elsewhere a shard.
-All functions are collective: every rank calls them.
+Every rank calls these functions, together; `export` is rank 0's alone.
 """
 
 import os
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -65,9 +66,9 @@ def shard(policy, dtype, size: int | None, offload: bool, device_type: str, worl
     size: ranks that share one copy of the weights, None for all `world` of them; else a copy on each group of so many,
     whose gradients are then added up (HSDP). offload: shards and the optimizer's step in host memory.
     """
-    mesh = init_device_mesh(device_type, (world // (size or world), size or world), mesh_dim_names=("copy", "shard"))
+    shape, names = ((world // size, size), ("copies", "shards")) if size else ((world,), ("shards",))
     options = {
-        "mesh": mesh if size else mesh["shard"],
+        "mesh": init_device_mesh(device_type, shape, mesh_dim_names=names),
         "mp_policy": MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
@@ -117,6 +118,7 @@ def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
 
 def load_checkpoint(parts: Path, policy, optimizer) -> int:
     """Load the last checkpoint, whatever number of ranks wrote it; the number of steps it has done, 0 without one."""
+    assert all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]), "no shards"
     folders = [sorted(parts.glob("step_??????"))]
     dist.broadcast_object_list(folders)  # one rank looks: file systems need not show all of them the same
     if not folders[0]:
@@ -134,14 +136,14 @@ def gather_weights(policy) -> dict[str, torch.Tensor]:
 
 def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
     """Write `weights` in `dtype` (None: as `model` came) as a folder like `model`; the share of them that differ."""
-    result = AutoModelForCausalLM.from_pretrained(model, dtype="auto")  # it knows how it wants to be saved
-    before, dtype = result.state_dict(), dtype or result.dtype
-    changed = sum((v.to(dtype) != before[k].to(dtype)).sum().item() for k, v in weights.items())
-    result.to(dtype).load_state_dict(weights)
+    result = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto")  # it knows how it wants to be saved
+    before = dict(result.named_parameters())  # a tied weight once
+    changed = sum((weights[name].to(p.dtype) != p).sum().item() for name, p in before.items())
+    result.load_state_dict(weights)
     try:
         result.generation_config.validate(strict=True)
     except ValueError:  # some hub models set temperature but not do_sample, which transformers reads but will not write
         result.generation_config.do_sample = True
     result.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return changed / sum(v.numel() for v in weights.values())
+    return changed / sum(p.numel() for p in before.values())

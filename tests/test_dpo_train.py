@@ -78,11 +78,12 @@ class Run:
 
     def __call__(self, output, *flags):
         self.monkeypatch.setattr(sys, "argv", ["dpo_train.py", *self.argv(output, *flags)])
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             dpo_train.main()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         return self.capsys.readouterr().out
@@ -227,7 +228,7 @@ def test_pitfalls_22_one_batch_accumulated_batches_and_packings_agree(run):
 def test_pitfalls_22_one_rank_two_ranks_and_hsdp_agree(run, stage):
     """Through torchrun and gloo; 25 pairs by 8 leave a last step of one pair, so one rank has none."""
     write(run.pairs, make_pairs(run.folder / "model", run.model, n=25))
-    flags = ["--learning_rate", "1e-4", "--tokens_per_batch", "120"]
+    flags = ["--learning_rate", "1e-4", "--tokens_per_batch", "60"]  # several microbatches a step and rank
     run("one", *flags)
     log = run.log()
     for name, more in {"two": [], "hsdp": ["--shard_size", "1"]}.items():
@@ -343,6 +344,13 @@ def test_text_pairs_end_in_eos_and_conversations_as_the_template_says(run):
     assert tokenizer.decode(prompt + chosen) == tokenizer.apply_chat_template(talk + answer, tokenize=False)
 
 
+def test_text_beside_conversations_is_an_error(run):
+    """UltraFeedback's published form: a text as prompt, and answers as conversations that repeat it."""
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    write(run.pairs, [{"prompt": "hi", "chosen": talk, "rejected": talk}])
+    assert "pairs.jsonl:1: prompt, chosen and rejected must be all text" in run.fails()
+
+
 def test_a_conversation_without_chat_template_is_an_error(run):
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     tokenizer.chat_template = None
@@ -367,9 +375,25 @@ def test_pitfalls_17_the_reference_cache_is_used_checked_and_keyed(run):
         assert "is damaged" in run(name) and distance(run.weights("a"), run.weights(name)) == 0
         assert cache.read_bytes() == right
 
+    assert "from the cache" not in run("f", "--tokens_per_batch", "90")  # other microbatches round otherwise
     causal_lm(run.folder / "model", tie=True, seed=1)  # other weights under the same path
-    assert "from the cache" not in run("f", "--max_logprob_gap", "100")
-    assert len(list(run.folder.glob("pairs.jsonl.reference-*"))) == 2
+    assert "from the cache" not in run("g", "--max_logprob_gap", "100")
+    assert len(list(run.folder.glob("pairs.jsonl.reference-*"))) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_cache(run):
+    """Pairs on a disk that is read-only, say."""
+    write, whole = [], dpo_train.whole
+
+    def refuse(path):
+        if ".reference-" in str(path):
+            write.append(path)
+            raise PermissionError(13, "Permission denied")
+        return whole(path)
+
+    run.monkeypatch.setattr(dpo_train, "whole", refuse)
+    assert "not cached (Permission denied)" in run("policy") and len(write) == 1
+    assert not list(run.folder.glob("pairs.jsonl.reference-*")) and run.weights("policy")
 
 
 def test_another_reference_is_loaded_used_and_gone(run):
@@ -448,7 +472,7 @@ def interrupt(run, argv, sent, after):
 
 
 def test_pitfalls_29_interrupted_equals_uninterrupted_bit_for_bit(run, stage):
-    """SIGTERM (which saves), kill -9 (which does not), a torn log, and then the end: the same bytes."""
+    """SIGTERM and Ctrl-C (which save), kill -9 (which does not), a torn log, and then the end: the same bytes."""
     flags = ["--batch_size", "1", "--num_train_epochs", "4", "--save_every", "10"]
     run("whole", *flags)
     log = run.log()
@@ -457,7 +481,7 @@ def test_pitfalls_29_interrupted_equals_uninterrupted_bit_for_bit(run, stage):
     (saved,) = (run.folder / "broken.parts").glob("step_*")
     assert 5 <= int(saved.name[-6:]) < 96
     assert interrupt(run, argv, signal.SIGKILL, after=steps_done(run.folder / "broken.parts") + 15) == -signal.SIGKILL
-    assert interrupt(run, argv, signal.SIGTERM, after=steps_done(run.folder / "broken.parts") + 3) in (0, 75)
+    assert interrupt(run, argv, signal.SIGINT, after=steps_done(run.folder / "broken.parts") + 3) in (0, 75)
     assert "going on after step" in run("broken", *flags)
     a, b = run.folder / "whole/model.safetensors", run.folder / "broken/model.safetensors"
     assert a.read_bytes() == b.read_bytes()

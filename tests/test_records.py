@@ -158,6 +158,17 @@ def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(tmp_path):
     assert (tmp_path / "out.jsonl.old").read_bytes() == path.read_bytes()
 
 
+def test_overwriting_goes_on_where_it_was_interrupted(tmp_path):
+    """Slurm gives a requeued job the same command, --overwrite and all; with other settings it begins anew."""
+    path = prompts(tmp_path / "p.jsonl")
+    fill(new_stage(tmp_path, seed=1), path)
+    fill(new_stage(tmp_path, seed=2, overwrite=True), path, stop_after=2)
+    again = new_stage(tmp_path, seed=2, overwrite=True)
+    assert [index for index, _ in again.todo(read_jsonl(path, PROMPT))] == [2]
+    other = new_stage(tmp_path, seed=3, overwrite=True)
+    assert [index for index, _ in other.todo(read_jsonl(path, PROMPT))] == [0, 1, 2]
+
+
 def test_a_restart_does_only_the_missing_parts(tmp_path):
     path = prompts(tmp_path / "p.jsonl")
     fill(new_stage(tmp_path, seed=1), path, stop_after=2)
