@@ -80,8 +80,8 @@ install requirements.txt
 
 mkdir -p "$RUN"
 if ((NODE_RANK == 0)); then # two loops must never share a run; the lock goes with the process
-    exec 9>"$RUN/.lock"
-    flock --nonblock 9 || die "another loop is at work in $RUN (or a stage of a killed one is; see: fuser $RUN/.lock)"
+    exec 9>"$RUN/.lock" # a stage that was just killed may hold it for a moment yet
+    flock --wait 5 9 || die "another loop is at work in $RUN (or a stage of a killed one is; see: fuser $RUN/.lock)"
 fi
 
 # Ctrl-C and SIGTERM reach the stage as SIGTERM: training saves a checkpoint, the others keep their finished parts.

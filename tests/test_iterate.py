@@ -204,6 +204,15 @@ def test_two_loops_never_share_a_run(world, tmp_path):
     assert done.returncode == 1 and "another loop is at work" in done.stderr
 
 
+def test_a_stage_that_was_just_killed_may_take_a_moment_to_go(world, tmp_path):
+    holder = subprocess.Popen(["flock", tmp_path / ".lock", "sleep", "2"])
+    while subprocess.run(["flock", "--nonblock", tmp_path / ".lock", "true"]).returncode == 0:
+        time.sleep(0.01)
+    done = iterate(world, tmp_path, PROMPTS=tmp_path / "none.jsonl")  # what comes behind the lock
+    assert "another loop" not in done.stderr and "none.jsonl" in done.stdout + done.stderr
+    holder.wait()
+
+
 def alive(session):
     """Processes of the session that still run; one that has ended and waits to be reaped (state Z) does not."""
     stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
