@@ -1,4 +1,4 @@
-"""Train a policy on preference pairs with DPO: plain torch, FSDP2, one file.
+"""Train a policy on preference pairs with DPO: plain torch, no trainer class.
 
     python dpo_train.py --model MODEL --pairs pairs.jsonl --output policy
     torchrun --nproc_per_node 8 dpo_train.py …                                    one machine
@@ -24,11 +24,12 @@ the same. What happens, in order:
   1. Read the pairs. The token ids that the generator wrote are trained as they are; nothing is tokenised twice.
   2. Compute r once, before the first step. By default the reference *is* the policy just loaded, so one pass without
      gradients gives r, and no second model exists at any time. r is kept beside the pairs under the hash of both.
-  3. Audit. The generator stored each answer's log-prob, and r is that same number from other code. When they are far
-     apart, something upstream is wrong (template, doubled BOS, old weights), and the run stops.
+  3. Audit (kernels/checks.py). The generator stored each answer's log-prob, and r is that same number from other code.
+     When they are far apart, something upstream is wrong (template, doubled BOS, old weights), and the run stops.
   4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once (kernels/packing.py and
-     attention.py); log-probs come from kernels/logprob.py, which never holds the logits. Weights are fp32, always: at
-     a learning rate of 5e-7, AdamW on bf16 weights rounds nearly every update away.
+     attention.py); log-probs come from kernels/logprob.py, which never holds the logits. FSDP2 shards the weights
+     (kernels/sharded.py), and they are fp32, always: at a learning rate of 5e-7, AdamW on bf16 weights rounds nearly
+     every update away.
   5. Save a Hugging Face folder. SIGTERM or Ctrl-C in training saves a checkpoint; the same command goes on from it.
 """
 

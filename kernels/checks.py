@@ -1,8 +1,11 @@
 """The trainer's checks before its first update. Each stops the run, for each means that it would train something else.
 
-check_model        this trainer's log-probs of a short pair are those of transformers' own attention and logits
-audit              the generator's log-probs of its answers are those of this trainer
-check_first_loss   while the policy is its own reference, the loss is that of d = 0
+    check_model         this trainer's log-probs of a short pair are those of transformers' own attention and logits
+    audit               the generator's log-probs of its answers are those of this trainer
+    check_first_loss    while the policy is its own reference, the loss is that of d = 0
+
+A pair is a dict of "id", token ids as arrays under the names in PARTS, and what the generator said of (chosen,
+rejected): "logprobs", their log-probs, and "models", the hashes of the policies that wrote them.
 """
 
 import numpy as np
