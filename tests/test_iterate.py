@@ -323,7 +323,7 @@ def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge,
     assert len(alive(process.pid)) > 3
     process.send_signal(sent)
     assert process.wait(60) == (75 if sent == signal.SIGTERM else -sent)
-    deadline = time.time() + (30 if sent == signal.SIGKILL else 0)
+    deadline = time.time() + (30 if sent == signal.SIGKILL else 5)  # what is ending may take a moment
     while alive(process.pid):
         assert time.time() < deadline
         time.sleep(0.1)
