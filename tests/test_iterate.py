@@ -228,6 +228,14 @@ def alive(session):
     return [s for s in stats if int(s[3]) == session and s[0] != "Z"]  # state, parent, group, session, …
 
 
+def all_gone(session, seconds):
+    """What is ending may take a moment."""
+    deadline = time.time() + seconds
+    while alive(session):
+        assert time.time() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent):
     """Sent to the script alone; it passes the signal on, waits, and leaves no child behind."""
@@ -241,7 +249,7 @@ def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent
     process.send_signal(sent)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 75 and "the same command goes on from here" in printed
-    assert not alive(process.pid)
+    all_gone(process.pid, 5)
     assert iterate(world, tmp_path / "run", ITERS=0).returncode == 0
 
 
@@ -296,7 +304,7 @@ def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_pa
     )  # fmt: skip
     printed = process.communicate(timeout=600)[0]
     assert process.returncode == 0, printed
-    assert not alive(process.pid)
+    all_gone(process.pid, 5)
     counts = json.loads((tmp_path / "run/iter_00/eval/scored.jsonl.meta.json").read_text())["counts"]
     different = counts["judge_pairs"]["in"]
     assert 4 < different <= 8  # 8 prompts, 2 answers each; the same answer twice is a tie without asking
@@ -323,10 +331,7 @@ def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge,
     assert len(alive(process.pid)) > 3
     process.send_signal(sent)
     assert process.wait(60) == (75 if sent == signal.SIGTERM else -sent)
-    deadline = time.time() + (30 if sent == signal.SIGKILL else 5)  # what is ending may take a moment
-    while alive(process.pid):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    all_gone(process.pid, 30 if sent == signal.SIGKILL else 5)
 
 
 @pytest.mark.vllm
