@@ -24,11 +24,11 @@ the same. What happens, in order:
   1. Read the pairs. The token ids that the generator wrote are trained as they are; nothing is tokenised twice.
   2. Compute r once, before the first step. By default the reference *is* the policy just loaded, so one pass without
      gradients gives r, and no second model exists at any time. r is kept beside the pairs under the hash of both.
-  3. Audit (kernels/checks.py). The generator stored each answer's log-prob, and r is that same number from other code.
+  3. Audit (training/checks.py). The generator stored each answer's log-prob, and r is that same number from other code.
      When they are far apart, something upstream is wrong (template, doubled BOS, old weights), and the run stops.
-  4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once (kernels/packing.py and
+  4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once (training/batches.py and
      attention.py); log-probs come from kernels/logprob.py, which never holds the logits. FSDP2 shards the weights
-     (kernels/sharded.py), and they are fp32, always: at a learning rate of 5e-7, AdamW on bf16 weights rounds nearly
+     (training/fsdp.py), and they are fp32, always: at a learning rate of 5e-7, AdamW on bf16 weights rounds nearly
      every update away.
   5. Save a Hugging Face folder. SIGTERM or Ctrl-C in training saves a checkpoint; the same command goes on from it.
 """
@@ -53,11 +53,12 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from kernels import checks, footprint, sharded
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal
 from kernels.logprob import linear_logprob, lm_head
-from kernels.packing import PARTS, collate, cost, microbatches
-from records import Stage, Stop, dump, parse, parser, progress, ranks, read_jsonl, run, say, seed_of, whole
+from records import Stop, dump, read_jsonl, whole
+from stage import Stage, parse, parser, progress, ranks, run, say, seed_of
+from training import checks, footprint, fsdp
+from training.batches import PARTS, collate, cost, microbatches
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # These may change when a run goes on after an interruption: some change rounding, others nothing at all.
@@ -303,7 +304,7 @@ def build_policy(config, args, device_type: str, world: int) -> Policy:
     """A sharded fp32 Policy on the meta device: every tensor has its shape, and none has memory."""
     with torch.device("meta"):
         policy = Policy(build_model(config, args, torch.float32))
-    return sharded.shard(policy, DTYPES[args.dtype], args.shard_size, args.cpu_offload, device_type, world)
+    return fsdp.shard(policy, DTYPES[args.dtype], args.shard_size, args.cpu_offload, device_type, world)
 
 
 def load_policy(path: str, args, device, probe: dict) -> Policy:
@@ -315,7 +316,7 @@ def load_policy(path: str, args, device, probe: dict) -> Policy:
     if rank == 0:
         dtype, plain = torch.float32 if args.dtype == "fp32" else "auto", attention_implementation(config)
         source = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=plain)
-    sharded.load_weights(policy, source, device, args.cpu_offload)
+    fsdp.load_weights(policy, source, device, args.cpu_offload)
     ours = all_logprobs(policy, [probe], [plan([probe], [0], args)], args.packing, device)[0]  # [2]
     if rank == 0:
         checks.check_model(ours, source, probe, args.dtype, path)
@@ -412,7 +413,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
-    first = sharded.load_checkpoint(stage.parts, policy, optimizer)
+    first = fsdp.load_checkpoint(stage.parts, policy, optimizer)
     say(f"{steps} steps" + (f"; going on after step {first}" if first else ""))
     log = open_log(stage.parts / "train.jsonl", first, args.report_to) if rank == 0 else lambda row: None
     bar = progress(steps, "train", "step", first)
@@ -485,10 +486,10 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         bar.update()
         due = args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == steps)  # an export may fail, too
         if stop or due:
-            sharded.save_checkpoint(stage.parts, policy, optimizer, step + 1)
+            fsdp.save_checkpoint(stage.parts, policy, optimizer, step + 1)
         if stop:
             say(f"interrupted: saved after step {step + 1} of {steps}; the same command goes on from there")
-            sharded.leave()
+            fsdp.leave()
             sys.exit(INTERRUPTED)
     bar.close()
     done = [sizes[i] for step in plans[first:] for share in step for batch in share for i in batch]
@@ -542,7 +543,7 @@ def main():
     transformers_logging.disable_progress_bar()
     if args.dry_run:
         return dry_run(args)
-    device = sharded.start()
+    device = fsdp.start()
     check_flags(args, device, ranks()[1])
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
@@ -584,16 +585,16 @@ def main():
     # 3. Audit, 4. train, 5. save
     audited = checks.audit(own, own_logprobs, stage.hashes["model"], args.dtype, args.max_logprob_gap)
     figures = train(policy, pairs, reference, plans, args, stage, device)
-    weights = sharded.gather_weights(policy)
+    weights = fsdp.gather_weights(policy)
     if ranks()[0] == 0:
         with whole(stage.output) as folder:
-            changed = sharded.export(weights, args.model, DTYPES.get(args.save_dtype), tokenizer, folder)
+            changed = fsdp.export(weights, args.model, DTYPES.get(args.save_dtype), tokenizer, folder)
             with whole(stage.output.with_name("train.jsonl")) as log:
                 log.write_bytes((stage.parts / "train.jsonl").read_bytes())
             stage.write_meta(audit=audited, changed_weights=changed, train=figures)
         stage.clean()
         say(f"{args.output}: {changed:.1%} of the weights changed in the saved dtype")
-    sharded.leave()
+    fsdp.leave()
 
 
 if __name__ == "__main__":

@@ -44,14 +44,15 @@ from jinja2 import TemplateError
 import records
 from kernels.attention import attention_implementation
 from kernels.logprob import linear_logprob, lm_head
-from records import Stop, key_values
+from records import Stop
+from stage import Stage, die_with_parent, key_values, parse, parser, ranks, run, seed_of
 
 # Engine arguments that set memory and pace: no answer is meant to depend on them, so a run may go on with others.
 PACE = ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager")
 
 
 def arguments() -> argparse.Namespace:
-    p = records.parser(__doc__)
+    p = parser(__doc__)
     add = p.add_argument
     add("--model", required=True, help="the policy: a folder, or a name on the hub")
     add("--prompts", required=True, help="prompts.jsonl")
@@ -73,7 +74,7 @@ def arguments() -> argparse.Namespace:
     add("--batch_size", type=int, help="hf only: sequences a forward; default 512 on a CPU, 64 on a GPU")
     add("--tensor_parallel_size", type=int, help="vllm only: GPUs an engine, and so a rank; default 1")
     add("--engine_args", nargs="+", metavar="KEY=VALUE", help="vllm only: any of EngineArgs, as max_num_seqs=512")
-    args = records.parse(p)
+    args = parse(p)
 
     if args.backend == "auto":
         args.backend = "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "hf"
@@ -160,7 +161,7 @@ class Policy:
                 shown = behind = ""
             ids = self.tokenizer(behind, add_special_tokens=False).input_ids
             stop.update([i for i in ids if i in self.tokenizer.added_tokens_decoder][:1])
-            if not shown and records.ranks()[0] == 0:
+            if not shown and ranks()[0] == 0:
                 print(f"note: the chat template shows no answer of an assistant, so answers end at {sorted(stop)}")
         return sorted(stop)
 
@@ -325,7 +326,7 @@ def hf_batch(args, policy: Policy, model, batch: list[Prompt]) -> list[list[dict
 
 
 if __name__ == "__mp_main__":  # the name of this file in a process that vLLM spawned
-    records.die_with_parent()  # or the GPU's memory would stay taken
+    die_with_parent()  # or the GPU's memory would stay taken
 
 
 def vllm_environment(args) -> None:
@@ -452,7 +453,7 @@ def candidates(args, policy: Policy, model: str, answers: list[dict], where: str
 def main() -> None:
     args = arguments()
     inputs = {"model": args.model, "prompts": args.prompts}
-    stage = records.Stage(args, inputs, args.output, free=("batch_size", "tensor_parallel_size", "engine_args"))
+    stage = Stage(args, inputs, args.output, free=("batch_size", "tensor_parallel_size", "engine_args"))
     policy = Policy(args)
     n = check_prompts(args, policy)
     bar = stage.progress(n)
@@ -470,7 +471,7 @@ def main() -> None:
                 write(part)
             for row, ids in fit:
                 # A bit less than seed_of gives: vLLM adds a sample's index to it, and 63 bits must hold the sum.
-                yield Prompt(part, row, ids, seed=records.seed_of(args.seed, args.iteration, row["id"]) >> 1)
+                yield Prompt(part, row, ids, seed=seed_of(args.seed, args.iteration, row["id"]) >> 1)
 
     def write(part: int) -> None:
         rows = kept.pop(part)
@@ -495,4 +496,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    records.run(main)
+    run(main)

@@ -28,20 +28,8 @@ import itertools
 import random
 from collections import Counter
 
-from records import (
-    SCORED,
-    Stage,
-    Stop,
-    count_rows,
-    dump,
-    finite,
-    parse,
-    parser,
-    read_jsonl,
-    run,
-    seed_of,
-    whole,
-)
+from records import SCORED, Stop, count_rows, dump, finite, read_jsonl, whole
+from stage import Stage, parse, parser, run, seed_of
 
 STRATEGIES = ("max_min", "max_random", "max_second", "random")
 

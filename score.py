@@ -59,7 +59,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 import records
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal, prefix_layout
 from kernels.logprob import linear_logprob, lm_head
-from records import CANDIDATES, Stage, Stop, dump, finite
+from records import CANDIDATES, Stop, dump, finite
+from stage import Stage, key_values, parse, parser, run
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # How far a score may move, absolutely and relatively, when its neighbours in the batch change. Rounding alone moves
@@ -68,7 +69,7 @@ TOLERANCE = {"bf16": (0.25, 0.01), "fp32": (1e-3, 1e-5)}
 
 
 def arguments():
-    p = records.parser(__doc__)
+    p = parser(__doc__)
     # Files
     p.add_argument("--candidates", nargs="+", required=True, help="candidates.jsonl; several are merged by id")
     p.add_argument("--output", required=True, help="scored.jsonl")
@@ -468,7 +469,7 @@ def score_part(rows: list[dict], scorers: list[tuple[str, str, Callable]], args)
 
 
 def main():
-    args = records.parse(arguments())
+    args = parse(arguments())
     models, functions, references = resolve(args)
     inputs = {
         "candidates": args.candidates,
@@ -486,7 +487,7 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     judge = Judge(args, stage) if args.judge_url else None
-    template = records.key_values("chat_template_kwargs", args.chat_template_kwargs)
+    template = key_values("chat_template_kwargs", args.chat_template_kwargs)
     # (key in the candidate, name there, function); the judge is asked last, as it costs most
     scorers = [("rewards", name, load(path, RewardModel, template, args, device)) for name, path in models.items()]
     scorers += [("ref_logprobs", name, load(path, Reference, {}, args, device)) for name, path in references.items()]
@@ -692,4 +693,4 @@ def verdict(reply: str) -> float | None:
 
 
 if __name__ == "__main__":
-    records.run(main)
+    run(main)

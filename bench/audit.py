@@ -31,8 +31,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import dpo_train
-from kernels.packing import cost, microbatches
-from records import CANDIDATES, dump, parse, read_jsonl
+from records import CANDIDATES, dump, read_jsonl
+from stage import parse
+from training.batches import cost, microbatches
 
 ROOT = Path(__file__).resolve().parent.parent
 MISTAKES = {"none": lambda ids: ids, "bos twice": lambda ids: ids[:1] + ids, "prompt cut": lambda ids: ids[:-1]}
@@ -69,7 +70,7 @@ def log_probs(model: str, rows: list[dict], mistake, dtype: str) -> list[float]:
         pairs += [{"prompt": prompt, "chosen": a, "rejected": b, "id": row["id"]}
                   for a, b in zip(answers[0::2], answers[1::2], strict=True)]  # fmt: skip
     args = dpo_train.parse(dpo_train.arguments(), ["--model", model, "--dtype", dtype])
-    device = dpo_train.sharded.start()
+    device = dpo_train.fsdp.start()
     args.packing = "prefix"
     policy = dpo_train.load_policy(model, args, device, min(pairs, key=lambda p: cost(p, "prefix")))
     plan = microbatches({i: cost(p, "prefix") for i, p in enumerate(pairs)}, 4096, 1, "prefix")

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 
 import generate  # noqa: E402
 import records  # noqa: E402
+from stage import seed_of  # noqa: E402
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
     def direct(detokenize: bool) -> int:
         params = [
             vllm.SamplingParams(
-                n=args.num_samples, seed=records.seed_of(args.seed, args.iteration, row["id"]) >> 1, logprobs=0,
+                n=args.num_samples, seed=seed_of(args.seed, args.iteration, row["id"]) >> 1, logprobs=0,
                 max_tokens=args.max_new_tokens, stop_token_ids=policy.stop_ids, detokenize=detokenize,
             )
             for row in rows

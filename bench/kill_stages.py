@@ -26,7 +26,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from records import dump, parse, remove
+from records import dump, remove
+from stage import parse
 from tests.models import causal_lm, reward_model
 
 ROOT = Path(__file__).resolve().parent.parent

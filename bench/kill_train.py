@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from records import dump, parse
+from records import dump
+from stage import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH, VOCABULARY = 100, 4, 512

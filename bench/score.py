@@ -34,7 +34,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 import score
 from kernels.attention import ATTENTION
-from records import parse
+from stage import parse
 
 
 def lengths(rows: int, answers: int, seed: int) -> list[list[int]]:

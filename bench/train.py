@@ -48,8 +48,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from bench.trl_dpo import trl_trainer
-from kernels import footprint
-from records import dump, parse
+from records import dump
+from stage import parse
+from training import footprint
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {  # of the published config.json files; "small" has 0.5B's proportions, head and layers, at a fiftieth
@@ -162,7 +163,7 @@ class Done(Exception):
 
 def run_ours(task: dict, folder: Path) -> dict:
     import dpo_train
-    from kernels import sharded
+    from training import fsdp
 
     meter = Meter()
 
@@ -174,11 +175,11 @@ def run_ours(task: dict, folder: Path) -> dict:
         meter.begin()
 
     def compiled(module, **options):  # each layer, before it is sharded
-        if task["compile"] and isinstance(module, sharded.GradientCheckpointingLayer):
+        if task["compile"] and isinstance(module, fsdp.GradientCheckpointingLayer):
             module.compile(dynamic=True)
         return fully_shard(module, **options)
 
-    fully_shard, sharded.fully_shard = sharded.fully_shard, compiled
+    fully_shard, fsdp.fully_shard = fsdp.fully_shard, compiled
     meter.begin()
     dpo_train.open_log = lambda *_: log
     flags = ["--model", task["model"], "--pairs", task["pairs"], "--output", folder / "policy"]

@@ -33,8 +33,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_train import render
-from kernels.checks import own_logprobs
-from records import dump, hash_path, parse
+from records import dump
+from stage import hash_path, parse
+from training.checks import own_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("prompt", "chosen", "rejected")

@@ -23,16 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 
 import records
 from demo.task import make_prompts
+from stage import Stage, parse, parser, run
 
 
 def main() -> None:
-    p = records.parser(__doc__)
+    p = parser(__doc__)
     p.add_argument("--output", default="demo/build/seed_0", help="folder to build (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the split, the weights, the answers and the noise")
     p.add_argument("--policy_steps", type=int, default=400, help="of 32 answers; flat by 300 (default: 400)")
     p.add_argument("--comparisons", type=int, default=5000, help="noisy choices, seen twice (default: 5000)")
-    args = records.parse(p)
-    stage = records.Stage(args, {"code": sorted(Path(__file__).parent.glob("*.py"))}, args.output)
+    args = parse(p)
+    stage = Stage(args, {"code": sorted(Path(__file__).parent.glob("*.py"))}, args.output)
 
     # Here and not above: torch and transformers take seconds to import, and often there is nothing left to do.
     from transformers.utils import logging
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    records.run(main)
+    run(main)

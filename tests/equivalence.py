@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dpo_train
-from kernels.packing import collate, cost, microbatches
+from training.batches import collate, cost, microbatches
 
 rng = random.Random(0)
 pairs = [
@@ -56,7 +56,7 @@ def ours(folder, packing, checkpointing, device):
     return logprobs, {n.removeprefix("model."): p.grad.full_tensor() for n, p in policy.named_parameters()}
 
 
-device = dpo_train.sharded.start()
+device = dpo_train.fsdp.start()
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     expected, gradient = plain(folder)
     size = sum(g.norm() ** 2 for g in gradient.values()) ** 0.5
@@ -68,4 +68,4 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
             gap = ((logprobs - expected).abs() / tokens).max()
             if dpo_train.ranks()[0] == 0:
                 print(json.dumps([folder.name, packing, checkpointing, gap.item(), error.item()]))
-dpo_train.sharded.leave()
+dpo_train.fsdp.leave()

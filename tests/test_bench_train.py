@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from bench import train, trl_dpo
 from dpo_train import render
-from kernels.checks import own_logprobs
+from training.checks import own_logprobs
 
 
 def read(path):

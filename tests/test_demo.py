@@ -11,6 +11,7 @@ import records
 from conftest import ROOT
 from demo.gold import CATEGORIES, gold
 from demo.task import make_prompts
+from stage import hash_path
 
 TINY = ["--policy_steps", "2", "--comparisons", "32"]
 THREE_FRUITS = {"category": "fruits", "count": 3}
@@ -131,16 +132,16 @@ def test_another_seed_is_another_demo(built, stage, tmp_path):
     """PITFALLS 14: split, tokenizer and weights are a function of the seed (the same seed: the last test here)."""
     stage("demo/build.py", "--output", tmp_path / "other", "--seed", "1", *TINY)
     for name in ("prompts.jsonl", "heldout.jsonl", "policy/model.safetensors", "reward_model/model.safetensors"):
-        assert records.hash_path(tmp_path / "other" / name) != records.hash_path(built / name)
+        assert hash_path(tmp_path / "other" / name) != hash_path(built / name)
 
 
 def test_built_once(built, stage):
     """The same command does nothing; another seed for the same folder stops and names it (PITFALLS 13)."""
-    before = records.hash_path(built)
+    before = hash_path(built)
     assert "already done" in stage("demo/build.py", "--output", built, *TINY).stdout
     refused = stage("demo/build.py", "--output", built, "--seed", "7", *TINY, check=False)
     assert refused.returncode != 0 and "--seed: was 0, is 7" in refused.stderr
-    assert records.hash_path(built) == before
+    assert hash_path(built) == before
 
 
 def test_killed_build_leaves_nothing_that_looks_finished(built, stage, tmp_path):
@@ -156,5 +157,5 @@ def test_killed_build_leaves_nothing_that_looks_finished(built, stage, tmp_path)
     assert not folder.exists()
 
     stage("demo/build.py", "--output", folder, *TINY)
-    assert records.hash_path(folder) == records.hash_path(built)
+    assert hash_path(folder) == hash_path(built)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["build", "build.meta.json"]

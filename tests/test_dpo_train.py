@@ -20,9 +20,10 @@ import dpo_train
 from conftest import ROOT
 from dpo_train import Policy, all_logprobs, dpo_loss, learning_rate
 from kernels.attention import ATTENTION
-from kernels.packing import collate, cost, microbatches
 from models import causal_lm
-from records import dump, hash_path
+from records import dump
+from stage import hash_path
+from training.batches import collate, cost, microbatches
 
 
 def make_pairs(folder, model, n=24, seed=0, longest=20):

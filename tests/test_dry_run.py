@@ -15,25 +15,26 @@ from transformers import AutoModelForCausalLM
 import dpo_train
 from conftest import ROOT
 from dpo_train import Policy
-from kernels import attention, footprint, logprob
+from kernels import attention, logprob
 from kernels.attention import ATTENTION
-from kernels.packing import collate
-from kernels.sharded import layers_of
 from models import causal_lm, config
 from records import dump
+from training import footprint
+from training.batches import collate
+from training.fsdp import layers_of
 
 # What FSDP holds on rank 0: within a forward, between two microbatches, and after a step.
 MEASURE = """
 import json, numpy as np, torch, dpo_train
-from kernels.packing import collate
+from training.batches import collate
 
 args = dpo_train.parse(dpo_train.arguments())
 args.packing = "prefix"
-device, found = dpo_train.sharded.start(), {}
+device, found = dpo_train.fsdp.start(), {}
 size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
 pair = {k: np.arange(9, dtype=np.int32) for k in ("prompt", "chosen", "rejected")} | {"id": "a"}
 policy = dpo_train.load_policy(args.model, args, device, pair)
-layers = dpo_train.sharded.layers_of(policy)
+layers = dpo_train.fsdp.layers_of(policy)
 within = {p for layer in layers for p in layer.parameters()}
 root = [n for n, p in policy.named_parameters() if p not in within]
 seen = lambda *_: found.update(
@@ -54,7 +55,7 @@ states = [s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg",
 found["adam"] = size(states)
 if torch.distributed.get_rank() == 0:
     print(json.dumps(found))
-dpo_train.sharded.leave()
+dpo_train.fsdp.leave()
 """
 
 # A whole run; prints how much the resident memory of rank 0 rises above what it was before a model was loaded.

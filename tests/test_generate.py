@@ -18,6 +18,7 @@ import records
 from bench.kill_stages import family, finished
 from conftest import ROOT
 from models import SPECIAL, VOCAB, causal_lm, tokenizer
+from stage import hash_path
 
 CHAT = [
     [{"role": "user", "content": "please name three fruits"}],
@@ -68,7 +69,7 @@ def own_logprob(model, prompt: list[int], answer: list[int]) -> float:
 def check_answers(rows, folder, stops, max_new_tokens, tolerance=1e-3):
     """What must hold of every candidate, whoever wrote it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tok, model_hash = AutoTokenizer.from_pretrained(folder), records.hash_path(folder)
+    tok, model_hash = AutoTokenizer.from_pretrained(folder), hash_path(folder)
     for row in rows:
         for c in row["candidates"]:
             ids = c["token_ids"]

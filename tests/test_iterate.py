@@ -17,7 +17,8 @@ import torch
 
 from conftest import ROOT
 from models import causal_lm, tokenizer
-from records import dump, hash_path
+from records import dump
+from stage import hash_path
 
 REWARD = "def reward(prompt, response, meta):\n    return response.count('e') - 0.01 * len(response)\n"
 

@@ -211,7 +211,7 @@ def test_no_reply_is_paid_for_twice(judge, tmp_path):
 
 
 def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(judge, monkeypatch):
-    monkeypatch.setattr(records, "ROWS_PER_PART", 1)
+    monkeypatch.setattr("stage.ROWS_PER_PART", 1)
     data = rows(["a", "bb"], ["c", "dd"], ["e", "ff"])
     with pytest.raises(records.Stop, match="--judge_max_requests 5: 4 replies are paid for.* 2 more"):
         judge(data, longer, "--judge_max_requests", 5)

@@ -10,7 +10,8 @@ import pytest
 
 from conftest import ROOT
 from make_pairs import arguments, rank_pairs
-from records import dump, parse
+from records import dump
+from stage import parse
 
 
 def candidate(reward, text=None, tokens=3, finish="stop", logprob=-1.5, model="m"):

@@ -33,10 +33,10 @@ def test_every_command_is_one_the_stage_understands(where, script, arguments, mo
     assert flags <= known, f"{where}: {script} has no {flags - known}"
 
 
-def flag_names(stage):
+def flag_names(module):
     import argparse
 
-    import records
+    from stage import parse
 
     found = set()
     original = argparse.ArgumentParser.parse_args
@@ -47,9 +47,9 @@ def flag_names(stage):
 
     argparse.ArgumentParser.parse_args = note
     try:
-        result = stage.arguments()
+        result = module.arguments()
         if isinstance(result, argparse.ArgumentParser):
-            records.parse(result, [])
+            parse(result, [])
     except SystemExit:
         pass
     finally:

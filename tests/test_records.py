@@ -13,7 +13,8 @@ import pytest
 
 import records
 from conftest import ROOT
-from records import PROMPT, SCORED, Stage, Stop, count_rows, dump, read_jsonl
+from records import PROMPT, SCORED, Stop, count_rows, dump, read_jsonl
+from stage import Stage, hash_path, parse, parser, seed_of
 
 
 def write(path, *lines):
@@ -92,16 +93,16 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
 def test_hash_of_a_folder_sees_names_and_content(tmp_path):
     (tmp_path / "m").mkdir()
     write(tmp_path / "m/a", "1")
-    first = records.hash_path(tmp_path / "m")
+    first = hash_path(tmp_path / "m")
     os.rename(tmp_path / "m/a", tmp_path / "m/b")
-    second = records.hash_path(tmp_path / "m")
+    second = hash_path(tmp_path / "m")
     write(tmp_path / "m/b", "2")
-    assert len({first, second, records.hash_path(tmp_path / "m")}) == 3
+    assert len({first, second, hash_path(tmp_path / "m")}) == 3
 
 
 def test_seeds_depend_on_every_part():
-    assert records.seed_of(1, "a") == records.seed_of(1, "a")
-    assert len({records.seed_of(*x) for x in [(1, "a"), (2, "a"), (1, "b"), ("1", "a"), (1, "a", 0)]}) == 5
+    assert seed_of(1, "a") == seed_of(1, "a")
+    assert len({seed_of(*x) for x in [(1, "a"), (2, "a"), (1, "b"), ("1", "a"), (1, "a", 0)]}) == 5
 
 
 def test_rows_travel_untouched_in_order_and_a_second_run_is_done(tmp_path, capsys):
@@ -110,7 +111,7 @@ def test_rows_travel_untouched_in_order_and_a_second_run_is_done(tmp_path, capsy
     assert (tmp_path / "out.jsonl").read_bytes() == path.read_bytes()
     meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
     assert meta["counts"]["rows"] == {"in": 150, "out": 150, "dropped": {}}
-    assert meta["inputs"]["prompts"] == records.hash_path(path) and meta["versions"]["torch"]
+    assert meta["inputs"]["prompts"] == hash_path(path) and meta["versions"]["torch"]
     assert not (tmp_path / "out.jsonl.parts").exists()
     with pytest.raises(SystemExit) as done:
         new_stage(tmp_path, seed=1)
@@ -188,17 +189,18 @@ COPY = """
 import argparse, sys, time
 sys.path.insert(0, {root!r})
 import records
+from stage import Stage, parse, parser, run
 def main():
-    p = records.parser("copy")
+    p = parser("copy")
     p.add_argument("--prompts"); p.add_argument("--output"); p.add_argument("--pause", type=float, default=0)
-    args = records.parse(p)
-    stage = records.Stage(args, {{"prompts": args.prompts}}, args.output, free=("pause",))
+    args = parse(p)
+    stage = Stage(args, {{"prompts": args.prompts}}, args.output, free=("pause",))
     n = records.count_rows(args.prompts, records.PROMPT)
     for index, rows in stage.todo(records.read_jsonl(args.prompts, records.PROMPT)):
         time.sleep(args.pause)
         stage.write_part(index, rows, {{"rows": {{"in": len(rows), "out": len(rows), "dropped": {{}}}}}})
     stage.join(n)
-records.run(main)
+run(main)
 """
 
 
@@ -255,21 +257,21 @@ def test_dashes_are_accepted_and_unknown_flags_are_not(copy, tmp_path):
     subprocess.run([*copy, "--pause=0"], check=True)
     done = subprocess.run([*copy, "--pau", "0"], capture_output=True, text=True)
     assert done.returncode == 2 and "unrecognized" in done.stderr
-    p = records.parser("x")
+    p = parser("x")
     p.add_argument("--max_length", type=int)
-    assert records.parse(p, ["--max-length=3"]).max_length == records.parse(p, ["--max-length", "3"]).max_length == 3
+    assert parse(p, ["--max-length=3"]).max_length == parse(p, ["--max-length", "3"]).max_length == 3
 
 
 RANK = """
 import os, pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
-import records
+from stage import run
 
 def main():
     pathlib.Path(sys.argv[2], os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(300)
 
-records.run(main)
+run(main)
 """
 
 

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py stands in the root
-from records import Stage, Stop, dump, parse, parser, read_jsonl, remove, run, seed_of, whole
+from records import Stop, dump, read_jsonl, remove, whole
+from stage import Stage, parse, parser, run, seed_of
 from take_prompts import content_key
 
 SUFFIXES = (".parquet", ".jsonl", ".json")

@@ -50,7 +50,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py stands in the root
-from records import SCORED, Stop, dump, read_jsonl, run, seed_of, whole, write_whole
+from records import SCORED, Stop, dump, read_jsonl, whole, write_whole
+from stage import run, seed_of
 
 PAIR = {"id": str, "prompt": (str, list), "score_chosen": (float, int), "score_rejected": (float, int)}
 OUTPUTS = ["prompts.jsonl", "candidates.jsonl", "enhancer.jsonl", "scored.jsonl", "pairs.jsonl", "policy"]

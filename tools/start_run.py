@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records import PROMPT, Stop, count_rows, hash_path, run, whole, write_whole  # noqa: E402
+from records import PROMPT, Stop, count_rows, whole, write_whole  # noqa: E402
+from stage import hash_path, run  # noqa: E402
 
 SETTINGS = (
     "MODEL REWARD_MODEL REWARD_FN JUDGE JUDGE_ARGS JUDGE_URL GOLD_FN PROMPTS HELDOUT RUN ITERS REF HISTORY ENHANCER "

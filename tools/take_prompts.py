@@ -22,7 +22,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py stands in the root
-from records import PROMPT, Stage, Stop, parse, parser, read_jsonl, remove, run, seed_of, whole
+from records import PROMPT, Stop, read_jsonl, remove, whole
+from stage import Stage, parse, parser, run, seed_of
 
 
 def arguments():

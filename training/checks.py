@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from kernels.logprob import logprob_from_logits
-from kernels.packing import PARTS
-from records import Stop, say
+from records import Stop
+from stage import say
+from training.batches import PARTS
 
 ANSWERS = PARTS[1:]
 

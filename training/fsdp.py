@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from records import barrier, ranks, remove
+from records import remove
+from stage import barrier, ranks
 
 
 def start() -> torch.device:

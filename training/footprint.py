@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import attention, logprob
-from kernels.packing import collate, cost
-from kernels.sharded import layers_of
+from training.batches import collate, cost
+from training.fsdp import layers_of
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets: dense bf16 flop/s, SXM
 
