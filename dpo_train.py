@@ -549,6 +549,8 @@ def main():
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
     inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
     stage = Stage(args, inputs, args.output, free=FREE)
+    if stage.done:
+        return fsdp.leave()
     if stage.hashes.get("ref_model") == stage.hashes["model"]:
         args.ref_model = None  # the same weights under another name: no second model
 

@@ -454,6 +454,8 @@ def main() -> None:
     args = arguments()
     inputs = {"model": args.model, "prompts": args.prompts}
     stage = Stage(args, inputs, args.output, free=("batch_size", "tensor_parallel_size", "engine_args"))
+    if stage.done:
+        return
     policy = Policy(args)
     n = check_prompts(args, policy)
     bar = stage.progress(n)

@@ -128,6 +128,8 @@ def main():
     if args.pairs_per_prompt < 1:
         raise Stop("--pairs_per_prompt must be at least 1")
     stage = Stage(args, {"scored": args.scored}, args.output)
+    if stage.done:
+        return
     count_rows(args.scored, SCORED)
 
     balance = {"rows": Counter(), "candidates": Counter(), "pairs": Counter()}

@@ -480,6 +480,8 @@ def main():
     }
     pace = ("judge_url", "judge_concurrency", "judge_requests_per_minute", "judge_max_requests", "tokens_per_batch")
     stage = Stage(args, inputs, args.output, free=pace)
+    if stage.done:
+        return
     total, rows = merge(args.candidates, stage)
 
     device = torch.device("cpu")

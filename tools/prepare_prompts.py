@@ -212,11 +212,9 @@ def write(stage: Stage, rows, fates: list[str], fate: str, args) -> None:
 
 def settle(args, files: list[Path], output: str) -> Stage | None:
     """The stage that writes this output; None where that is done."""
-    try:
-        stage = Stage(args, {"dataset": files} if files else {}, output, free=("heldout_output",))
-    except SystemExit as done:
-        if done.code:
-            raise
+    inputs = {"dataset": files} if files else {}
+    stage = Stage(args, inputs, output, free=("heldout_output",))
+    if stage.done:
         return None
     remove(stage.parts)  # there are none: after a mended row the next run is not held against this one
     return stage

@@ -82,6 +82,8 @@ def main():
     if args.iteration < 1 or (args.num_prompts is not None and args.num_prompts < 1):
         raise Stop("--iteration and --num_prompts count from 1")
     stage = Stage(args, {"prompts": args.prompts, "heldout": args.heldout}, args.output)
+    if stage.done:
+        return
     remove(stage.parts)  # there are none: after a mended row the next run is not held against this one
     total = check(args.prompts, args.heldout)
 
