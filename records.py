@@ -1,26 +1,35 @@
 """The data contract: the shape of every record, and how files come into being.
 
-One JSON object a line, UTF-8. Unknown keys travel along untouched.
+One JSON object per line, UTF-8. Unknown keys travel along untouched.
 
     prompts.jsonl     {"id": "p000012",                  unique in the file
-                       "prompt": [{"role", "content"}],  a conversation (the chat template is applied),
-                                                         or a string (raw text); TRL's prompt-only format
+                       "prompt": [{"role", "content"}],  a conversation (the chat template is
+                                                         applied), or a string (raw text); this is
+                                                         TRL's prompt-only format
                        "meta": {...}}                    optional; reward functions receive it
+
     candidates.jsonl  + "prompt_token_ids": [int],       what the policy was given
                         "candidates": [{"text",          decode(token_ids), special tokens skipped
-                                        "token_ids",     what the policy wrote; ends in EOS iff it stopped
-                                        "logprob",       log-prob of token_ids, summed, at temperature 1
+                                        "token_ids",     what the policy wrote; ends in a stop id
+                                                         exactly when it stopped
+                                        "logprob",       log-prob of token_ids, summed, at
+                                                         temperature 1
                                         "finish_reason", "stop" | "length"
                                         "temperature",   it was sampled at
                                         "model"}]        hash of the policy that wrote it
-    scored.jsonl      + per candidate "rewards": {name: float} and "reward": float, their weighted sum
-    pairs.jsonl       {"id", "iteration", "prompt", "chosen": [{"role": "assistant", "content"}], "rejected",
-                       "score_chosen", "score_rejected", "prompt_token_ids", "chosen_token_ids",
-                       "rejected_token_ids", "chosen_logprob", "rejected_logprob", "chosen_index",
-                       "rejected_index", "chosen_model", "rejected_model"}: TRL's preference format and more
 
-A file has its final name only when it is whole: it is written under a temporary name beside it, flushed to the disk,
-and renamed. So the final name is the done marker, and nothing can disagree with it. stage.py builds on that.
+    scored.jsonl      + per candidate "rewards": {name: float} and "reward", their weighted sum
+
+    pairs.jsonl       {"id", "iteration", "prompt",
+                       "chosen": [{"role": "assistant", "content"}], "rejected",
+                       "score_chosen", "score_rejected",
+                       "prompt_token_ids", "chosen_token_ids", "rejected_token_ids",
+                       "chosen_logprob", "rejected_logprob", "chosen_index", "rejected_index",
+                       "chosen_model", "rejected_model"}: a superset of TRL's preference format
+
+A file has its final name only when it is whole: it is written under a temporary name beside it,
+flushed to the disk, and renamed. So the final name is the done marker, and nothing can disagree
+with it. stage.py builds on that.
 """
 
 import json
@@ -32,80 +41,126 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # What a reader of each file may rely on: key -> type, or [shape of each element].
-PROMPT = {"id": str, "prompt": (str, list)}
-CANDIDATE = {"text": str, "token_ids": list, "logprob": (float, int), "finish_reason": str, "model": str}
+PROMPT = {
+    "id": str,
+    "prompt": (str, list),
+}
+CANDIDATE = {
+    "text": str,
+    "token_ids": list,
+    "logprob": (float, int),
+    "finish_reason": str,
+    "model": str,
+}
+SCORED_CANDIDATE = CANDIDATE | {
+    "reward": (float, int),
+    "rewards": dict,
+}
 CANDIDATES = PROMPT | {"prompt_token_ids": list, "candidates": [CANDIDATE]}
-SCORED = CANDIDATES | {"candidates": [CANDIDATE | {"reward": (float, int), "rewards": dict}]}
+SCORED = PROMPT | {"prompt_token_ids": list, "candidates": [SCORED_CANDIDATE]}
 
 
 class Stop(SystemExit):
-    """Ends the stage with a message for a person: what is wrong, where, and what to do. Exit code 1."""
+    """Ends the stage with a message for a person: what is wrong, where, what to do. Exit code 1."""
 
     def __init__(self, message: str):
         super().__init__(f"error: {message}")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Reading and writing
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def read_jsonl(path, shape: dict) -> Iterator[dict]:
     """Yield the rows of a JSONL file, one at a time.
 
-    Raises Stop naming file and line for bad JSON, a missing key or a wrong type, and naming the file when it is
-    missing or has no row at all.
+    Raises Stop naming file and line for bad JSON, a missing key or a wrong type, and naming the
+    file when it is missing or has no row at all.
     """
     if not os.path.isfile(path):
         raise Stop(f"{path}: no such file. Check the path, or run the stage that writes it.")
     number = 0
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise Stop(f"{path}:{number}: not JSON ({e}). Each line must hold one JSON object.") from None
-            _check(row, shape, f"{path}:{number}")
+                raise Stop(f"{where}: not JSON ({e}). A line must hold one JSON object.") from None
+            check_shape(row, shape, where)
             yield row
     if number == 0:
-        raise Stop(f"{path}: the file is empty. A stage with nothing to do is treated as a mistake.")
+        raise Stop(f"{path}: the file is empty. A stage with nothing to do is taken for a mistake.")
 
 
 def count_rows(path, shape: dict) -> int:
     """Check every row, and that ids are unique, before hours are spent on the first ones."""
-    seen: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for number, row in enumerate(read_jsonl(path, shape), 1):
-        if seen.setdefault(row["id"], number) != number:
-            raise Stop(f'{path}:{number}: id "{row["id"]}" was used in line {seen[row["id"]]}. Ids are unique.')
-    return len(seen)
+        id = row["id"]
+        if id in line_of:
+            first = line_of[id]
+            raise Stop(f'{path}:{number}: id "{id}" was used in line {first}. Ids are unique.')
+        line_of[id] = number
+    return len(line_of)
 
 
-def _check(row, shape: dict, where: str) -> None:
+def check_shape(row, shape: dict, where: str) -> None:
+    """Stop where `row` is not what `shape` promises: key -> type, or [shape of each element]."""
     if not isinstance(row, dict):
         raise Stop(f"{where}: expected a JSON object, found {type(row).__name__}.")
     for key, kind in shape.items():
         if key not in row:
-            raise Stop(f'{where}: key "{key}" is missing. records.py documents the shape of each file.')
-        expected = list if isinstance(kind, list) else kind
-        if not isinstance(row[key], expected) or isinstance(row[key], bool):
-            names = " or ".join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
-            raise Stop(f'{where}: key "{key}" must be {names}, found {json.dumps(row[key])[:60]}.')
-        if isinstance(kind, list):
+            raise Stop(f'{where}: key "{key}" is missing. records.py documents every shape.')
+        elements = kind[0] if isinstance(kind, list) else None
+        check_type(row[key], list if elements else kind, f'{where}: key "{key}"')
+        if elements:
             for i, element in enumerate(row[key]):
-                _check(element, kind[0], f"{where}: {key}[{i}]")
+                check_shape(element, elements, f"{where}: {key}[{i}]")
     if "prompt" in shape and isinstance(row["prompt"], list):
-        turns = row["prompt"]
-        if not turns or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
-            raise Stop(f'{where}: a conversation is a non-empty list of {{"role", "content"}}.')
+        check_turns(row["prompt"], where)
+
+
+def check_type(value, kind: type | tuple[type, ...], where: str) -> None:
+    is_bool = isinstance(value, bool)  # which Python takes for an int
+    if isinstance(value, kind) and not is_bool:
+        return
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    names = " or ".join(k.__name__ for k in kinds)
+    found = json.dumps(value)[:60]
+    raise Stop(f"{where} must be {names}, found {found}.")
+
+
+def check_turns(turns: list, where: str) -> None:
+    """Stop where a conversation is not a non-empty list of {"role", "content"}."""
+    well_formed = [isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns]
+    if not turns or not all(well_formed):
+        raise Stop(f'{where}: a conversation is a non-empty list of {{"role", "content"}}.')
+
+
+def finite(value: float, where: str) -> float:
+    """`value`, or Stop naming the place: a NaN in a ranking would poison every later stage."""
+    if not math.isfinite(value):
+        raise Stop(
+            f"{where}: the value is {value}. "
+            "Nothing was written from it; mend its source and run again."
+        )
+    return value
+
+
+# ---- writing -----------------------------------------------------------------------------------
 
 
 def dump(row: dict) -> str:
-    """One line of JSONL. NaN and infinity are no JSON: they raise ValueError here instead of spreading."""
+    """One line of JSONL. NaN and infinity are no JSON: they raise ValueError and do not spread."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager
 def whole(path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to the disk and rename it, file or folder."""
+    """Yield a temporary path beside `path`, for a file or a folder.
+
+    On success it is flushed to the disk and renamed to `path`; on failure it is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -115,14 +170,19 @@ def whole(path) -> Iterator[Path]:
     except BaseException:
         remove(temporary)
         raise
-    for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+    content = sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]
+    for file in content:
         if file.is_file():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+            flush(file)
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut, too
-    os.fsync(folder)
-    os.close(folder)
+    flush(path.parent)  # the rename itself must survive a power cut, too
+
+
+def flush(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_whole(path, text: str) -> None:
@@ -131,15 +191,9 @@ def write_whole(path, text: str) -> None:
 
 
 def remove(path) -> None:
+    """Remove a file or a folder, if it is there."""
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def finite(value: float, where: str) -> float:
-    """`value`, or Stop naming the place: a NaN that slips into a ranking poisons every later stage."""
-    if not math.isfinite(value):
-        raise Stop(f"{where}: the value is {value}. Nothing was written from it; mend its source and run again.")
-    return value
