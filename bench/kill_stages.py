@@ -28,7 +28,7 @@ from pathlib import Path
 
 from records import dump, remove
 from stage import parse
-from tests.models import causal_lm, reward_model
+from tests.small_models import causal_lm, reward_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS, SAMPLES = 12, 4

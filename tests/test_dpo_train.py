@@ -20,8 +20,8 @@ import dpo_train
 from conftest import ROOT
 from dpo_train import Policy, all_logprobs, dpo_loss, learning_rate
 from kernels.attention import ATTENTION
-from models import causal_lm
 from records import dump
+from small_models import causal_lm
 from stage import hash_path
 from training.batches import collate, cost, microbatches
 

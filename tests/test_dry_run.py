@@ -17,8 +17,8 @@ from conftest import ROOT
 from dpo_train import Policy
 from kernels import attention, logprob
 from kernels.attention import ATTENTION
-from models import causal_lm, config
 from records import dump
+from small_models import causal_lm, config
 from training import footprint
 from training.batches import collate
 from training.fsdp import layers_of

@@ -17,7 +17,7 @@ import generate
 import records
 from bench.kill_stages import family, finished
 from conftest import ROOT
-from models import SPECIAL, VOCAB, causal_lm, tokenizer
+from small_models import SPECIAL, VOCAB, causal_lm, tokenizer
 from stage import hash_path
 
 CHAT = [

@@ -23,7 +23,7 @@ import generate
 import records
 from bench.kill_stages import family
 from conftest import ROOT
-from models import causal_lm
+from small_models import causal_lm
 from test_generate import (
     CHAT,
     STOPS,

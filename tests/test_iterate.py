@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from models import causal_lm, tokenizer
 from records import dump
+from small_models import causal_lm, tokenizer
 from stage import hash_path
 
 REWARD = "def reward(prompt, response, meta):\n    return response.count('e') - 0.01 * len(response)\n"

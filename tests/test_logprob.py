@@ -419,7 +419,7 @@ ARCHITECTURES = {
 def model_of(arch, **overrides):
     from transformers import AutoModelForCausalLM
 
-    from models import config  # not at the top: the two ranks above import this file, and need no transformers
+    from small_models import config  # not at the top: the two ranks above import this file, and need no transformers
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(arch, **{"hidden_size": 48, "initializer_range": 0.2} | overrides))

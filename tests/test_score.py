@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
-import models
 import records
 import score
+import small_models
 from conftest import ROOT
 
 WORDS = "plum fig pear name three the user asks for fruits".split()
@@ -74,8 +74,8 @@ def run(monkeypatch):
 def folder(tmp_path_factory):
     """A reward model, a reference, a file of reward functions."""
     d = tmp_path_factory.mktemp("models")
-    models.reward_model(d / "rm")
-    models.causal_lm(d / "ref")
+    small_models.reward_model(d / "rm")
+    small_models.causal_lm(d / "ref")
     (d / "f.py").write_text(
         "import math\n"
         "def length(prompt, response, meta): return len(response)\n"
@@ -118,7 +118,7 @@ def answers_of(rows):
 def test_score_is_the_same_alone_batched_and_shuffled(tmp_path, run, arch, pad):
     """Law 9, PITFALLS 8: Skywork's shapes. With pad = the last token of every text, transformers reads off the token
     before it, padded or not; with none, the last one."""
-    models.reward_model(tmp_path / "rm", arch, pad_token_id=pad)
+    small_models.reward_model(tmp_path / "rm", arch, pad_token_id=pad)
     data = rows()
     write(tmp_path / "ordered.jsonl", data)
     write(tmp_path / "shuffled.jsonl", random.Random(1).sample(data, len(data)))
@@ -165,7 +165,7 @@ def test_padding_side_changes_nothing(folder):
 def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, kind):
     """Law 9 and PITFALLS 19: beginnings that are shared, or all of a sequence; one that only looks shared is another
     row's. What packing cannot express (Gemma 2) runs one by one. Every value is that of the sequence alone."""
-    (models.reward_model if kind is score.RewardModel else models.causal_lm)(tmp_path / "m", arch)
+    (small_models.reward_model if kind is score.RewardModel else small_models.causal_lm)(tmp_path / "m", arch)
     m = loaded(tmp_path / "m", kind)
     data = rows(6, candidates=5)
     for c in data[2]["candidates"][1:3]:  # the same answer three times
@@ -232,10 +232,10 @@ def test_a_model_for_which_packing_is_wrong_is_scored_one_by_one(folder, tmp_pat
     assert not m.packs and "one by one" in capsys.readouterr().err
 
     config = BertConfig(
-        vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=small_models.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         num_labels=1, initializer_range=0.5,
     )  # fmt: skip
-    models.tokenizer(tmp_path / "bert", "bos")
+    small_models.tokenizer(tmp_path / "bert", "bos")
     torch.manual_seed(0)
     bert = AutoModelForSequenceClassification.from_config(config).eval()
     bert.save_pretrained(tmp_path / "bert")
@@ -304,7 +304,7 @@ def test_reasoning_is_stripped_from_what_is_shown_only(tmp_path, run, folder):
 
 def test_template_arguments_reach_the_template(tmp_path, run, folder):
     """PITFALLS 25: they change the score, and one that no template reads is refused."""
-    models.reward_model(tmp_path / "rm")
+    small_models.reward_model(tmp_path / "rm")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
     tokenizer.chat_template = "{% if strict is true %}fig{% endif %}" + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "rm")
@@ -356,7 +356,7 @@ def test_weights_by_name_and_by_place():
 
 def test_names_and_a_second_scoring(tmp_path, run, folder):
     """Several models are called by their folders; scoring a scored file adds to its rewards."""
-    models.reward_model(tmp_path / "other", seed=1)
+    small_models.reward_model(tmp_path / "other", seed=1)
     write(tmp_path / "c.jsonl", rows(2))
     run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
         "--reward_model", folder / "rm", tmp_path / "other")  # fmt: skip
@@ -370,7 +370,7 @@ def test_names_and_a_second_scoring(tmp_path, run, folder):
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3"])
 def test_reference_logprobs_against_a_hand_written_loop(tmp_path, run, arch, folder):
     """One sequence at a time, one token at a time, from the model's own logits; Gemma 2's are soft-capped."""
-    models.causal_lm(tmp_path / "ref", arch)
+    small_models.causal_lm(tmp_path / "ref", arch)
     data = rows(4)
     data[1]["candidates"][2]["token_ids"] = []  # wrote nothing: probability 1
     write(tmp_path / "c.jsonl", data)
@@ -530,7 +530,7 @@ def test_reward_function_files_that_fail(tmp_path, run):
 
 def test_an_infinite_score_of_a_model_stops_the_run(tmp_path, run):
     """PITFALLS 9: weights that overflowed."""
-    model = models.reward_model(tmp_path / "rm")
+    model = small_models.reward_model(tmp_path / "rm")
     model.score.weight.data.fill_(torch.inf)
     model.save_pretrained(tmp_path / "rm")
     refused(run, tmp_path, 'row id "p0", candidate 0, rewards "rm"', "--reward_model", tmp_path / "rm")
@@ -538,19 +538,19 @@ def test_an_infinite_score_of_a_model_stops_the_run(tmp_path, run):
 
 def test_models_that_are_no_reward_models(tmp_path, run, folder):
     """Two labels, a language model, code of its own, no template, no tokenizer, no folder: a remedy each."""
-    models.reward_model(tmp_path / "two", labels=2)
+    small_models.reward_model(tmp_path / "two", labels=2)
     refused(run, tmp_path, "2 labels.*--reward_fn", "--reward_model", tmp_path / "two")
     refused(run, tmp_path, "2 labels", "--reward_model", folder / "ref", "--overwrite")
 
-    models.reward_model(tmp_path / "remote")
+    small_models.reward_model(tmp_path / "remote")
     config = json.loads((tmp_path / "remote/config.json").read_text())
     config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_x.Reward"}
     (tmp_path / "remote/config.json").write_text(json.dumps(config))
     refused(run, tmp_path, "not run here.*--reward_fn", "--reward_model", tmp_path / "remote", "--overwrite")
 
-    models.causal_lm(tmp_path / "headless", num_labels=1)
+    small_models.causal_lm(tmp_path / "headless", num_labels=1)
     refused(run, tmp_path, "no weights for score.weight", "--reward_model", tmp_path / "headless", "--overwrite")
-    models.reward_model(tmp_path / "plain", template="none")
+    small_models.reward_model(tmp_path / "plain", template="none")
     refused(run, tmp_path, "no chat template.*p0", "--reward_model", tmp_path / "plain", "--overwrite")
     for file in (tmp_path / "plain").glob("tokenizer*"):
         file.unlink()
