@@ -50,9 +50,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+import models
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal
 from kernels.logprob import linear_logprob, lm_head
 from records import Stop, dump, read_jsonl, whole
@@ -72,7 +73,7 @@ def arguments():
     add = p.add_argument
     # fmt: off
     # Models and data
-    add("--model", required=True, help="the policy to start from: a folder or a hub name")
+    add("--model", required=True, help="the policy to start from: a folder or a hub name[@revision]")
     add("--ref_model", help="the reference; default: --model itself, which costs no second model")
     add("--pairs", nargs="+", help="pairs.jsonl; several are concatenated (history)")
     add("--output", help="folder of the trained policy; train.jsonl goes beside it")
@@ -310,12 +311,12 @@ def build_policy(config, args, device_type: str, world: int) -> Policy:
 def load_policy(path: str, args, device, probe: dict) -> Policy:
     """A sharded Policy with its weights, which rank 0 reads, and which agrees with transformers on the pair `probe`."""
     rank, world = ranks()
-    config = AutoConfig.from_pretrained(path)
+    config = models.load_config(path)
     policy = build_policy(config, args, device.type, world)
     source = None
     if rank == 0:
         dtype, plain = torch.float32 if args.dtype == "fp32" else "auto", attention_implementation(config)
-        source = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=plain)
+        source = models.load_model(AutoModelForCausalLM, path, dtype, plain)
     fsdp.load_weights(policy, source, device, args.cpu_offload)
     ours = all_logprobs(policy, [probe], [plan([probe], [0], args)], args.packing, device)[0]  # [2]
     if rank == 0:
@@ -529,7 +530,7 @@ def dry_run(args) -> None:
     args.dtype = "fp32" if args.dtype == "fp32" else "bf16"
     world = args.world_size or 1
     check_flags(args, torch.device("cuda"), world)
-    config = AutoConfig.from_pretrained(args.model)
+    config = models.load_config(args.model)
     choose_packing(args, config, 550)  # 200 + 350, the pair that footprint.py counts with
     dist.init_process_group("fake", rank=0, world_size=world)  # collectives that do nothing: shapes are all we need
     policy = build_policy(config, args, "cpu", world)
@@ -555,8 +556,8 @@ def main():
         args.ref_model = None  # the same weights under another name: no second model
 
     # 1. The pairs, how this model takes them, and every step in advance
-    config = AutoConfig.from_pretrained(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    config = models.load_config(args.model)
+    tokenizer = models.load_tokenizer(args.model)
     pairs = load_pairs(args, tokenizer, config, stage)
     choose_packing(args, config, max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs))
     plans = plan_all(pairs, args)
@@ -572,7 +573,7 @@ def main():
         reference = reference_logprobs(compute, pairs, first_epoch, args, stage)
         own, own_logprobs = pairs, reference
     else:
-        theirs = AutoConfig.from_pretrained(args.ref_model)
+        theirs = models.load_config(args.ref_model)
         if theirs.get_text_config().vocab_size != config.get_text_config().vocab_size:
             raise Stop(f"--ref_model {args.ref_model} and --model {args.model} have vocabularies of different sizes")
         compute = lambda: logprobs(load(args.ref_model), pairs, first_epoch)  # noqa: E731

@@ -41,6 +41,7 @@ import torch
 import transformers
 from jinja2 import TemplateError
 
+import models
 import records
 from kernels.attention import attention_implementation
 from kernels.logprob import linear_logprob, lm_head
@@ -54,7 +55,7 @@ PACE = ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enf
 def arguments() -> argparse.Namespace:
     p = parser(__doc__)
     add = p.add_argument
-    add("--model", required=True, help="the policy: a folder, or a name on the hub")
+    add("--model", required=True, help="the policy: a folder, or a name on the hub, NAME or NAME@REVISION")
     add("--prompts", required=True, help="prompts.jsonl")
     add("--output", required=True, help="candidates.jsonl")
     add("--backend", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on a GPU, else hf: transformers")
@@ -112,13 +113,8 @@ class Policy:
 
     def __init__(self, args):
         self.name = args.model
-        try:
-            self.config = transformers.AutoConfig.from_pretrained(self.name)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name)
-            if len(self.tokenizer) == 0:  # what transformers makes of a folder with none in it
-                raise OSError("nothing is left of the tokenizer: save it there with save_pretrained")
-        except (OSError, ValueError, TypeError, KeyError) as e:
-            raise Stop(f"{self.name}: no tokenizer, or no model that transformers knows: {e}") from None
+        self.config = models.load_config(self.name)
+        self.tokenizer = models.load_tokenizer(self.name)
         if type(self.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or self.config.is_encoder_decoder:
             kind = f"{self.config.model_type} is no decoder-only language model of transformers' own"
             raise Stop(f"{self.name}: {kind}. Others cannot be trained here, and remote code is not run.")
@@ -147,10 +143,7 @@ class Policy:
             raise Stop(f"{where}: the chat template of {self.name} refuses it: {e}") from None
 
     def find_stop_ids(self) -> list[int]:
-        try:
-            eos = transformers.GenerationConfig.from_pretrained(self.name).eos_token_id
-        except OSError:  # the file is optional; transformers falls back to the model's config, and so do we
-            eos = transformers.GenerationConfig.from_model_config(self.config).eos_token_id
+        eos = models.load_generation_config(self.name, self.config).eos_token_id
         stop = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
         if self.template:
             # Render an answer that no template can mistake for anything, and look at what comes right behind it.
@@ -249,8 +242,8 @@ def hf_samples(args, policy: Policy, prompts: Iterator[Prompt]) -> Iterator[tupl
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     attention = attention_implementation(policy.config)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(args.model, dtype=policy.dtype, attn_implementation=attention).to(device).eval()
+    model = models.load_model(transformers.AutoModelForCausalLM, args.model, policy.dtype, attention)
+    model = model.to(device).eval()
     if model._is_stateful:
         raise Stop(f"{policy.config.model_type} is recurrent, which hf cannot batch here: --backend vllm.")
     per_batch = max(1, (args.batch_size or (64 if cuda else 512)) // args.num_samples)
@@ -355,8 +348,11 @@ def vllm_settings(args, policy: Policy) -> dict:
     """The engine's arguments: ours, which make answers what the contract says, and --engine_args."""
     from vllm import EngineArgs
 
+    repository, commit = models.locate(args.model)
     ours = dict(
-        model=args.model,
+        model=repository,
+        revision=commit,
+        trust_remote_code=False,
         skip_tokenizer_init=True,  # ids go in and ids come out
         generation_config="vllm",  # not the model's: no top_k, no penalties
         dtype=policy.dtype,  # its own "auto" makes bf16 of an fp32 model

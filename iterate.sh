@@ -8,6 +8,8 @@
 #     MODEL=Qwen/Qwen2.5-1.5B-Instruct REWARD_MODEL=Skywork/Skywork-Reward-V2-Qwen3-0.6B \
 #     PROMPTS=prompts.jsonl HELDOUT=heldout.jsonl RUN=runs/qwen bash iterate.sh
 #
+# A model is a folder, or a name on the hub, which may name a branch, a tag or a commit: NAME@REVISION.
+#
 # Each iteration: the policy answers prompts, a reward scores the answers, best and worst become pairs, DPO trains on
 # them, and the new policy is evaluated on held-out prompts. Every command is printed before it runs, so any of them can
 # be run by hand. Stopped or killed at any moment, the same command goes on where it was: each stage's output has its
@@ -42,7 +44,7 @@ GOLD_FN=${GOLD_FN:-}           # a function that only watches the held-out answe
 ITERS=${ITERS:-3}
 REF=${REF:-prev}               # the reference: "prev", the policy that wrote the answers, or "init", the first one
 HISTORY=${HISTORY:-0}          # train on the pairs of so many earlier iterations, too
-ENHANCER=${ENHANCER:-}         # "prev", "init" or a path: a second policy that answers the same prompts
+ENHANCER=${ENHANCER:-}         # "prev", "init" or a model: a second policy that answers the same prompts
 NUM_SAMPLES=${NUM_SAMPLES:-8}
 EVAL_SAMPLES=${EVAL_SAMPLES:-4}
 PROMPTS_PER_ITER=${PROMPTS_PER_ITER:-} # default: all of PROMPTS, every iteration
@@ -185,9 +187,6 @@ score() {
     stop_judge
 }
 
-rewards=(${REWARD_MODEL:+--reward_model "rm=$REWARD_MODEL"} ${REWARD_FN:+--reward_fn "$REWARD_FN"})
-watched=(${GOLD_FN:+--reward_fn "gold=$GOLD_FN" --reward_weights gold=0}) # weight 0: written down, decides nothing
-
 # evaluate FOLDER POLICY [score.py arguments]: the same held-out prompts, temperature and seeds for every policy.
 # shellcheck disable=SC2086
 evaluate() {
@@ -199,6 +198,15 @@ evaluate() {
         "${watched[@]}" "$@"
 }
 
+# pinned MODEL: a name on the hub with its commit of now. Whatever is pushed there later, this run keeps to that one.
+pinned() {
+    if [[ -z $1 || -e $1 || $1 == init || $1 == prev ]]; then
+        echo "$1"
+    else
+        "$PYTHON" models.py "$1"
+    fi
+}
+
 report() { once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"; }
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -206,6 +214,11 @@ report() { once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"; }
 if [[ -n ${DEMO:-} ]]; then
     once "$RUN/demo.log" "$DEMO" demo/build.py --output "$DEMO" --seed "$SEED"
 fi
+MODEL=$(pinned "$MODEL")
+REWARD_MODEL=$(pinned "$REWARD_MODEL")
+ENHANCER=$(pinned "$ENHANCER")
+rewards=(${REWARD_MODEL:+--reward_model "rm=$REWARD_MODEL"} ${REWARD_FN:+--reward_fn "$REWARD_FN"})
+watched=(${GOLD_FN:+--reward_fn "gold=$GOLD_FN" --reward_weights gold=0}) # weight 0: written down, decides nothing
 export MODEL REWARD_MODEL REWARD_FN JUDGE JUDGE_ARGS JUDGE_URL GOLD_FN PROMPTS HELDOUT RUN ITERS REF HISTORY ENHANCER \
     NUM_SAMPLES EVAL_SAMPLES PROMPTS_PER_ITER SEED KEEP NPROC GENERATE_NPROC GENERATE_ARGS SCORE_ARGS PAIRS_ARGS \
     TRAIN_ARGS TORCHRUN_ARGS
@@ -217,7 +230,7 @@ report
 
 for ((i = 1; i <= ITERS; i++)); do
     now=$RUN/$(printf 'iter_%02d' "$i")
-    if [[ $KEEP == last && -e $now/eval/scored.jsonl ]] && [[ ! -e $now/policy || $policy == "$RUN"/* && ! -e $policy ]]; then
+    if [[ $KEEP == last && -e $now/eval/scored.jsonl ]] && [[ ! -e $now/policy || $policy != "$MODEL" && ! -e $policy ]]; then
         echo "$now: done; its policy or the one before was not kept"
         previous=$policy
         policy=$now/policy

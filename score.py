@@ -49,13 +49,12 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+import models
 import records
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal, prefix_layout
 from kernels.logprob import linear_logprob, lm_head
@@ -77,7 +76,7 @@ def arguments():
     several = dict(nargs="+", action="extend", default=[])
     p.add_argument(
         "--reward_model", **several, metavar="[NAME=]PATH",
-        help="sequence classifier with one label, folder or hub name; called rm, where several by its folder",
+        help="sequence classifier with one label: folder or hub name[@revision]; called rm, several by their own names",
     )  # fmt: skip
     p.add_argument(
         "--reward_fn", **several, metavar="[NAME=]FILE.py:FUNCTION",
@@ -100,7 +99,10 @@ def arguments():
         "--strip_reasoning", action="store_true",
         help="show the rewards only what follows </think>; token_ids, and so training, keep all of it",
     )  # fmt: skip
-    p.add_argument("--ref_model", **several, metavar="[NAME=]PATH", help="adds log p(answer) under it")
+    p.add_argument(
+        "--ref_model", **several, metavar="[NAME=]PATH",
+        help="adds log p(answer) under it: folder or hub name[@revision]",
+    )  # fmt: skip
     # How the models run
     p.add_argument("--chat_template_kwargs", nargs="+", metavar="KEY=JSON", help="for the reward models' templates")
     p.add_argument("--max_length", type=int, help="tokens of prompt and answer; default: all that the model can read")
@@ -128,16 +130,16 @@ def resolve(args) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     if "@" in (args.judge_url or ""):
         raise Stop("--judge_url holds credentials, which would end up in logs. Put the key into OPENAI_API_KEY.")
 
-    models = named(args.reward_model, lambda path: "rm" if len(args.reward_model) == 1 else Path(path).name)
+    reward_models = named(args.reward_model, lambda path: "rm" if len(args.reward_model) == 1 else last_name(path))
     functions = named(args.reward_fn, lambda spec: spec.rpartition(":")[2])
-    references = named(args.ref_model, lambda path: "ref" if len(args.ref_model) == 1 else Path(path).name)
-    names = [*models, *functions, *["judge"] * bool(args.judge_url)]
+    references = named(args.ref_model, lambda path: "ref" if len(args.ref_model) == 1 else last_name(path))
+    names = [*reward_models, *functions, *["judge"] * bool(args.judge_url)]
     if not names:
         raise Stop("nothing to score with: give --reward_model, --reward_fn or --judge_url.")
     if len(set(names)) < len(names):
         raise Stop(f"two rewards share a name among {', '.join(names)}. Tell them apart: NAME=….")
     args.reward_weights = weights(args.reward_weights or [], names)
-    if models or references:
+    if reward_models or references:
         gpu = torch.cuda.is_available()
         args.tokens_per_batch = args.tokens_per_batch or (16384 if gpu else 4096)
         if args.dtype in (None, "auto"):
@@ -149,7 +151,7 @@ def resolve(args) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     # Models and files are inputs, known by their content; what else of them decides the result is recorded here.
     args.rewards, args.references = names, list(references)
     args.functions = [spec.rpartition(":")[2] for spec in functions.values()]
-    return models, functions, references
+    return reward_models, functions, references
 
 
 def weights(given: list[str], names: list[str]) -> list[float]:
@@ -175,6 +177,12 @@ def named(specs: list[str], default: Callable[[str], str]) -> dict[str, str]:
             raise Stop(f"{found[name]} and {path} are both called {name}. Tell them apart: NAME=….")
         found[name] = path
     return found
+
+
+def last_name(path: str) -> str:
+    """What a model is called, the last part of its name: models/rm and ORG/rm@v1 are both rm."""
+    repository, _ = models.split(path)
+    return Path(repository).name
 
 
 @dataclass
@@ -333,38 +341,28 @@ class Reference(Model):
 
 
 def load(path: str, kind: type, template: dict, args, device) -> Model:
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if kind.kind.__name__ in (getattr(config, "auto_map", None) or {}):
-            raise ValueError("it asks for trust_remote_code")
-        if kind is RewardModel and config.num_labels != 1:
-            raise Stop(
-                f"{path}: has {config.num_labels} labels (a plain language model counts as two); a reward model has "
-                "one, whose logit is the reward. Call this one from a --reward_fn that makes one number of its outputs."
-            )
-        limit = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        packs = packing_refusal(config, limit) is None
-        if kind is RewardModel:  # of the last token's state it must make one product, and not what BERT makes of it
-            made_by = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), object)
-            packs = packs and issubclass(made_by, GenericForSequenceClassification)
-        network, report = kind.kind.from_pretrained(
-            path, dtype=DTYPES[args.dtype], trust_remote_code=False, output_loading_info=True,
-            attn_implementation=ATTENTION if packs else attention_implementation(config),
-        )  # fmt: skip
-        network = network.to(device).eval()
-        network.config.use_cache = False
-        common = path, network, packs, limit, args.tokens_per_batch, TOLERANCE[args.dtype]
-        if kind is Reference:
-            m = Reference(*common, lm_head(network))
-        else:
-            m = RewardModel(*common, AutoTokenizer.from_pretrained(path, trust_remote_code=False), template)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        remedy = "Check the path: a folder with config.json, weights and tokenizer, or a name on the hub."
-        if "trust_remote_code" in str(e):
-            remedy = "Code that comes with a model is not run here: call the model from a --reward_fn of your own."
-        raise Stop(f"{path}: cannot be loaded ({e}). {remedy}") from None
-    if lost := report["missing_keys"] | report["mismatched_keys"]:
-        raise Stop(f"{path}: its files hold no weights for {', '.join(sorted(map(str, lost)))}, so it would be random.")
+    config = models.load_config(path)
+    if kind is RewardModel and "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
+        raise models.wants_code(path, "reward head")  # in transformers' own class it would be another function
+    if kind is RewardModel and config.num_labels != 1:
+        raise Stop(
+            f"{path}: has {config.num_labels} labels (a plain language model counts as two); a reward model has "
+            "one, whose logit is the reward. Call this one from a --reward_fn that makes one number of its outputs."
+        )
+    limit = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    packs = packing_refusal(config, limit) is None
+    if kind is RewardModel:  # of the last token's state it must make one product, and not what BERT makes of it
+        made_by = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), object)
+        packs = packs and issubclass(made_by, GenericForSequenceClassification)
+    attention = ATTENTION if packs else attention_implementation(config)
+    network = models.load_model(kind.kind, path, DTYPES[args.dtype], attention)
+    network = network.to(device).eval()
+    network.config.use_cache = False
+    common = path, network, packs, limit, args.tokens_per_batch, TOLERANCE[args.dtype]
+    if kind is Reference:
+        m = Reference(*common, lm_head(network))
+    else:
+        m = RewardModel(*common, models.load_tokenizer(path), template)
     for key in template:
         if key not in str(m.tokenizer.chat_template):
             raise Stop(f"--chat_template_kwargs {key}: the chat template of {path} never reads it.")
@@ -470,10 +468,10 @@ def score_part(rows: list[dict], scorers: list[tuple[str, str, Callable]], args)
 
 def main():
     args = parse(arguments())
-    models, functions, references = resolve(args)
+    reward_models, functions, references = resolve(args)
     inputs = {
         "candidates": args.candidates,
-        "reward_model": list(models.values()),
+        "reward_model": list(reward_models.values()),
         "reward_fn": [spec.rpartition(":")[0] for spec in functions.values()],
         "ref_model": list(references.values()),
         "judge_prompt": args.judge_prompt,
@@ -491,7 +489,9 @@ def main():
     judge = Judge(args, stage) if args.judge_url else None
     template = key_values("chat_template_kwargs", args.chat_template_kwargs)
     # (key in the candidate, name there, function); the judge is asked last, as it costs most
-    scorers = [("rewards", name, load(path, RewardModel, template, args, device)) for name, path in models.items()]
+    scorers = [
+        ("rewards", name, load(path, RewardModel, template, args, device)) for name, path in reward_models.items()
+    ]
     scorers += [("ref_logprobs", name, load(path, Reference, {}, args, device)) for name, path in references.items()]
     scorers += [("rewards", name, reward_function(spec)) for name, spec in functions.items()]
     scorers += [("rewards", "judge", judge)] if judge else []

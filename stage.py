@@ -38,24 +38,27 @@ ROWS_PER_PART = 64
 
 
 def hash_path(path) -> str:
-    """sha256 of a file, or of a folder's sorted (name, sha256) list; "hub:name@commit" for a hub model."""
-    path = Path(path)
+    """What a file, a folder or a model is known by: it changes exactly when the content does.
+
+    sha256 of a file; of a folder, that of its sorted lines "name sha256"; "hub:NAME@COMMIT" for a model
+    on the hub. Raises Stop where there is no such thing.
+    """
+    name, path = str(path), Path(path)  # Path("./x") forgets the dot that tells a path from a name
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file())
-        with ThreadPoolExecutor() as pool:  # hashing releases the GIL: a sharded 7B model takes seconds
-            listing = [f"{f.relative_to(path)} {h}" for f, h in zip(files, pool.map(hash_path, files), strict=True)]
-        return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-    if str(path).count("/") <= 1 and not str(path).startswith((".", "/")) and path.suffix not in (".jsonl", ".py"):
-        from transformers import AutoConfig
+        # Hashing releases the GIL, so threads help: a sharded 7B model takes seconds.
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(hash_path, files)
+            lines = [f"{f.relative_to(path)} {h}" for f, h in zip(files, hashes, strict=True)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if path.suffix in (".jsonl", ".py") or name.startswith((".", "/")):
+        raise Stop(f"{name}: no such file or folder.")
+    import models  # here, as it imports transformers, which takes seconds, and make_pairs.py needs none
 
-        try:
-            return f"hub:{path}@{AutoConfig.from_pretrained(str(path))._commit_hash}"
-        except (OSError, ValueError) as e:
-            raise Stop(f"{path}: neither a file or folder here nor a model on the hub ({e}).") from None
-    raise Stop(f"{path}: no such file or folder.")
+    return models.identity(name)
 
 
 def seed_of(*parts) -> int:
@@ -242,8 +245,10 @@ class Stage:
                 was, now = old[group].get(name), self.key[group].get(name)
                 if was == now:
                     continue
-                changed_file = group == "inputs" and was and now
-                difference = "content changed" if changed_file else f"was {was}, is {now}"
+                # Two hashes tell a person nothing; two commits, names or numbers do.
+                is_commit = str(now).startswith("hub:")
+                only_hashes = group == "inputs" and was and now and not is_commit
+                difference = "content changed" if only_hashes else f"was {was}, is {now}"
                 lines.append(f"  --{name}: {difference}")
         if lines:
             differences = "\n".join(lines)

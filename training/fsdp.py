@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import models
 from records import remove
 from stage import barrier, ranks
 
@@ -137,7 +138,8 @@ def gather_weights(policy) -> dict[str, torch.Tensor]:
 
 def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
     """Write `weights` in `dtype` (None: as `model` came) as a folder like `model`; the share of them that differ."""
-    result = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto")  # it knows how it wants to be saved
+    # Loaded again, because it knows how it wants to be saved; it computes nothing, so any attention will do.
+    result = models.load_model(AutoModelForCausalLM, model, dtype or "auto", "eager")
     before = dict(result.named_parameters())  # a tied weight once
     changed = sum((weights[name].to(p.dtype) != p).sum().item() for name, p in before.items())
     result.load_state_dict(weights)
