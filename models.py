@@ -22,7 +22,7 @@ import os
 import re
 import sys
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+import transformers  # its classes are imported when they are named, and torch with them: main needs neither
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from records import Stop
@@ -78,7 +78,7 @@ def load_config(name: str):
     """The model's config.json, as transformers' class for it."""
     repository, commit = locate(name)
     try:
-        return AutoConfig.from_pretrained(repository, revision=commit, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(repository, revision=commit, trust_remote_code=False)
     except Exception as error:
         raise cannot_load(name, "config.json", error) from None
 
@@ -86,7 +86,7 @@ def load_config(name: str):
 def load_tokenizer(name: str):
     repository, commit = locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=False)
     except Exception as error:
         raise cannot_load(name, "tokenizer", error) from None
     if len(tokenizer) == 0:  # what transformers makes of a folder without one
@@ -94,13 +94,13 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def load_generation_config(name: str, config) -> GenerationConfig:
-    """generation_config.json, which is optional; without it what `config` says of generation."""
+def load_generation_config(name: str, config):
+    """generation_config.json, which is optional; without it what `config`, the model's, says of generation."""
     repository, commit = locate(name)
     try:
-        return GenerationConfig.from_pretrained(repository, revision=commit)
+        return transformers.GenerationConfig.from_pretrained(repository, revision=commit)
     except OSError:
-        return GenerationConfig.from_model_config(config)
+        return transformers.GenerationConfig.from_model_config(config)
 
 
 def load_model(auto_class, name: str, dtype, attn_implementation: str):
