@@ -1,10 +1,12 @@
 """Pairs: who meets whom, what is refused and under which name, and that nothing depends on the order of rows."""
 
 import json
+import math
 import random
 import resource
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -122,6 +124,84 @@ def test_pitfalls_11_and_14_pairs_depend_on_seed_and_id_only(pairs_of, strategy)
         {(p["id"], p["chosen_index"], p["rejected_index"]) for p in later}
         != {(p["id"], p["chosen_index"], p["rejected_index"]) for p in first}
     ) == (strategy in ("max_random", "random"))
+
+
+STRATEGIES = ["max_min", "max_random", "max_second", "random"]
+
+
+def two_sources(n, first, second, each=8):
+    """n rows with a binary reward: `each` candidates of two models, which are right with these probabilities."""
+    rng = random.Random(41)
+    rows = []
+    for i in range(n):
+        right = [rng.random() < first for _ in range(each)] + [rng.random() < second for _ in range(each)]
+        models = ["first"] * each + ["second"] * each
+        answers = [candidate(float(r), f"{i} {j}", model=models[j]) for j, r in enumerate(right)]
+        rows.append(row(f"p{i}", *answers))
+    return rows
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_pitfalls_41_exchangeable_sources_are_chosen_and_rejected_equally_often(pairs_of, strategy, k):
+    rows = two_sources(3000, 0.5, 0.5, each=2)
+    pairs, _ = pairs_of(rows, "--strategy", strategy, "--pairs_per_prompt", k)
+    assert len(pairs) > 600
+    for model in ("chosen_model", "rejected_model"):
+        surplus = Counter()  # of the first source, by prompt: pairs of one prompt are not independent of each other
+        for pair in pairs:
+            surplus[pair["id"]] += 1 if pair[model] == "first" else -1
+        chi_square = surplus.total() ** 2 / sum(d * d for d in surplus.values())  # one degree of freedom
+        assert chi_square < 10.83, (model, surplus.total(), len(pairs))  # p > 1e-3
+
+
+def binomial(n, k, p):
+    return math.comb(n, k) * p**k * (1 - p) ** (n - k)
+
+
+def kept_share(strategy, right):
+    """How many pairs are expected of 16 candidates, so many of them right: the other pairs are ties, and refused."""
+    wrong = 16 - right
+    if right == 0 or wrong == 0:
+        return 0
+    if strategy == "max_random":
+        return wrong / 15
+    if strategy == "random":
+        return right * wrong / math.comb(16, 2)
+    return 1  # max_min; and of all 15 neighbours that max_second pairs, right and wrong meet once
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_pitfalls_41_a_better_source_is_chosen_as_often_as_it_is_right(pairs_of, strategy):
+    """Of m right answers each is chosen with the same chance, of the wrong ones each rejected."""
+    kept = chosen = rejected = 0.0  # expected of one prompt: pairs, those that chose and rejected the second source
+    for a in range(9):
+        for b in range(9):
+            weight = binomial(8, a, 0.3) * binomial(8, b, 0.9) * kept_share(strategy, right=a + b)
+            kept += weight
+            chosen += weight * b / max(1, a + b)
+            rejected += weight * (8 - b) / max(1, 16 - a - b)
+
+    k = 15 if strategy == "max_second" else 1
+    pairs, _ = pairs_of(two_sources(1500, 0.3, 0.9), "--strategy", strategy, "--pairs_per_prompt", k)
+    assert len(pairs) == pytest.approx(1500 * kept, rel=0.1)
+    for model, expected in (("chosen_model", chosen / kept), ("rejected_model", rejected / kept)):
+        found = sum(pair[model] == "second" for pair in pairs) / len(pairs)
+        error = math.sqrt(expected * (1 - expected) / len(pairs))
+        assert abs(found - expected) < 3.3 * error, (model, found, expected)
+    assert 0.7 < chosen / kept < 0.8 and rejected / kept < 0.2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_pitfalls_41_ties_are_broken_by_seed_and_id_and_by_nothing_else(pairs_of, strategy):
+    rows = two_sources(100, 0.5, 0.5)
+    flags = ["--strategy", strategy, "--pairs_per_prompt", "15"]
+    first, counts = pairs_of(rows, *flags)
+    random.Random(1).shuffle(rows)
+    shuffled, counts_shuffled = pairs_of(rows, *flags)
+    assert sorted(map(dump, first)) == sorted(map(dump, shuffled)) and counts == counts_shuffled
+    other, _ = pairs_of(rows, *flags, "--seed", "1")
+    assert sorted(map(dump, other)) != sorted(map(dump, first))
 
 
 def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path, stage):
