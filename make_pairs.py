@@ -6,9 +6,9 @@ For one prompt with candidates y_1 … y_N, let
 
     s_i = reward_i - length_penalty * |y_i|                                |y_i|: completion tokens
 
-and order them by s. Equal s stand in random order: the order in the file is that of the sources (two policies, two
-temperatures), and would make one of them the chosen and the other the rejected. The strategy says which two meet;
-pair k = 0, 1, … of --pairs_per_prompt is
+and order them by s. Equal s stand in random order: the order in the file is that of the sources
+(two policies, two temperatures), and would make one the chosen and the other the rejected. The
+strategy says which two meet; pair k = 0, 1, … of --pairs_per_prompt is
 
     max_min      the k-th best against the k-th worst     widest margin; RLHFlow's and OpenRLHF's choice
     max_random   the best against the k-th of the rest in random order    "RLHF Workflow" (arXiv 2405.07863)
@@ -50,15 +50,16 @@ def arguments():
     p.add_argument("--keep_truncated", action="store_true", help='let answers with finish_reason "length" take part')
     # Where in the run
     p.add_argument("--iteration", type=int, default=0, help="recorded in each pair, and part of its seed")
-    p.add_argument("--seed", type=int, default=0, help="of equal scores, max_random and random; default 0")
+    p.add_argument("--seed", type=int, default=0, help="of ties, max_random and random; default 0")
     return p
 
 
 def rank_pairs(scores: list[float], strategy: str, k: int, rng: random.Random) -> list[tuple[int, int]]:
-    """Up to k (winner, loser) index pairs, scores[winner] >= scores[loser]; equal scores stand in random order."""
+    """Up to k (winner, loser) index pairs, scores[winner] >= scores[loser]; ties go at random."""
     order = list(range(len(scores)))
     rng.shuffle(order)
-    order.sort(key=scores.__getitem__, reverse=True)  # best first; a stable sort, so equal scores stay shuffled
+    # Best first. The sort is stable, so equal scores stay in their shuffled order.
+    order.sort(key=scores.__getitem__, reverse=True)
     if strategy == "max_min":
         return [(order[i], order[-1 - i]) for i in range(min(k, len(order) // 2))]
     if strategy == "max_random":

@@ -32,9 +32,11 @@ again; its rewards are kept beside the new ones, and "reward" is the sum over th
 import asyncio
 import hashlib
 import importlib.util
+import ipaddress
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
@@ -43,6 +45,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, combinations, groupby
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from jinja2 import TemplateError
@@ -59,7 +62,7 @@ import records
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal, prefix_layout
 from kernels.logprob import linear_logprob, lm_head
 from records import CANDIDATES, Stop, dump, finite
-from stage import Stage, key_values, parse, parser, run
+from stage import Stage, key_values, parse, parser, run, seed_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # How far a score may move, absolutely and relatively, when its neighbours in the batch change. Rounding alone moves
@@ -86,7 +89,11 @@ def arguments():
     p.add_argument("--judge_model", help="the model's name at that endpoint")
     p.add_argument("--judge_prompt", help="text file with {prompt}, {answer_a}, {answer_b}; default: see JUDGE_PROMPT")
     p.add_argument("--judge_max_tokens", type=int, help="of a reply, thoughts included; default 512: a short reason")
-    p.add_argument("--judge_concurrency", type=int, help="requests in flight per rank; default 16")
+    p.add_argument(
+        "--judge_concurrency", type=int,
+        help="requests in flight per rank; default 64 for a server on this machine (localhost, "
+        "127.0.0.1), which batches them, else 16, to keep within rate limits",
+    )  # fmt: skip
     p.add_argument("--judge_requests_per_minute", type=int, help="of all ranks, repeated ones too; default: no limit")
     p.add_argument("--judge_max_requests", type=int, help="budget: replies paid for, restarts included; default: none")
     # What is made of it
@@ -146,12 +153,22 @@ def resolve(args) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
             args.dtype = "bf16" if gpu else "fp32"
     if args.judge_url:
         args.judge_max_tokens = args.judge_max_tokens or 512
-        args.judge_concurrency = args.judge_concurrency or 16
+        if args.judge_concurrency is None:
+            args.judge_concurrency = 64 if on_this_machine(args.judge_url) else 16
 
     # Models and files are inputs, known by their content; what else of them decides the result is recorded here.
     args.rewards, args.references = names, list(references)
     args.functions = [spec.rpartition(":")[2] for spec in functions.values()]
     return reward_models, functions, references
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether a URL's host is localhost or a loopback address, 127.0.0.1 or [::1]."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name, or no URL
+        return False
 
 
 def weights(given: list[str], names: list[str]) -> list[float]:
@@ -515,8 +532,18 @@ def main():
 #
 #     score_i = mean over opponents j of [v(i, j) + 1 - v(j, i)] / 2
 #
-# Opponents are all others among up to 4 candidates; above that the two neighbours on either side in a ring, as
-# comparisons grow with the square of N and what they add does not. Answers of the same text tie without asking.
+# Opponents are all others among up to 5 candidates (a round robin). Above that they are the two
+# neighbours on either side in a ring: N candidates have N (N - 1) / 2 pairs, and a ring takes 2 N.
+# The ring is dealt at random. Neighbours in the file come from one source (a policy, a
+# temperature), and would be compared with their like.
+#
+# A ring loses something: an answer that beats its four opponents has a win rate of 1, though a
+# better one may stand elsewhere. With a judge that never errs and answers from one source, the
+# chosen one is the best of N = 8 in 70 % of the prompts, and of N = 16 in 33 %, where a round robin
+# always finds it; and in 0.1 % of the pairs at N = 16, in none at N = 8, the chosen answer is worse
+# than the rejected one (python -m bench.judge_ring).
+#
+# Answers of the same text tie without asking.
 # A pair of which one order has failed is left out: half a comparison carries the bias that the other half removes.
 # The prompt is in the manner of OAIF (arXiv:2402.04792), which reads off the probability of the first token; a
 # reply in words is what every server can give, so that is what is read here.
@@ -539,6 +566,20 @@ order in which the two are shown means nothing.
 Say in one sentence what decides it. Then end with one line: "Verdict: A", "Verdict: B" or, where neither is better,
 "Verdict: TIE".
 """
+
+
+def comparisons(answers: list[int], row_id: str) -> list[tuple[int, int]]:
+    """Which answers of one prompt meet: all pairs of up to 5, else neighbours in a shuffled ring.
+
+    The ring depends on `row_id` alone, not on ranks, parts or the row's place in the file.
+    """
+    if len(answers) <= 5:
+        return list(combinations(answers, 2))
+    ring = answers.copy()
+    random.Random(seed_of("judge", row_id)).shuffle(ring)
+    next_one = ring[1:] + ring[:1]
+    next_but_one = ring[2:] + ring[:2]
+    return [*zip(ring, next_one, strict=True), *zip(ring, next_but_one, strict=True)]
 
 
 class Judge:
@@ -580,9 +621,8 @@ class Judge:
     def __call__(self, answers: list[Answer]) -> list[float | str]:
         pairs: list[tuple[int, int]] = []
         for _, group in groupby(range(len(answers)), lambda k: id(answers[k].row)):
-            g = list(group)
-            ring = ((g[k], g[(k + step) % len(g)]) for k in range(len(g)) for step in (1, 2))
-            pairs += combinations(g, 2) if len(g) <= 4 else ring
+            indices = list(group)
+            pairs += comparisons(indices, answers[indices[0]].row["id"])
         both_ways = [order for pair in pairs for order in (pair, pair[::-1])]
         requests = {
             (i, j): self.request(answers[i], answers[j]) for i, j in both_ways if answers[i].text != answers[j].text

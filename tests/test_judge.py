@@ -1,19 +1,26 @@
 """The judge of score.py, against a server that answers over HTTP by a rule. test_iterate.py has the real vLLM."""
 
 import json
+import math
+import random
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 
 import pytest
 
 import records
 import score
+from bench.judge_ring import dealt_ring, ring_in_file_order, shares
 from conftest import ROOT
+from make_pairs import rank_pairs
+from stage import parse
 
 PROMPT = "<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?"
 
@@ -121,6 +128,10 @@ def longer(a, b):
     return "Both are fine.\nVerdict: " + ("TIE" if len(a) == len(b) else "A" if len(a) > len(b) else "B")
 
 
+def larger(a, b):
+    return "Verdict: A" if float(a) > float(b) else "Verdict: B"
+
+
 def wins(scored):
     return [[c["rewards"]["judge"] for c in row["candidates"]] for row in scored]
 
@@ -145,11 +156,76 @@ def test_the_default_prompt_shows_everything_and_cannot_be_broken_out_of(judge):
     assert all(text.count("request 0") == 1 and texts[0] in text and texts[1] in text for text in shown)
 
 
-def test_a_ring_of_four_opponents_beyond_four_candidates(judge):
-    scored, counts, server = judge(rows(["x" * n for n in range(1, 9)]), longer)
-    # 8 in a ring: 1 meets 2, 3, 8 and 7 and loses all; 8 meets 7, 6, 1 and 2 and wins all.
-    assert wins(scored) == [[0, 0.25, 0.5, 0.5, 0.5, 0.5, 0.75, 1]]
-    assert counts["judge_pairs"]["in"] == 16 and len(server.requests) == 32
+def test_a_ring_of_four_opponents_beyond_five_candidates(judge):
+    eight, five = ["x" * n for n in range(1, 9)], ["y" * n for n in range(1, 6)]
+    scored, counts, server = judge(rows(eight, five), longer)
+    assert counts["judge_pairs"]["in"] == 16 + 10 and len(server.requests) == 2 * (16 + 10)
+    # Against its four opponents the shortest loses and the longest wins; five candidates all meet.
+    rates = wins(scored)[0]
+    assert rates[0] == 0 and rates[-1] == 1 and sum(rates) == 4
+    assert wins(scored)[1] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_the_ring_depends_on_the_row_alone_and_is_dealt_fairly():
+    opponents = Counter()
+    for k in range(2000):
+        pairs = score.comparisons(list(range(8)), f"p{k}")
+        elsewhere = score.comparisons(list(range(100, 108)), f"p{k}")  # in another part
+        assert elsewhere == [(100 + i, 100 + j) for i, j in pairs]
+        assert set(Counter(chain.from_iterable(pairs)).values()) == {4}
+        opponents.update(frozenset(pair) for pair in pairs)
+    # Of 28 possible pairs 16 meet, each as often as any other.
+    assert len(opponents) == 28
+    expected = 2000 * 16 / 28
+    error = math.sqrt(expected * (1 - 16 / 28))
+    assert all(abs(found - expected) < 4 * error for found in opponents.values())
+
+
+def test_pitfalls_42_two_sources_are_compared_with_each_other(judge):
+    """Eight answers of each, the second 3 standard deviations better, a judge that never errs."""
+    # What many prompts would show, by simulation with the functions of score.py and make_pairs.py
+    expected = shares(sources=2, each=8, gap=3.0, meet=dealt_ring, prompts=1000)
+    before = shares(sources=2, each=8, gap=3.0, meet=ring_in_file_order, prompts=1000)
+    assert expected["against"] < 0.01 < 0.03 < before["against"]
+    assert expected["apart"] > 0.93 and before["apart"] < 0.6
+
+    rng = random.Random(42)
+    worth = [[rng.gauss(3 * (k // 8), 1) for k in range(16)] for _ in range(8)]
+    texts = [[f"{value:.6f}" for value in row] for row in worth]
+    scored, _, server = judge(rows(*texts), larger)
+
+    # Of all pairs of 16 answers 64 in 120 are of two sources; of the ring in file order 6 in 32 were.
+    second = {text for row in texts for text in row[8:]}
+    across = 0
+    for request in server.requests:
+        shown = re.search(r"A: <(.*)> B: <(.*)> Which", request["body"]["messages"][0]["content"])
+        across += (shown[1] in second) != (shown[2] in second)
+    assert len(server.requests) == 8 * 64 and 0.4 < across / len(server.requests) < 0.65
+
+    apart = 0
+    for row, rates in zip(worth, wins(scored), strict=True):
+        ((chosen, rejected),) = rank_pairs(rates, "max_min", 1, rng)
+        assert row[chosen] > row[rejected]
+        apart += chosen >= 8 > rejected
+    assert apart >= 7
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("http://localhost:8000/v1", 64), ("http://127.0.0.1:1234/v1", 64), ("http://[::1]/v1", 64),
+        ("https://api.openai.com/v1", 16), ("http://10.0.0.7:8000/v1", 16),
+        ("https://localhost.example.com/v1", 16), ("http://[::1", 16), ("localhost:8000", 16),
+    ],
+)  # fmt: skip
+def test_a_server_on_this_machine_is_asked_more_at_once(url, expected):
+    argv = ["--candidates", "c", "--output", "s", "--judge_model", "m", "--judge_url", url]
+    args = parse(score.arguments(), argv)
+    score.resolve(args)
+    assert args.judge_concurrency == expected
+    args = parse(score.arguments(), [*argv, "--judge_concurrency", "5"])
+    score.resolve(args)
+    assert args.judge_concurrency == 5
 
 
 def test_a_judge_that_prefers_a_place_decides_nothing_and_is_reported(judge):

@@ -130,28 +130,31 @@ STRATEGIES = ["max_min", "max_random", "max_second", "random"]
 
 
 def two_sources(n, first, second, each=8):
-    """n rows with a binary reward: `each` candidates of two models, which are right with these probabilities."""
+    """n rows, a binary reward: `each` candidates of two models, right with these probabilities."""
     rng = random.Random(41)
     rows = []
     for i in range(n):
-        right = [rng.random() < first for _ in range(each)] + [rng.random() < second for _ in range(each)]
-        models = ["first"] * each + ["second"] * each
-        answers = [candidate(float(r), f"{i} {j}", model=models[j]) for j, r in enumerate(right)]
+        answers = []
+        for model, chance in (("first", first), ("second", second)):
+            for j in range(each):
+                right = float(rng.random() < chance)
+                answers.append(candidate(right, f"{i} {model} {j}", model=model))
         rows.append(row(f"p{i}", *answers))
     return rows
 
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_pitfalls_41_exchangeable_sources_are_chosen_and_rejected_equally_often(pairs_of, strategy, k):
+def test_pitfalls_41_exchangeable_sources_are_chosen_and_rejected_alike(pairs_of, strategy, k):
     rows = two_sources(3000, 0.5, 0.5, each=2)
     pairs, _ = pairs_of(rows, "--strategy", strategy, "--pairs_per_prompt", k)
     assert len(pairs) > 600
     for model in ("chosen_model", "rejected_model"):
-        surplus = Counter()  # of the first source, by prompt: pairs of one prompt are not independent of each other
+        # Of the first source, by prompt, as the pairs of one prompt are not independent.
+        surplus = Counter()
         for pair in pairs:
             surplus[pair["id"]] += 1 if pair[model] == "first" else -1
-        chi_square = surplus.total() ** 2 / sum(d * d for d in surplus.values())  # one degree of freedom
+        chi_square = surplus.total() ** 2 / sum(d * d for d in surplus.values())
         assert chi_square < 10.83, (model, surplus.total(), len(pairs))  # p > 1e-3
 
 
@@ -160,7 +163,7 @@ def binomial(n, k, p):
 
 
 def kept_share(strategy, right):
-    """How many pairs are expected of 16 candidates, so many of them right: the other pairs are ties, and refused."""
+    """How many pairs are expected of 16 candidates, so many of them right; ties are refused."""
     wrong = 16 - right
     if right == 0 or wrong == 0:
         return 0
@@ -174,7 +177,8 @@ def kept_share(strategy, right):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_pitfalls_41_a_better_source_is_chosen_as_often_as_it_is_right(pairs_of, strategy):
     """Of m right answers each is chosen with the same chance, of the wrong ones each rejected."""
-    kept = chosen = rejected = 0.0  # expected of one prompt: pairs, those that chose and rejected the second source
+    # Expected per prompt: pairs, and those that choose or reject the second source.
+    kept = chosen = rejected = 0.0
     for a in range(9):
         for b in range(9):
             weight = binomial(8, a, 0.3) * binomial(8, b, 0.9) * kept_share(strategy, right=a + b)
@@ -183,7 +187,8 @@ def test_pitfalls_41_a_better_source_is_chosen_as_often_as_it_is_right(pairs_of,
             rejected += weight * (8 - b) / max(1, 16 - a - b)
 
     k = 15 if strategy == "max_second" else 1
-    pairs, _ = pairs_of(two_sources(1500, 0.3, 0.9), "--strategy", strategy, "--pairs_per_prompt", k)
+    rows = two_sources(1500, 0.3, 0.9)
+    pairs, _ = pairs_of(rows, "--strategy", strategy, "--pairs_per_prompt", k)
     assert len(pairs) == pytest.approx(1500 * kept, rel=0.1)
     for model, expected in (("chosen_model", chosen / kept), ("rejected_model", rejected / kept)):
         found = sum(pair[model] == "second" for pair in pairs) / len(pairs)

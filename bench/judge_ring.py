@@ -1,0 +1,103 @@
+"""What the judge's ring of neighbours loses against a round robin, and why it is dealt at random.
+
+    python -m bench.judge_ring --save bench/results/judge_ring.txt
+
+Above five candidates score.py compares each with four others only, its neighbours in a ring dealt
+at random. Here a judge that never errs compares answers whose worth is known: normal variates of
+unit variance, with a mean for each source (a policy, a temperature). make_pairs.py's own ranking
+then makes one max_min pair per prompt. The columns:
+
+    requests      what one prompt costs, each comparison in both orders
+    best, worst   how often the chosen answer is the best of all N, and the rejected one the worst
+    apart         how often the chosen answer comes from the better source, the rejected from the other
+    against       how often the chosen answer is in truth worse than the rejected one
+
+Of two sources the second is better by --gap standard deviations. Candidates stand in the order of
+their sources, as score.py joins them; "in file order" is a ring that keeps that order. With 20000
+prompts the standard errors are below 0.4 points.
+"""
+
+import argparse
+import random
+import sys
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+
+from make_pairs import rank_pairs
+from score import comparisons
+from stage import parse
+
+
+def dealt_ring(n: int, prompt: str) -> list[tuple[int, int]]:
+    return comparisons(list(range(n)), prompt)
+
+
+def ring_in_file_order(n: int, prompt: str) -> list[tuple[int, int]]:
+    return [(k, (k + step) % n) for k in range(n) for step in (1, 2)]
+
+
+def round_robin(n: int, prompt: str) -> list[tuple[int, int]]:
+    return list(combinations(range(n), 2))
+
+
+MEETINGS = {
+    "dealt ring": dealt_ring,
+    "in file order": ring_in_file_order,
+    "round robin": round_robin,
+}
+
+
+def win_rates(worth: list[float], pairs: list[tuple[int, int]]) -> list[float]:
+    """What score.py makes of the verdicts of a judge that never errs."""
+    points = defaultdict(list)
+    for i, j in pairs:
+        points[i].append(float(worth[i] > worth[j]))
+        points[j].append(float(worth[j] > worth[i]))
+    return [sum(points[i]) / len(points[i]) for i in range(len(worth))]
+
+
+def shares(sources: int, each: int, gap: float, meet, prompts: int) -> dict[str, float]:
+    """The table's columns as shares of the prompts; each has `each` answers of every source."""
+    n = sources * each
+    found = dict.fromkeys(("best", "worst", "apart", "against"), 0.0)
+    for p in range(prompts):
+        rng = random.Random(p)
+        worth = [rng.gauss(gap * (k // each), 1) for k in range(n)]
+        rates = win_rates(worth, meet(n, str(p)))
+        ((chosen, rejected),) = rank_pairs(rates, "max_min", 1, rng)
+        found["best"] += worth[chosen] == max(worth)
+        found["worst"] += worth[rejected] == min(worth)
+        found["apart"] += chosen // each == sources - 1 and rejected // each < sources - 1
+        found["against"] += worth[chosen] < worth[rejected]
+    return {name: count / prompts for name, count in found.items()}
+
+
+def arguments():
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--prompts", type=int, default=20000, help="default 20000")
+    p.add_argument("--gap", type=float, default=3.0, help="in standard deviations; default 3")
+    p.add_argument("--save", help="write the table into this file, too")
+    return p
+
+
+def main():
+    args = parse(arguments())
+    lines = [" ".join(["python -m bench.judge_ring", *sys.argv[1:]])]
+    lines.append("sources  N  meetings       requests   best  worst  apart against")
+    for sources, each in ((1, 8), (1, 16), (2, 4), (2, 8)):
+        n = sources * each
+        for name, meet in MEETINGS.items():
+            s = shares(sources, each, args.gap, meet, args.prompts)
+            setting = f"{sources:7} {n:2}  {name:13} {2 * len(meet(n, '')):9}"
+            apart = f"{s['apart']:6.1%}" if sources > 1 else "     -"
+            lines.append(f"{setting} {s['best']:6.1%} {s['worst']:6.1%} {apart} {s['against']:7.2%}")
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    if args.save:
+        Path(args.save).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
