@@ -84,7 +84,7 @@ def arguments():
     add("--label_smoothing", type=float, help="share of flipped labels (sigmoid: default 0; robust: needed)")
     add("--nll_coef", type=float, default=0.0, help="weight of the chosen answer's NLL; default 0: DPO")
     add("--length_coef", type=float, help="a > 0 discounts length: nats a token that the chosen is longer; default 0")
-    # The optimizer; the defaults are OpenRLHF's and RLHFlow's
+    # The optimizer; the defaults are those of OpenRLHF 0.9.5's loop (RLHFlow's trains two epochs)
     add("--learning_rate", type=float, default=5e-7, help="5e-7: for full models of 1B and more")
     add("--batch_size", type=int, default=128, help="pairs an optimizer step, over all ranks")
     add("--num_train_epochs", type=int, default=1, help="1: fresh pairs come every iteration")

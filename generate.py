@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     add("--output", required=True, help="candidates.jsonl")
     add("--backend", choices=("auto", "vllm", "hf"), default="auto", help="auto: vllm on a GPU, else hf: transformers")
     # What is sampled
-    add("--num_samples", type=int, default=8, help="answers a prompt; 8 as RLHF Workflow and OpenRLHF")
+    add("--num_samples", type=int, default=8, help="answers a prompt; 8 as in RLHF Workflow")
     add("--temperature", type=float, nargs="+", default=[1.0], help="0: greedy. Several share the samples, in order")
     add("--top_p", type=float, default=1.0, help="sample the likeliest tokens of this mass; 1: all")
     add("--top_k", type=int, default=0, help="sample the likeliest this many; 0: all")

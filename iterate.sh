@@ -26,7 +26,7 @@ if [[ -z "${MODEL:-}" ]]; then # the demo: a small language game, built offline 
     REWARD_MODEL=${REWARD_MODEL:-$DEMO/reward_model}
     PROMPTS=${PROMPTS:-$DEMO/prompts.jsonl}
     HELDOUT=${HELDOUT:-$DEMO/heldout.jsonl}
-    GOLD_FN=${GOLD_FN:-demo/gold.py:gold} # the truth of the game, which only the report sees
+    GOLD_FN=${GOLD_FN:-demo/gold.py:gold} # the truth of the game; it only watches
     PROMPTS_PER_ITER=${PROMPTS_PER_ITER:-512}
     GENERATE_ARGS=${GENERATE_ARGS:---max_new_tokens 40}
     # A policy of 0.4M parameters takes a learning rate 400 times that of a 1B model, and smaller batches.
