@@ -54,8 +54,8 @@ GENERATE_ARGS=${GENERATE_ARGS:-} SCORE_ARGS=${SCORE_ARGS:-} PAIRS_ARGS=${PAIRS_A
 
 # Machines. NPROC processes here; for several machines start this script on each with the same settings, its NODE_RANK,
 # a shared RUN folder and TORCHRUN_ARGS="--nnodes 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500".
-gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
-[[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+. tools/environment.sh # count_gpus, install, and PYTHON
+gpus=$(count_gpus)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 GENERATE_NPROC=${GENERATE_NPROC:-$NPROC} # processes of generate.py: fewer where GENERATE_ARGS has --tensor_parallel_size
 TORCHRUN_ARGS=${TORCHRUN_ARGS:-}
@@ -76,8 +76,7 @@ die() { echo "iterate.sh: $1" >&2; exit "${2:-1}"; }
 [[ $JUDGE_URL != *@* ]] || die "JUDGE_URL holds credentials, which would end up in logs: put the key into OPENAI_API_KEY"
 [[ -z $JUDGE_URL || -z $JUDGE_ARGS ]] || die "JUDGE_ARGS are for a server started here; JUDGE_URL's runs already"
 
-. tools/environment.sh # makes .venv on the first run, and sets PYTHON
-install requirements.txt
+install requirements.txt # makes .venv on the first run
 ((gpus == 0)) || install requirements-gpu.txt
 
 mkdir -p "$RUN"

