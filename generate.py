@@ -30,11 +30,13 @@ import argparse
 import importlib.util
 import inspect
 import itertools
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import chdir, closing
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,7 @@ from stage import Stage, die_with_parent, key_values, parse, parser, ranks, run,
 
 # Engine arguments that set memory and pace: no answer is meant to depend on them, so a run may go on with others.
 PACE = ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager")
+LENGTH_STEP = 1024  # tokens; vLLM's max_model_len is a multiple of it, see engine_length
 
 
 def arguments() -> argparse.Namespace:
@@ -74,7 +77,12 @@ def arguments() -> argparse.Namespace:
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: config.json's, or fp32")
     add("--batch_size", type=int, help="hf only: sequences a forward; default 512 on a CPU, 64 on a GPU")
     add("--tensor_parallel_size", type=int, help="vllm only: GPUs an engine, and so a rank; default 1")
-    add("--engine_args", nargs="+", metavar="KEY=VALUE", help="vllm only: any of EngineArgs, as max_num_seqs=512")
+    add(
+        "--engine_args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="vllm only: EngineArgs, as max_num_seqs=512; paths absolute",
+    )
     args = parse(p)
 
     if args.backend == "auto":
@@ -333,6 +341,9 @@ def vllm_environment(args) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if torch.cuda.is_available():
         each, count = args.tensor_parallel_size or 1, torch.cuda.device_count()
+        if count < each:
+            sees = f"a process sees {count} here, and of cards cut by MIG one part"
+            raise Stop(f"--tensor_parallel_size {each} takes {each} GPUs: {sees}.")
         if count < local_world * each:
             raise Stop(f"{count} GPUs for {local_world} ranks of {each}: start {count // each} (--nproc_per_node).")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
@@ -342,6 +353,39 @@ def vllm_environment(args) -> None:
         if local_world > 1:  # each engine would bind its threads to the same cores
             cores = sorted(os.sched_getaffinity(0))[local_rank::local_world] or [0]
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+
+
+def engine_length(policy: Policy, max_new_tokens: int) -> int:
+    """max_model_len in tokens: the longest prompt and its answer, rounded up, at most the context.
+
+    vLLM compiles the model again for every new max_model_len, and each iteration has other prompts.
+    Its own default is the whole context, and it refuses to start where memory holds less than that.
+    """
+    needed = policy.longest + max_new_tokens
+    steps = math.ceil(needed / LENGTH_STEP)
+    return min(steps * LENGTH_STEP, policy.context)
+
+
+def engine_place(model: str) -> tuple[Path, str]:
+    """The folder that the engine starts in, and the name of the model there.
+
+    vLLM looks up what it compiled by a key that holds the model's path (ModelConfig.compute_hash).
+    RUN/iter_01/policy, RUN/iter_02/policy: each would be compiled again. So the engine starts in
+    the folder above, and always loads "policy". The current folder is each process's own: unlike a
+    link with a fixed name, no other rank or run can point it at other weights.
+    """
+    if not os.path.isdir(model):
+        return Path.cwd(), model  # a name on the hub is the same in every iteration
+    path = Path(os.path.abspath(model))
+    return path.parent, path.name
+
+
+def merge_overrides(ours: dict, asked: dict) -> dict:
+    """Changes to the model's config, key by key: the user's keys win, the rest of ours stays."""
+    if not isinstance(asked, dict):
+        example = 'hf_overrides={"head_dtype":"model"}'
+        raise Stop(f"--engine_args hf_overrides={asked}: give a JSON object, as '{example}'.")
+    return ours | asked
 
 
 def vllm_settings(args, policy: Policy) -> dict:
@@ -362,10 +406,14 @@ def vllm_settings(args, policy: Policy) -> dict:
     )
     defaults = dict(
         enable_prefix_caching=True,  # N samples share a prompt, and many prompts a system turn
-        # Its own is the model's whole context, and it refuses to start where memory holds less than that.
-        max_model_len=policy.longest + args.max_new_tokens,
+        max_model_len=engine_length(policy, args.max_new_tokens),
+        hf_overrides={},
     )
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        # fp32 logits, as the trainer's; vLLM's own default rounds them to bf16. A GPU's product of
+        # bf16 factors gives them directly. On a CPU vLLM would copy the head to fp32 at every step.
+        defaults["hf_overrides"] = {"head_dtype": "float32"}
+    else:
         # After a piece of a prompt the random numbers are rewound, which a CPU's generator cannot (vLLM 0.32).
         defaults |= dict(enable_chunked_prefill=False, max_num_batched_tokens=max(4096, defaults["max_model_len"]))
     asked = key_values("engine_args", args.engine_args)
@@ -374,7 +422,8 @@ def vllm_settings(args, policy: Policy) -> dict:
             raise Stop(f"--engine_args {key}: this stage sets it itself ({key}={ours[key]}).")
         if key not in inspect.signature(EngineArgs).parameters:
             raise Stop(f"--engine_args {key}: vLLM's EngineArgs has no such argument.")
-    return ours | defaults | asked
+    overrides = merge_overrides(defaults["hf_overrides"], asked.get("hf_overrides", {}))
+    return ours | defaults | asked | {"hf_overrides": overrides}
 
 
 def vllm_engine(args, policy: Policy):
@@ -383,8 +432,10 @@ def vllm_engine(args, policy: Policy):
     from vllm import EngineArgs, LLMEngine
     from vllm.usage.usage_lib import UsageContext
 
-    # LLM_CLASS: the batch sizes of vLLM's LLM, which are for throughput
-    return LLMEngine.from_engine_args(EngineArgs(**settings), usage_context=UsageContext.LLM_CLASS)
+    folder, settings["model"] = engine_place(args.model)
+    context = UsageContext.LLM_CLASS  # the batch sizes of vLLM's LLM, which are for throughput
+    with chdir(folder):  # the engine's processes start and stay here; this one goes back
+        return LLMEngine.from_engine_args(EngineArgs(**settings), usage_context=context)
 
 
 def vllm_samples(args, policy: Policy, prompts: Iterator[Prompt]) -> Iterator[tuple[Prompt, list[dict]]]:

@@ -84,6 +84,8 @@ def measure(args, backend: str, dtype: str, longest: int, folder: Path) -> list[
     command = [sys.executable, ROOT / "generate.py", "--model", args.model, "--prompts", args.prompts]
     command += ["--output", candidates, "--backend", backend, "--dtype", dtype, "--num_samples", args.num_samples]
     command += ["--max_new_tokens", longest]
+    if backend == "vllm" and args.engine_args:
+        command += ["--engine_args", *args.engine_args]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout[-1000:] + done.stderr[-3000:])
@@ -112,6 +114,7 @@ def main():
     p.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     p.add_argument("--num_samples", type=int, default=8, help="even: answers are put into pairs")
     p.add_argument("--max_new_tokens", type=int, nargs="+", default=[40])
+    p.add_argument("--engine_args", nargs="+", metavar="KEY=VALUE", help="vllm only")
     p.add_argument("--save", type=Path, help="write what is printed there, too")
     args = parse(p)
     lines = ["python -m bench.audit " + " ".join(sys.argv[1:])]
