@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,3 +243,116 @@ def test_engine_arguments_are_checked_before_the_engine_starts(folder, monkeypat
         args = generate.arguments()
         with pytest.raises(records.Stop, match=message):
             generate.vllm_settings(args, generate.Policy(args))
+
+
+def engine_config(folder, prompt_length, monkeypatch):
+    """vLLM's whole configuration, by its own code, for the engine that generate.py would start."""
+    from vllm import LLMEngine
+
+    write_prompts(folder / "prompts.jsonl", ["a" * prompt_length])
+    paths = ["--model", folder / "policy", "--prompts", folder / "prompts.jsonl", "--output", folder / "o"]
+    argv = ["generate.py", *paths, "--backend", "vllm", "--max_new_tokens", 16]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+
+    def configure(engine_args, usage_context):
+        return engine_args.create_engine_config(usage_context)
+
+    monkeypatch.setattr(LLMEngine, "from_engine_args", configure)
+    args = generate.arguments()
+    policy = generate.Policy(args)
+    generate.check_prompts(args, policy)
+    return generate.vllm_engine(args, policy)
+
+
+def test_every_iteration_finds_what_vllm_compiled_in_the_first(tmp_path, monkeypatch):
+    """Other folders, weights and prompt lengths: the key of vLLM's compile cache stays. Another model's is another."""
+    here = os.getcwd()
+    keys = []
+    for iteration, prompt_length, hidden_size in ((1, 30, 64), (2, 70, 64), (3, 30, 128)):
+        folder = tmp_path / f"iter_{iteration:02d}"
+        shape = {"hidden_size": hidden_size, "max_position_embeddings": 2048}
+        causal_lm(folder / "policy", seed=iteration, **shape)
+        config = engine_config(folder, prompt_length, monkeypatch)
+        assert config.model_config.max_model_len == 1024
+        keys.append(config.compute_hash())
+    assert keys[0] == keys[1] != keys[2]
+    assert os.getcwd() == here
+
+
+@pytest.mark.parametrize(("longest", "context", "length"), [(1008, 4096, 1024), (1009, 4096, 2048), (1009, 1100, 1100)])
+def test_the_engine_s_length_is_rounded_up_but_never_beyond_the_context(longest, context, length):
+    policy = SimpleNamespace(longest=longest, context=context)
+    assert generate.engine_length(policy, max_new_tokens=16) == length
+
+
+@pytest.mark.parametrize(
+    ("asked", "overrides"),
+    [
+        ([], {"head_dtype": "float32"}),
+        (['hf_overrides={"head_dtype":"model"}'], {"head_dtype": "model"}),
+        (['hf_overrides={"rope_theta":1e6}'], {"head_dtype": "float32", "rope_theta": 1e6}),
+    ],
+)
+def test_on_a_gpu_logits_are_fp32_unless_the_user_says_otherwise(folder, monkeypatch, asked, overrides):
+    call = command(folder, "o", "--max_new_tokens", 4)[2:]
+    engine = call.index("max_model_len=256") + 1
+    monkeypatch.setattr(sys, "argv", ["generate.py", *call[:engine], *asked, *call[engine:]])
+    args = generate.arguments()
+    policy = generate.Policy(args)
+    for device, expected in (
+        (True, overrides),
+        (False, {k: v for k, v in overrides.items() if asked and k in asked[0]}),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device)
+        assert generate.vllm_settings(args, policy)["hf_overrides"] == expected
+
+
+def test_overrides_that_are_no_json_object_are_refused():
+    with pytest.raises(records.Stop, match="give a JSON object"):
+        generate.merge_overrides({}, "head_dtype")
+
+
+@pytest.mark.parametrize("head, dtype", [("float32", torch.float32), ("model", torch.bfloat16)])
+def test_vllm_reads_the_head_s_dtype(folder, head, dtype):
+    """Its own property, by which it chooses the product that gives the logits."""
+    from vllm import EngineArgs
+
+    settings = {"dtype": "bfloat16", "skip_tokenizer_init": True, "hf_overrides": {"head_dtype": head}}
+    config = EngineArgs(model=str(folder / "policy"), **settings).create_model_config()
+    assert config.head_dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "rank", "each", "own"),
+    [
+        (None, 4, 1, 2, "2,3"),
+        ("3,1", 2, 1, 1, "1"),
+        ("0,-1,1", 1, 0, 1, "0"),
+        ("GPU-aaaa,GPU-bbbb", 2, 1, 1, "GPU-bbbb"),
+        ("MIG-cccc,MIG-dddd", 1, 0, 1, "MIG-cccc"),
+    ],
+)
+def test_each_engine_gets_its_share_of_the_visible_gpus(monkeypatch, visible, count, rank, each, own):
+    pretend_gpus(monkeypatch, visible, count, rank, ranks=count // each)
+    generate.vllm_environment(SimpleNamespace(tensor_parallel_size=each))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+
+
+def test_an_engine_wider_than_what_a_process_sees_is_refused(monkeypatch):
+    """Two MIG devices are visible, and CUDA shows a process one of them."""
+    pretend_gpus(monkeypatch, "MIG-cccc,MIG-dddd", count=1, rank=0, ranks=1)
+    with pytest.raises(records.Stop, match="--tensor_parallel_size 2 takes 2 GPUs: a process sees 1"):
+        generate.vllm_environment(SimpleNamespace(tensor_parallel_size=2))
+
+
+def pretend_gpus(monkeypatch, visible, count, rank, ranks):
+    """torch finds `count` GPUs, and torchrun started this process as one of `ranks` ranks."""
+    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")  # so that what the stage sets is undone after the test
+        monkeypatch.delenv(name)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
