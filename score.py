@@ -47,6 +47,9 @@ from itertools import accumulate, combinations, groupby
 from pathlib import Path
 from urllib.parse import urlsplit
 
+# Batches differ in size, and the GPU's free memory would fall into pieces. torch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+
 import torch
 from jinja2 import TemplateError
 from torch import nn

@@ -76,7 +76,14 @@ def compiled():
     return torch.compile(plain)
 
 
+def as_called():
+    """Word for word as dpo_train.py's Policy does, for a head without bias, scale and soft-cap: with every default."""
+    head = {"bias": None, "scale": 1.0, "softcap": None}
+    return lambda h, w, y: linear_logprob(h, targets=y, weight=w, **head)
+
+
 ROWS = {
+    "ours, as the trainer calls it": as_called,
     "ours, stash": lambda: partial(linear_logprob, stash_bytes=1 << 50),
     "ours, recompute": lambda: partial(linear_logprob, stash_bytes=0),
     "ours, frozen weight": lambda: lambda h, w, y: linear_logprob(h, w.detach(), y),

@@ -48,8 +48,9 @@ except ImportError:  # a machine without a GPU needs none: rows_torch below is t
 # Rows of logits at a time. GPU: 2048 x 151936 in fp32 is 1.2 GB, and reading W again for each chunk (2 V D bytes for
 # 2 C V D flops) is far above the machine's balance of about 200 flops a byte. CPU: where its GEMMs reach full speed.
 CHUNK = {"cuda": 2048, "cpu": 256}
-# Q of 16k tokens of Llama 3's vocabulary in bf16, a fifth of what autograd would hold. Rows beyond: 4/3 the work.
-STASH_BYTES = 4 << 30
+# How much of Q is kept; rows beyond cost 4/3 the work. GPU: 16k tokens of Qwen's 151936 words in bf16
+# are 4.6 GiB, a fifth of what autograd would hold. CPU: its memory is everybody's, and its batches are small.
+STASH_BYTES = {"cuda": 8 << 30, "cpu": 4 << 30}
 # 8 elements a thread: 32 registers, so that a multiprocessor is full of threads with loads in flight, and no spills.
 BLOCK, WARPS = 2048, 8
 FAR = 2.0**60  # S beyond this: measure from the maximum. Leaves bf16 and fp32 (max 2^128) room to sum products in.
@@ -95,7 +96,7 @@ if triton:
         x += row * stride
         if GRAD:
             q += row * stride
-        y = tl.load(target + row)
+        y = tl.load(target + row).to(tl.int32)  # no vocabulary is past int32, and each v is compared with it
         zy, slope = load_z(x, bias, y, V, stride, scale, cap, BIAS, CAP)
         c = zy
         s = one_pass(x, bias, q, y, c, V, stride, scale, cap, BIAS, CAP, GRAD, BLOCK)
@@ -157,7 +158,10 @@ def rows_torch(x, bias, target, q, scale, cap):
 
 def matrix(rows: int, V: int, like: torch.Tensor, dtype) -> torch.Tensor:
     """Uninitialised [rows, V]; a row starts at a multiple of 64, so that no V costs a GEMM or the kernel its pace."""
-    return torch.empty(rows, (V + 63) // 64 * 64, dtype=dtype, device=like.device)[:, :V]
+    wide = torch.empty(rows, (V + 63) // 64 * 64, dtype=dtype, device=like.device)
+    if not like.is_cuda:  # oneDNN's bf16 products (AMX) read past V, times zero: what lies there must not be NaN
+        wide[:, V:] = 0
+    return wide[:, :V]
 
 
 def logits_(h, weight, out):
@@ -197,9 +201,10 @@ class LinearLogprob(torch.autograd.Function):
         in_place = rows is rows_torch and hidden.dtype == exact  # Q over the logits
 
         chunk = CHUNK.get(hidden.device.type, 256)
-        kept = 0  # rows whose Q is kept: all, or as many chunks as the budget holds
+        kept = 0  # rows whose Q is kept: all where they fit, else whole chunks
         if need_w or need_b:
-            kept = min(T, stash_bytes // (V * hidden.element_size()) // chunk * chunk)
+            fit = stash_bytes // (V * hidden.element_size())
+            kept = T if T <= fit else fit // chunk * chunk
         stash = matrix(kept, V, hidden, hidden.dtype)  # [kept, V]
         logits = matrix(min(T, chunk), V, hidden, exact)  # [C, V], used again for every chunk
         q_chunk = logits if in_place else matrix(len(logits) if frozen else 0, V, hidden, hidden.dtype)  # [C, V]
@@ -263,11 +268,12 @@ class LinearLogprob(torch.autograd.Function):
         return dh, dw.to(weight.dtype) if need_w else None, db.to(bias.dtype) if need_b else None, *[None] * 5
 
 
-def linear_logprob(hidden, weight, targets, *, bias=None, scale=1.0, softcap=None, stash_bytes=STASH_BYTES):
+def linear_logprob(hidden, weight, targets, *, bias=None, scale=1.0, softcap=None, stash_bytes=None):
     """log softmax(softcap(scale (hidden weight^T + bias))) at the targets, [T] fp32 (fp64 for fp64 inputs).
 
     hidden [T, D], weight [V, D], targets [T] integers, bias [V]. A target of -100 is ignored (0, no gradient); any
     other outside 0..V-1 gives NaN, as a GPU cannot raise without being waited for. Mixed dtypes are promoted.
+    stash_bytes: memory for Q, kept from forward to backward; None: STASH_BYTES of the device.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         shapes = [list(t.shape) for t in (hidden, weight, targets)]
@@ -280,6 +286,8 @@ def linear_logprob(hidden, weight, targets, *, bias=None, scale=1.0, softcap=Non
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype == torch.float16 and train:
         raise ValueError("linear_logprob cannot train in fp16, Q does not fit its range: use bf16 or fp32")
+    if stash_bytes is None:
+        stash_bytes = STASH_BYTES.get(hidden.device.type, STASH_BYTES["cpu"])
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not casual
         return LinearLogprob.apply(
             hidden.to(dtype), weight.to(dtype), bias, targets, float(scale), softcap or None, int(stash_bytes), train

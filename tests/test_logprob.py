@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels.logprob as kernel
@@ -79,7 +80,7 @@ def check(case, dtype, **options):
 def test_equals_fp64(dtype, bias, head):
     """Law 6, and PITFALLS 33: 5003 is prime. Stash, recompute, and a budget of two chunks and a bit."""
     case = inputs(37, 24, 5003, dtype, bias)
-    for stash_bytes in (kernel.STASH_BYTES, 0, 16 * 5003 * case[0].element_size()):
+    for stash_bytes in (None, 0, 16 * 5003 * case[0].element_size()):
         check(case, dtype, stash_bytes=stash_bytes, **HEADS[head])
 
 
@@ -287,6 +288,43 @@ def test_memory_is_what_was_promised():
     assert saved_bytes(lambda: linear_logprob(hidden, weight.detach(), targets)) <= small + 4 * T * D
     with torch.no_grad():
         assert saved_bytes(lambda: linear_logprob(hidden, weight, targets)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_memory_held_before_does_not_matter(dtype, monkeypatch):
+    """Every uninitialised tensor is NaN, also where a row of Q is padded (a processor with AMX reads that in bf16)."""
+    case, empty = inputs(37, 24, 5003, dtype), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    for stash_bytes in (None, 0, 16 * 5003 * case[0].element_size()):
+        _, gradients = ours(*case, stash_bytes=stash_bytes)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("rows", [3, 67, 70])
+def test_rows_that_fit_are_all_kept(rows):
+    """Also where the last chunk of 7 is not whole; one row less in the budget, and whole chunks are kept."""
+    V, hidden, weight, _, targets, _ = 1024, *inputs(rows, 8, 1024, torch.bfloat16)
+
+    def saved(budget):
+        return saved_bytes(lambda: linear_logprob(hidden, weight, targets, stash_bytes=budget))
+
+    everything, row = saved(1 << 40), 2 * V
+    assert saved(rows * row) == everything
+    whole_chunks = (rows - 1) // 7 * 7
+    assert saved(rows * row - 1) == everything - (rows - whole_chunks) * row
+
+
+@pytest.mark.parametrize(("device", "gib"), [("cuda", 8), ("cpu", 4)])
+def test_the_default_stash_goes_by_the_device(monkeypatch, device, gib):
+    """16k tokens of Qwen's vocabulary are 4.6 GiB: they fit a GPU's default."""
+    assert kernel.STASH_BYTES[device] == gib << 30
+    asked = []
+    monkeypatch.setattr(kernel.LinearLogprob, "apply", lambda *arguments: asked.append(arguments[-2]))
+    with FakeTensorMode():
+        hidden, weight, targets = (torch.empty(s, device=device) for s in ((16, 8), (101, 8), (16,)))
+        linear_logprob(hidden, weight, targets.long())
+        linear_logprob(hidden, weight, targets.long(), stash_bytes=5)
+    assert asked == [gib << 30, 5]
 
 
 def test_under_checkpointing_and_accumulated_with_a_tied_head():

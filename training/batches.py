@@ -11,11 +11,13 @@ With UltraFeedback-like lengths (p 200, c and r 350) that is 900, 1100 and about
 
 import heapq
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from kernels.attention import packed_layout, prefix_layout
+from kernels.attention import Layout, packed_layout, prefix_layout
 
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -59,8 +61,8 @@ def microbatches(costs: dict[int, int], budget: int, world: int, packing: str) -
     return [bins[rank::world] for rank in range(world)]
 
 
-def collate(pairs: list[dict], packing: str, device) -> dict:
-    """The tensors of one forward. With n pairs of Tc answer tokens in all:
+def collate(pairs: list[dict], packing: str, device="cpu") -> dict:
+    """The tensors of one forward, made on the CPU and moved to `device`. With n pairs of Tc answer tokens in all:
 
     inputs     keyword arguments of the base model, laid out as above
     positions  [Tc] int64, where in the flattened input stands the hidden state that predicts each answer token:
@@ -85,12 +87,12 @@ def collate(pairs: list[dict], packing: str, device) -> dict:
         starts = [i * width for i in range(len(sizes))]
     elif packing == "packed":
         inputs = {"input_ids": np.concatenate([x for py in zip(prompts, answers, strict=True) for x in py])[None]}
-        inputs["position_ids"], inputs["layout"] = packed_layout(sizes, device)
+        inputs["position_ids"], inputs["layout"] = packed_layout(sizes)
         starts = np.cumsum([0, *sizes[:-1]])
     else:
         parts = [[pair[k] for k in PARTS] for pair in pairs]
         inputs = {"input_ids": np.concatenate([x for pcr in parts for x in pcr])[None]}
-        inputs["position_ids"], inputs["layout"] = prefix_layout([tuple(map(len, pcr)) for pcr in parts], device)
+        inputs["position_ids"], inputs["layout"] = prefix_layout([tuple(map(len, pcr)) for pcr in parts])
         # Seen from R, its prompt would begin len(C) later than it does; only the first position of R needs the truth.
         pair_starts = np.cumsum([0, *(sum(map(len, pcr)) for pcr in parts[:-1])])
         starts = [s for start, (_, c, _) in zip(pair_starts, parts, strict=True) for s in (start, start + len(c))]
@@ -100,12 +102,49 @@ def collate(pairs: list[dict], packing: str, device) -> dict:
             positions[i][0] = positions[i - 1][0]  # both answers begin behind the same token
 
     def tensor(x):
-        return torch.as_tensor(x, dtype=torch.long, device=device)
+        return torch.as_tensor(x, dtype=torch.long)
 
-    return {
+    batch = {
         "inputs": {k: x if k == "layout" else tensor(x) for k, x in inputs.items()},
         "positions": tensor(np.concatenate(positions)),
         "targets": tensor(np.concatenate(answers)),
         "split": [len(y) for y in answers],
         "lengths": tensor([len(y) for y in answers]).view(-1, 2),
     }
+    return to_device(batch, torch.device(device))
+
+
+def to_device(x, device: torch.device):
+    """x with all its tensors on `device`: a tensor, a Layout or a dict of them; anything else stays as it is.
+
+    To a GPU through pinned memory: such a copy waits in the GPU's queue, and the program goes on. From
+    ordinary memory, the program would wait until the GPU has done all that was asked of it before.
+    """
+    if isinstance(x, dict):
+        return {k: to_device(v, device) for k, v in x.items()}
+    if isinstance(x, Layout):
+        names = ("cu_seqlens_q", "cu_seqlens_k", "kv_index")
+        return replace(x, **{name: to_device(getattr(x, name), device) for name in names})
+    if not isinstance(x, torch.Tensor):
+        return x
+    if device.type == "cuda" and torch.cuda.is_available():  # it is not under FakeTensorMode on a laptop
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def feed(pairs: list[dict], groups: Iterable[list[int]], packing: str, device) -> Iterator[dict]:
+    """Yield what `collate` makes of each group of indices into `pairs`, and "rows", [n] int64, those indices.
+
+    One group ahead: the next one is built and on its way while a GPU still works on those before. An empty
+    group is pair 0, for a rank without pairs, which takes part in the collectives only.
+    """
+    ready = None
+    for group in groups:
+        rows = group or [0]
+        following = collate([pairs[i] for i in rows], packing, device)
+        following["rows"] = to_device(torch.tensor(rows), torch.device(device))
+        if ready is not None:
+            yield ready
+        ready = following
+    if ready is not None:
+        yield ready

@@ -53,7 +53,9 @@ def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, dtype: str
     bf16, 0.03 was seen in 24 layers of random weights, 0.3 between two iterations' policies (docs/math.md).
     """
     if tolerance is None:
-        tolerance = 1e-3 if dtype == "fp32" else 0.05
+        # bf16: no GPU has measured it yet. vLLM computes logits in bf16, so long answers of a healthy run may pass
+        # 0.05; stale weights gave 0.3.
+        tolerance = 1e-3 if dtype == "fp32" else 0.1
     gaps = [
         (abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]) ** 0.5, str(pair["id"]), name)
         for i, pair in enumerate(pairs)

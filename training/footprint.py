@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import attention, logprob
 from training.batches import collate, cost
-from training.fsdp import layers_of
+from training.fsdp import layers_of, room_to_stay_gathered
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets: dense bf16 flop/s, SXM
 
@@ -37,11 +37,14 @@ def peak_flops(device) -> float | None:
     return next((flops for gpu, flops in PEAK.items() if gpu in name), None)
 
 
-def peak_memory(device) -> int:
-    """Bytes: of tensors on a GPU, of the whole process without one."""
+def peak_memory(device) -> dict[str, int]:
+    """Bytes: of tensors on a GPU, and of what the allocator took for them; of the whole process without one."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def matmul_weights(layers, config) -> float:
@@ -66,7 +69,7 @@ def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float:
 def figures(policy, done: list[tuple[int, int, int]], seconds: float, device, dtype: str, world: int) -> dict:
     """What the steps of this process did: `done` are the (prompt, chosen, rejected) tokens of all ranks' pairs."""
     result = {"tokens_since_start": sum(map(sum, done)), "seconds_since_start": round(seconds, 2)}
-    result["peak_memory_bytes"] = peak_memory(device)
+    result |= peak_memory(device)
     if seconds:  # a run that was killed after its last step has none left
         weights = matmul_weights(layers_of(policy), policy.model.config)
         result["model_flops_per_second"] = speed = flops(weights, policy.model.config, done) / seconds
@@ -107,6 +110,7 @@ def predict(policy, gathered, tokens: int, packing: str) -> dict[str, int]:
     attention._flash_takes = lambda q, v: True
     logprob.rows_torch = lambda x, *_: x.new_empty(2, len(x)).unbind()
     logprob.CHUNK = {"cpu": logprob.CHUNK["cuda"]}
+    logprob.STASH_BYTES = {"cpu": logprob.STASH_BYTES["cuda"]}
     n, sizes = max(1, tokens // 900), {"prompt": 4, "chosen": 7, "rejected": 7}
     unit = tokens / n / cost({k: range(size) for k, size in sizes.items()}, packing)
     pair = {k: np.zeros(max(1, int(unit * size)), np.int32) for k, size in sizes.items()}
@@ -143,3 +147,16 @@ def table(rows: dict[str, int], offload: bool) -> str:
     lines = [f"{size / 2**30:10.2f}  {row}{' (host memory)' if row in host else ''}" for row, size in rows.items()]
     total = sum(size for row, size in rows.items() if row not in host)
     return "\n".join([*lines, f"{total / 2**30:10.2f}  sum on the GPU"])
+
+
+def staying_gathered(rows: dict[str, int], policy, dtype: torch.dtype, offload: bool) -> str:
+    """The line below the table for a rank that shares its weights with nobody: what they take if they stay gathered.
+
+    rows: predict()'s, whose sum has two layers gathered at a time; policy, dtype: as there.
+    """
+    weights = sum(p.numel() for p in policy.parameters())
+    already = sum(size for row, size in rows.items() if row.endswith("gathered"))
+    more = dtype.itemsize * weights - already
+    room = room_to_stay_gathered(weights, dtype, offload)
+    where = f"on a GPU with {room / 2**30:.1f} GiB free at the start"
+    return f"{more / 2**30:10.2f}  more {where}: all weights stay gathered within a step"

@@ -2,6 +2,7 @@
 
     start, leave                        join torchrun's ranks, and part
     shard                               a layer is whole only while it works; else each rank holds its share of it
+    reshard                             let go of whole weights: before anyone changes, saves or lists the shares
     load_weights                        whole weights, which rank 0 has read, become everyone's shards
     save_checkpoint, load_checkpoint    shards of weights and Adam states; another number of ranks may go on
     gather_weights, export              whole weights again, on rank 0, and a Hugging Face folder of them
@@ -26,23 +27,25 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import models
 from records import remove
-from stage import barrier, ranks
+from stage import barrier, ranks, say
+
+# While rank 0 reads or writes a large model from a slow disk, the others wait for it in a collective.
+TIMEOUT = timedelta(hours=2)
 
 
 def start() -> torch.device:
     """Join torchrun's ranks, or make a group of one: no other code knows that case."""
     cuda = torch.cuda.is_available()
     alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    # While rank 0 reads or writes a large model from a slow disk, the others wait for it in a collective.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **alone)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -68,15 +71,63 @@ def shard(policy, dtype, size: int | None, offload: bool, device_type: str, worl
     size: ranks that share one copy of the weights, None for all `world` of them; else a copy on each group of so many,
     whose gradients are then added up (HSDP). offload: shards and the optimizer's step in host memory.
     """
-    shape, names = ((world // size, size), ("copies", "shards")) if size else ((world,), ("shards",))
     options = {
-        "mesh": init_device_mesh(device_type, shape, mesh_dim_names=names),
+        "mesh": mesh_of(device_type, world, size),
         "mp_policy": MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
+    stays = stays_gathered(policy, dtype, size or world, offload, device_type)
+    if stays:
+        options["reshard_after_forward"] = False
+        say("there is room: the weights stay gathered from a step's first microbatch to its last")
     for layer in layers_of(policy):
         fully_shard(layer, **options)
-    return fully_shard(policy, **options)  # embedding, norm and head stay together in the root: they may be tied
+    root = fully_shard(policy, **options)  # embedding, norm and head stay together: they may be tied
+    root.set_reshard_after_backward(not stays)
+    return root
+
+
+def mesh_of(device_type: str, world: int, size: int | None) -> DeviceMesh:
+    """All ranks in a row, or copies of the weights x the `size` neighbours that share one."""
+    if size is None:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shards",))
+    grid = torch.arange(world).view(-1, size)  # [copies, size]
+    # init_device_mesh would make these groups with torch's timeout, 10 minutes with NCCL.
+    shards, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=TIMEOUT)
+    copies, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=TIMEOUT)
+    return DeviceMesh.from_group([copies, shards], device_type, grid, mesh_dim_names=("copies", "shards"))
+
+
+def room_to_stay_gathered(weights: int, dtype: torch.dtype, offload: bool) -> int:
+    """Bytes of a GPU that must be free, before anything is on it, for `weights` to stay gathered in `dtype`.
+
+    Twice the copy and what stands beside it, which is 16 bytes per weight: fp32 weights, gradients and
+    Adam's states, unless they are in host memory. The other half is for activations.
+    """
+    return 2 * weights * (dtype.itemsize + (0 if offload else 16))
+
+
+def stays_gathered(policy, dtype, ranks_per_copy: int, offload: bool, device_type: str) -> bool:
+    """Whether the weights stay gathered between microbatches, and are gathered once per step.
+
+    FSDP2 casts and copies every weight for each forward and each backward, also where one rank holds all of
+    them and there is nothing to gather. That is time lost where the memory is not needed.
+    """
+    if device_type != "cuda" or ranks_per_copy > 1:
+        return False
+    free, _ = torch.cuda.mem_get_info()
+    weights = sum(p.numel() for p in policy.parameters())
+    return room_to_stay_gathered(weights, dtype, offload) <= free
+
+
+def reshard(policy) -> None:
+    """Let go of all gathered weights: policy.parameters() are the shards again, and the next forward gathers anew.
+
+    After a forward without a backward the root is still whole; with stays_gathered, everything is.
+    """
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # this module's own weights, not its children's
 
 
 def load_weights(policy, source, device, offload: bool) -> None:
