@@ -94,7 +94,7 @@ def processor_seconds() -> float:
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="a reward model; default: a random Llama of 2 x 128")
-    p.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
+    p.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as score.py, bf16 on a GPU, fp32 without one")
     p.add_argument("--rows", type=int, default=32, help="prompts")
     p.add_argument("--answers", type=int, default=8)
     p.add_argument("--tokens_per_batch", type=int, nargs="+", default=[4096, 16384])
@@ -105,6 +105,7 @@ def main():
     args = parse(p)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = args.dtype or {"cuda": "bf16", "cpu": "fp32"}[device]
     clock = time.perf_counter if device == "cuda" else processor_seconds if args.vllm else time.process_time
     networks, dtype = [], score.DTYPES[args.dtype]
     for attention in ("sdpa", ATTENTION):

@@ -23,6 +23,7 @@ from kernels.attention import ATTENTION
 from records import dump
 from small_models import causal_lm
 from stage import hash_path
+from training import checks
 from training.batches import collate, cost, microbatches
 
 
@@ -433,6 +434,21 @@ def test_pitfalls_28_the_audit_passes_on_the_right_model_and_stops_on_another(ru
     now = hash_path(run.folder / "model")
     write(run.pairs, [{**row, "chosen_model": now, "rejected_model": now} for row in run.rows])
     assert "generator and trainer disagree" in run.fails()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 0.1)])
+def test_pitfalls_28_the_audit_lets_rounding_pass_and_stops_stale_weights(dtype, tolerance):
+    """In bf16, long answers of a healthy run may be 0.05 apart; stale weights made 0.3."""
+    answer = {"chosen": [1] * 100, "rejected": [1] * 100, "models": ["m", "m"], "id": "a"}
+    for share in (0.8, 1.2):
+        gap = share * tolerance * 100**0.5  # nats, of an answer of 100 tokens
+        pair = answer | {"logprobs": [-50.0, -60.0]}
+        ours = torch.tensor([[-50.0 + gap, -60.0 - gap]])
+        if share < 1:
+            assert checks.audit([pair], ours, "m", dtype, None)["tolerance"] == tolerance
+        else:
+            with pytest.raises(SystemExit, match=f"the tolerance is {tolerance:g}"):
+                checks.audit([pair], ours, "m", dtype, None)
 
 
 def test_pitfalls_1_the_audit_sees_a_doubled_bos(run):

@@ -94,8 +94,9 @@ def predict(monkeypatch):
         args = dpo_train.parse(dpo_train.arguments(), [str(x) for x in ("--dry_run", *flags)])
         rows, footprint_predict = {}, footprint.predict
         with monkeypatch.context() as m:  # a dry run is the end of its process, and changes what it likes
-            for module, name in ((attention, "_flash_takes"), (logprob, "rows_torch"), (logprob, "CHUNK")):
-                m.setattr(module, name, getattr(module, name))
+            m.setattr(attention, "_flash_takes", attention._flash_takes)
+            for name in ("rows_torch", "CHUNK", "STASH_BYTES"):
+                m.setattr(logprob, name, getattr(logprob, name))
             m.setattr(footprint, "predict", lambda *a: rows.update(footprint_predict(*a)) or rows)
             dpo_train.dry_run(args)
         torch.distributed.destroy_process_group()
@@ -161,6 +162,30 @@ def test_a_dry_run_needs_a_config_only_and_adds_up(tmp_path, stage):
     assert len(host) == 3
     *rows, total = (size for name, size in sizes.items() if name not in host)
     assert total == pytest.approx(sum(rows), abs=0.005 * len(rows) + 0.005) and total > 0.1
+
+
+def test_a_dry_run_knows_the_gpus_stash(tmp_path, predict):
+    """5.9 GiB of Q, with the words of a real vocabulary: more than a CPU would keep, all of it kept on a GPU."""
+    config("qwen2", vocab_size=151936, max_position_embeddings=2048).save_pretrained(tmp_path)
+    said = predict("--model", tmp_path, "--tokens_per_batch", 27000, "--dtype", "bf16")
+    answers = 30 * 700
+    assert said["logprobs"] == pytest.approx(2 * answers * 151936, rel=0.01)
+
+
+def test_a_dry_run_of_one_rank_says_what_gathered_weights_take(tmp_path, stage):
+    """Above the sum, which has two layers at a time; and of a rank that shares its weights, nothing."""
+    config("llama", hidden_size=1024, num_hidden_layers=8, intermediate_size=4096).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config("llama").from_pretrained(tmp_path))
+    weights, layer = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
+    flags = ["--model", tmp_path, "--tokens_per_batch", 900, "--dry_run"]
+    for more, beside in ((["--cpu_offload"], 0), ([], 16)):
+        *_, last = stage("dpo_train.py", *flags, *more).stdout.splitlines()
+        said = float(last[:10]), float(last.split("with")[1].split()[0])
+        assert "stay gathered" in last
+        assert said[0] == pytest.approx(2 * 6 * layer / 2**30, abs=0.006)
+        assert said[1] == pytest.approx(2 * weights * (2 + beside) / 2**30, abs=0.06)
+    assert "stay gathered" not in stage("dpo_train.py", *flags, "--world_size", 2).stdout
 
 
 @pytest.mark.parametrize(
