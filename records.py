@@ -36,8 +36,10 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 # What a reader of each file may rely on: key -> type, or [shape of each element].
@@ -145,6 +147,108 @@ def finite(value: float, where: str) -> float:
             "Nothing was written from it; mend its source and run again."
         )
     return value
+
+
+# ---- candidates on their way through the rewards -----------------------------------------------
+
+
+@dataclass
+class Merged:
+    total: int  # rows
+    rows: Iterator[dict]
+    counts: dict[str, dict]  # ids that all files have, and ids that some lack
+
+
+def merge_by_id(paths: list, shape: dict) -> Merged:
+    """The rows of one file, or of several joined by id: their candidates stand in one row.
+
+    Only ids and byte offsets are held in memory. The first file's keys win where files disagree; prompts
+    must not, in words or in token ids.
+    """
+    totals = [count_rows(path, shape) for path in paths]
+    if len(paths) == 1:
+        return Merged(totals[0], read_jsonl(paths[0], shape), {})
+
+    places: dict[str, list[tuple[str, int]]] = {}  # id -> its (file, byte) in each file
+    for path in paths:
+        with open(path, "rb") as file:
+            byte = 0
+            for line in file:
+                id = json.loads(line)["id"]
+                places.setdefault(id, []).append((path, byte))
+                byte += len(line)
+
+    in_all = [found for found in places.values() if len(found) == len(paths)]
+    in_some = len(places) - len(in_all)
+    dropped = {"kept_though_in_some_files_only": in_some} if in_some else {}
+    balance = {"in": len(places), "out": len(in_all), "dropped": dropped}
+    return Merged(len(places), _merged_rows(paths, places), {"ids": balance})
+
+
+def _merged_rows(paths: list, places: dict[str, list[tuple[str, int]]]) -> Iterator[dict]:
+    files = {path: open(path, "rb") for path in paths}
+    for id, found in places.items():
+        merged = None
+        for path, byte in found:
+            files[path].seek(byte)
+            row = json.loads(files[path].readline())
+            if merged is None:
+                merged = row
+                continue
+            for key in ("prompt", "prompt_token_ids"):
+                if merged[key] != row[key]:
+                    first_path, _ = found[0]
+                    raise Stop(
+                        f'{path}: id "{id}": {key} differs from that in {first_path}. Candidates of '
+                        "different prompts cannot be merged: generate both files from one "
+                        "prompts.jsonl."
+                    )
+            merged = merged | {"candidates": merged["candidates"] + row["candidates"]}
+        yield merged
+
+
+@dataclass
+class Answer:
+    """A candidate on its way through the rewards."""
+
+    row: dict
+    index: int  # in the input's row
+    candidate: dict
+    text: str  # what the rewards see
+    dropped: str | None = None  # why it has no reward
+
+    def __str__(self):
+        return f'row id "{self.row["id"]}", candidate {self.index}'
+
+
+def answers_of(rows: list[dict], strip_reasoning: bool) -> list[Answer]:
+    """All candidates of `rows`, row by row. strip_reasoning: rewards see what follows </think>."""
+    answers = []
+    for row in rows:
+        for index, candidate in enumerate(row["candidates"]):
+            text = candidate["text"]
+            if strip_reasoning:
+                text = text.split("</think>", 1)[-1].lstrip()
+            answers.append(Answer(row, index, candidate, text))
+    return answers
+
+
+def drop_unscored(rows: list[dict], answers: list[Answer]) -> dict[str, dict]:
+    """Take what has no reward out of its row, in place; return the balances of rows and candidates."""
+    kept: dict[int, list[dict]] = {id(row): [] for row in rows}
+    dropped: Counter = Counter()
+    for answer in answers:
+        if answer.dropped:
+            dropped[answer.dropped] += 1
+        else:
+            kept[id(answer.row)].append(answer.candidate)
+    for row in rows:
+        row["candidates"] = kept[id(row)]
+    out = len(answers) - dropped.total()
+    return {
+        "rows": {"in": len(rows), "out": len(rows), "dropped": {}},
+        "candidates": {"in": len(answers), "out": out, "dropped": dropped},
+    }
 
 
 # ---- writing -----------------------------------------------------------------------------------

@@ -1,0 +1,434 @@
+"""A language model as reward: it compares the answers to a prompt, two at a time, in both orders.
+
+    python judge.py --candidates candidates.jsonl --output scored.jsonl \\
+        --judge_url http://localhost:8000/v1 --judge_model Qwen/Qwen3-32B
+
+Any OpenAI-compatible server will do; its key comes from OPENAI_API_KEY alone. With v(a, b) = 1 where
+the answer shown first wins, 0 where the second does and 1/2 for a tie, an answer's score is its win
+rate, free of the judge's preference for a place:
+
+    rewards.judge = mean over opponents j of [v(i, j) + 1 - v(j, i)] / 2
+    reward       += judge_weight * rewards.judge
+
+The input may be candidates.jsonl, or a scored.jsonl whose rewards the judge's is added to. A weight
+of 0 watches: the number is written down and decides nothing.
+
+Opponents are all others among up to 5 candidates (a round robin). Above that they are the two
+neighbours on either side in a ring: N candidates have N (N - 1) / 2 pairs, and a ring takes 2 N. The
+ring is dealt at random, because neighbours in the file come from one source (a policy, a temperature)
+and would be compared with their like.
+
+A ring loses something: an answer that beats its four opponents has a win rate of 1, though a better
+one may stand elsewhere. With a judge that never errs and answers from one source, the chosen one is
+the best of N = 8 in 70 % of the prompts, and of N = 16 in 33 %, where a round robin always finds it;
+and in 0.1 % of the pairs at N = 16, in none at N = 8, the chosen answer is worse than the rejected
+one (python -m bench.judge_ring).
+
+Answers of the same text tie without asking. A pair of which one order has failed is left out: half a
+comparison carries the bias that the other half removes. Replies are kept beside the output, in
+OUTPUT.judge.RANK.jsonl, and none is paid for twice.
+
+The prompt is in the manner of OAIF (arXiv 2402.04792), which reads off the probability of the first
+token. A reply in words is what every server can give, so that is what is read here.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from itertools import combinations
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from records import CANDIDATES, Answer, Stop, answers_of, drop_unscored, dump, finite, merge_by_id
+from stage import Stage, parse, parser, run, seed_of
+
+JUDGE_PROMPT = """\
+Below are a request and two answers to it. Decide which answer serves the person who asked better: does what was asked,
+is correct and honest, is clear, and wastes none of their time. A longer answer is not better for its length, and the
+order in which the two are shown means nothing.
+
+### Request
+{prompt}
+
+### Answer A
+{answer_a}
+
+### Answer B
+{answer_b}
+
+### Your decision
+Say in one sentence what decides it. Then end with one line: "Verdict: A", "Verdict: B" or, where neither is better,
+"Verdict: TIE".
+"""  # noqa: E501
+PLACEHOLDERS = ("{prompt}", "{answer_a}", "{answer_b}")
+
+# A run may be resumed with others: they change how fast the judge is asked, and not what it says.
+PACE = ("judge_url", "judge_concurrency", "judge_requests_per_minute", "judge_max_requests")
+
+
+def arguments():
+    p = parser(__doc__)
+    add = p.add_argument
+
+    # Files
+    add(
+        "--candidates",
+        nargs="+",
+        required=True,
+        help="candidates.jsonl or scored.jsonl; several are merged by id",
+    )
+    add("--output", required=True, help="scored.jsonl")
+
+    # Who judges, and what it is told
+    add("--judge_url", required=True, help="an OpenAI-compatible endpoint, http://…/v1")
+    add("--judge_model", required=True, help="the model's name at that endpoint")
+    add("--judge_prompt", help="text file with {prompt}, {answer_a} and {answer_b}")
+    add("--judge_max_tokens", type=int, default=512, help="of a reply, thoughts included; 512")
+    add("--judge_weight", type=float, default=1.0, help="in the sum of rewards; default 1")
+    add(
+        "--strip_reasoning",
+        action="store_true",
+        help="show the judge only what follows </think>; training keeps all of it",
+    )
+
+    # How fast, and how much
+    add(
+        "--judge_concurrency",
+        type=int,
+        help="requests in flight per rank; default 64 at a server on this machine, else 16",
+    )
+    add(
+        "--judge_requests_per_minute",
+        type=int,
+        help="of all ranks, repeated requests included; default: no limit",
+    )
+    add(
+        "--judge_max_requests",
+        type=int,
+        help="budget: replies that are paid for, restarts included; default: none",
+    )
+    return p
+
+
+def check_arguments(args) -> None:
+    for flag in (
+        "judge_max_tokens",
+        "judge_concurrency",
+        "judge_requests_per_minute",
+        "judge_max_requests",
+    ):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise Stop(f"--{flag} starts at 1.")
+    if "@" in args.judge_url:
+        raise Stop(
+            "--judge_url holds credentials, which would end up in logs. "
+            "Put the key into OPENAI_API_KEY."
+        )
+    if args.judge_concurrency is None:
+        args.judge_concurrency = 64 if on_this_machine(args.judge_url) else 16
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether the server shares this machine: then it is the user's own, and counts no requests."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+# ---- who is compared with whom -----------------------------------------------------------------
+
+
+def comparisons(answers: list[int], row_id: str) -> list[tuple[int, int]]:
+    """Which answers of one prompt meet: all pairs of up to 5, else neighbours in a shuffled ring.
+
+    The ring depends on `row_id` alone, not on ranks, parts or the row's place in the file.
+    """
+    if len(answers) <= 5:
+        return list(combinations(answers, 2))
+    ring = answers.copy()
+    random.Random(seed_of("judge", row_id)).shuffle(ring)
+    next_one = ring[1:] + ring[:1]
+    next_but_one = ring[2:] + ring[:2]
+    return [*zip(ring, next_one, strict=True), *zip(ring, next_but_one, strict=True)]
+
+
+def pairs_of_all_rows(answers: list[Answer]) -> list[tuple[int, int]]:
+    """Indices into `answers`, which stand row by row, of the two that meet."""
+    of_row: dict[int, list[int]] = defaultdict(list)
+    for k, answer in enumerate(answers):
+        of_row[id(answer.row)].append(k)
+    pairs = []
+    for indices in of_row.values():
+        row = answers[indices[0]].row
+        pairs += comparisons(indices, row["id"])
+    return pairs
+
+
+def request_text(template: str, a: Answer, b: Answer) -> str:
+    """What the judge reads: the prompt, answer `a` shown first, answer `b` shown second."""
+    prompt = a.row["prompt"]
+    if isinstance(prompt, list):
+        if len(prompt) == 1:
+            prompt = prompt[0]["content"]
+        else:
+            turns = [f"{turn['role']}: {turn['content']}" for turn in prompt]
+            prompt = "\n\n".join(turns)
+    texts = {"prompt": prompt, "answer_a": a.text, "answer_b": b.text}
+    # All at once: a placeholder within an answer is that answer's business.
+    return re.sub(r"\{(prompt|answer_a|answer_b)\}", lambda found: texts[found[1]], template)
+
+
+def verdict(reply: str) -> float | None:
+    """v(a, b) of a reply that ends in "Verdict: A", or is that one word; None where it is neither."""
+    decision = reply.split("</think>")[-1]
+    pattern = r"(?:(?i:verdict)\W+|\A\W*)(A|B|(?i:tie))\W*$"
+    said = re.findall(pattern, decision, re.MULTILINE)
+    if not said:
+        return None
+    return {"A": 1.0, "B": 0.0}.get(said[-1], 0.5)
+
+
+# ---- asking it ---------------------------------------------------------------------------------
+
+
+class Judge:
+    """A server that is asked for verdicts, and the replies it has given so far."""
+
+    def __init__(self, args, stage: Stage):
+        try:
+            import openai
+        except ImportError as e:
+            remedy = "The judge is asked through it: pip install openai"
+            raise Stop(f"--judge_url: {e}. {remedy}") from None
+        self.openai = openai
+        self.args = args
+        self.template = read_template(args.judge_prompt)
+        self.parameters = {"temperature": 0, "max_tokens": args.judge_max_tokens}
+        self.last_said = ""  # the last reply or failure, for the message when nothing works
+
+        # the pace: seconds between two requests of this rank, and when the next may leave
+        self.pause = 60 / (args.judge_requests_per_minute or math.inf) * stage.world
+        self.next_leaves = 0.0
+
+        # Each rank appends replies to a file of its own, and all ranks read all files at a start.
+        self.verdicts: dict[str, float | None] = {}  # by hash of the request; None: unreadable
+        prefix = f"{stage.output.name}.judge."
+        own = stage.output.with_name(f"{prefix}{stage.rank}.jsonl")
+        for path in sorted(own.parent.iterdir()):
+            if path.name.startswith(prefix):
+                self.read_replies(path, mend=path == own)
+        self.file = open(own, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+        self.budget = sys.maxsize
+        if args.judge_max_requests:
+            left = max(0, args.judge_max_requests - len(self.verdicts))
+            self.budget = left // stage.world
+
+    def read_replies(self, path: Path, mend: bool) -> None:
+        """Take in the replies of `path`. mend: cut off a line that a kill left unfinished."""
+        lines, _, torn = path.read_bytes().rpartition(b"\n")
+        for line in lines.splitlines():
+            reply = json.loads(line)
+            self.verdicts[reply["key"]] = verdict(reply["reply"])
+        if torn and mend:
+            os.truncate(path, len(lines) + 1 if lines else 0)
+
+    def ask(self, requests: list[str]) -> dict[str, float | None]:
+        """request -> v(a, b): None where the reply cannot be read, no entry without a reply."""
+        keys = {request: self.key(request) for request in requests}
+        new = {r: key for r, key in keys.items() if key not in self.verdicts}
+        if len(new) > self.budget:
+            raise Stop(
+                f"--judge_max_requests {self.args.judge_max_requests}: {len(self.verdicts)} replies "
+                f"are paid for, and the next rows take {len(new)} more. Raise it and run the same "
+                "command again: all replies are kept."
+            )
+        self.budget -= len(new)
+        try:
+            asyncio.run(self.ask_all(new))
+        except self.openai.APIStatusError as e:
+            url, model = self.args.judge_url, self.args.judge_model
+            if e.status_code == 404:
+                raise Stop(f"{url}: no such endpoint, or no model {model} there ({e}).") from None
+            # The text of the others may quote the key.
+            raise Stop(f"{url}: refused the key ({e.status_code}). Set OPENAI_API_KEY.") from None
+        return {r: self.verdicts[key] for r, key in keys.items() if key in self.verdicts}
+
+    def key(self, request: str) -> str:
+        """What a reply depends on, as a hash."""
+        parts = (self.args.judge_model, self.args.judge_max_tokens, request)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    async def ask_all(self, new: dict[str, str]) -> None:
+        """Ask all requests (request -> key), as many at a time as --judge_concurrency says."""
+        # A local server wants no key, and the client insists on a word.
+        api_key = os.environ.get("OPENAI_API_KEY") or "none"
+        http_client = self.openai.DefaultAsyncHttpxClient(
+            event_hooks={"request": [self.wait_for_turn]}
+        )
+        # The client itself repeats what is worth it (429, 5xx, lost connections), ever more slowly.
+        client = self.openai.AsyncOpenAI(
+            base_url=self.args.judge_url,
+            api_key=api_key,
+            max_retries=5,
+            http_client=http_client,
+        )
+        free = asyncio.Semaphore(self.args.judge_concurrency)
+        async with client:
+            asked = [self.ask_one(client, free, *request) for request in new.items()]
+            await asyncio.gather(*asked)
+
+    async def ask_one(self, client, free: asyncio.Semaphore, request: str, key: str) -> None:
+        async with free:
+            try:
+                self.last_said = await self.reply(client, request)
+            except self.openai.APIError as e:
+                if getattr(e, "status_code", None) in (401, 403, 404):
+                    raise  # so it would be for all
+                self.last_said = str(e)
+                return
+        self.file.write(dump({"key": key, "reply": self.last_said}))
+        self.verdicts[key] = verdict(self.last_said)
+
+    async def wait_for_turn(self, _) -> None:
+        """Called before each request leaves, so that repeated ones count, too."""
+        now = time.monotonic()
+        turn = max(self.next_leaves, now)
+        self.next_leaves = turn + self.pause
+        await asyncio.sleep(turn - now)
+
+    async def reply(self, client, request: str) -> str:
+        messages = [{"role": "user", "content": request}]
+        while True:
+            asked = dict(self.parameters)
+            try:
+                answer = await client.chat.completions.create(
+                    model=self.args.judge_model, messages=messages, **asked
+                )
+                return answer.choices[0].message.content or ""
+            except self.openai.BadRequestError as e:
+                if not self.drop_refused_parameter(str(e), asked):
+                    raise
+
+    def drop_refused_parameter(self, message: str, asked: dict) -> bool:
+        """Reasoning models know max_tokens by another name, and have their own temperature."""
+        refused = [
+            name for name in ("temperature", "max_tokens") if name in asked and name in message
+        ]
+        if not refused or "support" not in message.lower():
+            return False
+        self.parameters.pop(refused[0], None)
+        if refused[0] == "max_tokens":
+            self.parameters["max_completion_tokens"] = self.args.judge_max_tokens
+        return True
+
+
+def read_template(path: str | None) -> str:
+    if path is None:
+        return JUDGE_PROMPT
+    template = Path(path).read_text(encoding="utf-8")
+    for name in PLACEHOLDERS:
+        if name not in template:
+            raise Stop(f"{path}: {name} does not occur in it, so the judge would not see it.")
+    return template
+
+
+# ---- the stage ---------------------------------------------------------------------------------
+
+
+def win_rates(judge: Judge, answers: list[Answer]) -> tuple[list[float | None], dict]:
+    """The win rate of each answer, None where no comparison of it was decided; and the balances."""
+    pairs = pairs_of_all_rows(answers)
+    requests: dict[tuple[int, int], str] = {}
+    for i, j in pairs:
+        if answers[i].text != answers[j].text:
+            requests[i, j] = request_text(judge.template, answers[i], answers[j])
+            requests[j, i] = request_text(judge.template, answers[j], answers[i])
+    verdicts = judge.ask(list(requests.values()))
+
+    points: dict[int, list[float]] = defaultdict(list)
+    outcomes: Counter = Counter()
+    for i, j in pairs:
+        first = second = 0.5  # the same text: a tie
+        if (i, j) in requests:
+            first = verdicts.get(requests[i, j])  # i was shown first
+            second = verdicts.get(requests[j, i])  # j was shown first
+            if first is None or second is None:
+                continue
+            outcomes[outcome(first, second)] += 1
+        points[i].append((first + 1 - second) / 2)
+        points[j].append((second + 1 - first) / 2)
+
+    rates = []
+    for k in range(len(answers)):
+        rates.append(sum(points[k]) / len(points[k]) if points[k] else None)
+    return rates, balances(judge, requests, verdicts, outcomes)
+
+
+def outcome(first: float, second: float) -> str:
+    """Position bias: the win of the same place in both orders is not that of an answer."""
+    if first == second == 1:
+        return "first_shown_won_twice"
+    if first == second == 0:
+        return "second_shown_won_twice"
+    return "out"
+
+
+def balances(judge: Judge, requests: dict, verdicts: dict, outcomes: Counter) -> dict[str, dict]:
+    """Replies and pairs that went in, came out and were lost. Stops where no reply can be read."""
+    replies = [verdicts.get(request, "failed") for request in requests.values()]
+    lost = {"failed": replies.count("failed"), "unreadable": replies.count(None)}
+    read = len(replies) - sum(lost.values())
+    if replies and not read:
+        none = f"not one of {len(replies)} replies can be read"
+        raise Stop(f"{judge.args.judge_url}: {none}. The last: {judge.last_said!r}")
+    decided = outcomes.pop("out", 0)
+    return {
+        "judge_replies": {"in": len(replies), "out": read, "dropped": lost},
+        "judge_pairs": {"in": decided + outcomes.total(), "out": decided, "dropped": outcomes},
+    }
+
+
+def judge_part(judge: Judge, rows: list[dict], args) -> dict:
+    """Judge the candidates of `rows`, in place; what has no verdict leaves its row. -> balances"""
+    answers = answers_of(rows, args.strip_reasoning)
+    rates, counts = win_rates(judge, answers)
+    for answer, rate in zip(answers, rates, strict=True):
+        if rate is None:
+            answer.dropped = "no_judge_verdict"
+            continue
+        candidate = answer.candidate
+        candidate["rewards"] = candidate.get("rewards", {}) | {"judge": rate}
+        reward = candidate.get("reward", 0.0) + args.judge_weight * rate
+        candidate["reward"] = finite(reward, f"{answer}, reward")
+    return drop_unscored(rows, answers) | counts
+
+
+def main():
+    args = parse(arguments())
+    check_arguments(args)
+    inputs = {"candidates": args.candidates, "judge_prompt": args.judge_prompt}
+    stage = Stage(args, inputs, args.output, free=PACE)
+    if stage.done:
+        return
+    merged = merge_by_id(args.candidates, CANDIDATES)
+    stage.counts |= merged.counts
+    judge = Judge(args, stage)
+
+    with stage.progress(merged.total) as bar:
+        for index, part in stage.todo(merged.rows):
+            counts = judge_part(judge, part, args)
+            stage.write_part(index, part, counts)
+            bar.update(len(part))
+    stage.join(merged.total)
+
+
+if __name__ == "__main__":
+    run(main)
