@@ -58,13 +58,14 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+import chat
 import models
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal
-from kernels.logprob import linear_logprob, lm_head
+from kernels.logprob import backbone, linear_logprob, lm_head
 from records import Stop, dump, read_jsonl, whole
 from stage import Stage, parse, parser, progress, ranks, run, say, seed_of
 from training import checks, footprint, fsdp
-from training.batches import PARTS, cost, feed, microbatches
+from training.batches import PARTS, cost, feed, microbatches, shortest_and_longest
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # These may change when a run goes on after an interruption: some change rounding, others nothing at all.
@@ -186,17 +187,20 @@ def dpo_loss(policy, reference, lengths, beta: float, args) -> torch.Tensor:
 
 def load_pairs(args, tokenizer, config, stage) -> list[dict]:
     """Token ids as int32 arrays, a tenth of a list's memory. What cannot be trained on is counted under a reason."""
+    stop_ids = find_stop_ids(args.model, tokenizer, config)
     config = config.get_text_config()
     limit = args.max_length or getattr(config, "max_position_embeddings", None) or sys.maxsize
-    pairs, total, rendered, dropped = [], 0, 0, Counter()
+    pairs, total, rendered, endless, dropped = [], 0, 0, 0, Counter()
     for path in args.pairs:
         for line, row in enumerate(read_jsonl(path, dict.fromkeys(PARTS, (str, list))), 1):
             where = f"{path}:{line}"
             total += 1
             ids = [row.get(f"{k}_token_ids") for k in PARTS]
             if ids == [None] * 3:
-                ids = render(row, tokenizer, where)
+                ids = chat.encode_pair(tokenizer, row, where, stop_ids)
                 rendered += 1
+                if ids and not all(chat.ends(answer, stop_ids) for answer in ids[1:]):
+                    endless += 1
             elif None in ids:
                 raise Stop(f"{where}: prompt_, chosen_ and rejected_token_ids come together, or not at all")
             if ids is None:
@@ -215,34 +219,22 @@ def load_pairs(args, tokenizer, config, stage) -> list[dict]:
                 pairs.append(pair)
     if rendered:
         say(f"{rendered:,} pairs carry no token ids: rendered with the tokenizer and chat template of {args.model}")
+    if endless:
+        say(
+            f"note: in {endless:,} of them the chat template writes no stop id behind an answer, "
+            f"so training does not teach where to end (stop ids: {stop_ids})"
+        )
     if not pairs:
         raise Stop(f"{', '.join(args.pairs)}: none of {total:,} pairs can be trained on: {dict(dropped)}")
     stage.count("rows", total, len(pairs), dropped)
     return pairs
 
 
-def render(row: dict, tokenizer, where: str) -> list[list[int]] | None:
-    """Token ids of (prompt, chosen, rejected) for a pair that has none: anyone's preference data.
-
-    None when the prompt is no prefix of prompt + answer: the boundary is then inside a token, and nowhere right to cut.
-    """
-    prompt, answers = row["prompt"], (row["chosen"], row["rejected"])
-    if len({type(x) for x in (prompt, *answers)}) > 1:
-        raise Stop(f"{where}: prompt, chosen and rejected must be all text, or all turns, of which none is repeated")
-    if isinstance(prompt, str):
-        ids, eos = tokenizer(prompt)["input_ids"], tokenizer.eos_token_id
-        full = [tokenizer(prompt + answer)["input_ids"] for answer in answers]
-        full = [f if eos is None or f[-1] == eos else [*f, eos] for f in full]
-    elif not tokenizer.chat_template:
-        raise Stop(
-            f"{where}: the prompt is a conversation, but the tokenizer has no chat template: add one to its folder"
-        )
-    else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        full = [tokenizer.apply_chat_template(prompt + answer, return_dict=False) for answer in answers]
-    if any(f[: len(ids)] != ids for f in full):
-        return None
-    return [ids, *(f[len(ids) :] for f in full)]
+def find_stop_ids(model: str, tokenizer, config) -> list[int]:
+    """The ids that end an answer of `model`, as generate.py finds them."""
+    generation_config = models.load_generation_config(model, config)
+    stop_ids, _ = chat.find_stop_ids(tokenizer, generation_config, {})
+    return stop_ids
 
 
 def plan(pairs: list[dict], step: list[int], args) -> list[list[list[int]]]:
@@ -287,7 +279,8 @@ class Policy(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: dict) -> torch.Tensor:
-        hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state  # [1, T, D] or [2n, L, D]
+        output = backbone(self.model)(**batch["inputs"], use_cache=False)
+        hidden = output.last_hidden_state  # [1, T, D] or [2n, L, D]
         hidden = hidden.flatten(0, 1)[batch["positions"]]  # [Tc, D]
         logprobs = linear_logprob(hidden, targets=batch["targets"], **lm_head(self.model))  # [Tc] fp32
         sums = [y.sum() for y in logprobs.split(batch["split"])]  # 2n scalars: chosen, rejected, chosen, …
@@ -296,15 +289,23 @@ class Policy(torch.nn.Module):
 
 def build_model(config, args, dtype):
     """The model that `config` describes, without its weights: on the meta device, or where torch is told to put it."""
-    text = config.get_text_config()
-    for name, value in vars(text).items():
-        if name.endswith(("dropout", "_pdrop")) and isinstance(value, float):
-            setattr(text, name, 0.0)  # policy and reference must be the same function
+    checks.switch_off_dropout(config)
     attention = attention_implementation(config) if args.packing == "padded" else ATTENTION
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    try:
+        lm_head(model)
+    except ValueError as e:
+        raise Stop(f"{args.model}: cannot be trained: {e}.") from None
+    # Evaluation mode, in training too: policy and reference must be the same function, the one that
+    # generates. Zeros in the config would not do: PhiMoE's router draws experts in training mode.
+    # Recurrent models are left in that mode. In the other, RWKV divides its weights in place and
+    # xLSTM computes no gradient for long rows. None of them has jitter, and check_repeat watches.
+    model.train(model._is_stateful)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+        for layer in fsdp.layers_of(model):
+            layer.training = True  # of the layer alone, not of what is in it: else none is recomputed
+    return model
 
 
 def build_policy(config, args, device_type: str, world: int) -> Policy:
@@ -314,19 +315,32 @@ def build_policy(config, args, device_type: str, world: int) -> Policy:
     return fsdp.shard(policy, DTYPES[args.dtype], args.shard_size, args.cpu_offload, device_type, world)
 
 
-def load_policy(path: str, args, device, probe: dict) -> Policy:
-    """A sharded Policy with its weights, which rank 0 reads, and which agrees with transformers on the pair `probe`."""
+def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
+    """A sharded Policy with its weights, which rank 0 reads, after two checks on some of `pairs`."""
     rank, world = ranks()
     config = models.load_config(path)
+    random_fields = checks.random_fields(config)
+    if random_fields:
+        say(f"{path}: switched off in training: {checks.listed(random_fields)}")
     policy = build_policy(config, args, device.type, world)
     source = None
     if rank == 0:
         dtype, plain = torch.float32 if args.dtype == "fp32" else "auto", attention_implementation(config)
         source = models.load_model(AutoModelForCausalLM, path, dtype, plain)
     fsdp.load_weights(policy, source, device, args.cpu_offload)
-    ours = all_logprobs(policy, [probe], [plan([probe], [0], args)], args.packing, device)[0]  # [2]
+
+    # The same pair twice gives the same numbers: nothing random is left on.
+    short, long = shortest_and_longest(pairs, args.packing, args.tokens_per_batch)
+    its_plan = [plan([long], [0], args)]
+    first = all_logprobs(policy, [long], its_plan, args.packing, device)[0]  # [2]
+    second = all_logprobs(policy, [long], its_plan, args.packing, device)[0]  # [2]
+    checks.check_repeat(first, second, long, device.type, random_fields, path)
+
+    # And they are transformers' own. On the shortest pair: rank 0 computes all logits, on its CPU.
+    its_plan = [plan([short], [0], args)]
+    ours = all_logprobs(policy, [short], its_plan, args.packing, device)[0]  # [2]
     if rank == 0:
-        checks.check_model(ours, source, probe, args.dtype, path)
+        checks.check_model(ours, source, short, args.dtype, path)
     return policy
 
 
@@ -577,8 +591,7 @@ def main():
 
     # 2. The reference, once, in the very microbatches of the first epoch: it rounds as the policy will
     first_epoch = plans[: len(plans) // args.num_train_epochs]
-    probe = min(pairs, key=lambda p: cost(p, "prefix"))
-    load = partial(load_policy, args=args, device=device, probe=probe)
+    load = partial(load_policy, args=args, device=device, pairs=pairs)
     logprobs = partial(all_logprobs, packing=args.packing, device=device)
     if args.ref_model is None:
         policy = load(args.model)

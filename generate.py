@@ -32,7 +32,6 @@ import inspect
 import itertools
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import chdir, closing
@@ -41,14 +40,14 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from jinja2 import TemplateError
 
+import chat
 import models
 import records
 from kernels.attention import attention_implementation
-from kernels.logprob import linear_logprob, lm_head
+from kernels.logprob import backbone, linear_logprob, lm_head
 from records import Stop
-from stage import Stage, die_with_parent, key_values, parse, parser, ranks, run, seed_of
+from stage import Stage, die_with_parent, key_values, parse, parser, run, say, seed_of
 
 # Engine arguments that set memory and pace: no answer is meant to depend on them, so a run may go on with others.
 PACE = ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager")
@@ -127,14 +126,13 @@ class Policy:
             kind = f"{self.config.model_type} is no decoder-only language model of transformers' own"
             raise Stop(f"{self.name}: {kind}. Others cannot be trained here, and remote code is not run.")
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype, self.config.dtype or torch.float32)
-        self.template = self.tokenizer.chat_template and self.tokenizer.get_chat_template()
         self.template_kwargs = key_values("chat_template_kwargs", args.chat_template_kwargs)
-        for key in self.template_kwargs:
-            if not re.search(rf"\b{re.escape(key)}\b", self.template or ""):
-                raise Stop(f"--chat_template_kwargs {key}: the chat template of {self.name} never reads it.")
-        self.bos = self.tokenizer.bos_token_id
-        self.adds_bos = self.bos is not None and self.tokenizer("a").input_ids[:1] == [self.bos]
-        self.stop_ids = self.find_stop_ids()
+        chat.check_template_kwargs(self.tokenizer, self.template_kwargs)
+        ends = models.load_generation_config(self.name, self.config)
+        self.stop_ids, shown = chat.find_stop_ids(self.tokenizer, ends, self.template_kwargs)
+        if not shown:
+            known = f"so answers end at {self.stop_ids}"
+            say(f"note: the chat template shows no answer of an assistant, {known}")
         if not self.stop_ids:
             raise Stop(f"{self.name}: nothing says where an answer ends. Set eos_token_id in generation_config.json.")
 
@@ -143,44 +141,11 @@ class Policy:
         self.max_prompt_length = min(args.max_prompt_length or sys.maxsize, self.context - args.max_new_tokens)
         self.longest = self.max_prompt_length  # prompt to come; check_prompts has seen them all and lowers it
 
-    def render(self, turns: list[dict], where: str, **kwargs):
-        try:
-            return self.tokenizer.apply_chat_template(turns, **kwargs, **self.template_kwargs)
-        # Its own refusals, and Python's errors where a conversation has not the shape that the template works on
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
-            raise Stop(f"{where}: the chat template of {self.name} refuses it: {e}") from None
-
-    def find_stop_ids(self) -> list[int]:
-        eos = models.load_generation_config(self.name, self.config).eos_token_id
-        stop = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
-        if self.template:
-            # Render an answer that no template can mistake for anything, and look at what comes right behind it.
-            turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "plainanswer"}]
-            try:
-                _, shown, behind = self.render(turns, "", tokenize=False).partition("plainanswer")
-            except Stop:  # it wants a system turn first, say
-                shown = behind = ""
-            ids = self.tokenizer(behind, add_special_tokens=False).input_ids
-            stop.update([i for i in ids if i in self.tokenizer.added_tokens_decoder][:1])
-            if not shown and ranks()[0] == 0:
-                print(f"note: the chat template shows no answer of an assistant, so answers end at {sorted(stop)}")
-        return sorted(stop)
-
     def encode(self, prompt: str | list[dict], where: str) -> list[int]:
         """Token ids of a prompt, with one BOS if the tokenizer has that habit."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt).input_ids
-        elif self.template:
-            # The template writes BOS itself; tokenize=True adds no second one, which encoding its text would.
-            ids = self.render(prompt, where, tokenize=True, add_generation_prompt=True, return_dict=False)
-        else:
-            remedy = "Use an instruct model, add chat_template.jinja to its folder, or give prompts as strings"
-            raise Stop(f"{where}: the prompt is a conversation, but {self.name} has no chat template. {remedy}.")
+        ids = chat.encode_prompt(self.tokenizer, prompt, where, self.template_kwargs)
         if not ids:
             raise Stop(f"{where}: the prompt is empty. Remove it.")
-        if ids[:2] == [self.bos, self.bos] or (self.adds_bos and ids[:1] != [self.bos]):
-            remedy = "A string must hold none; a template must write {{ bos_token }} once, at its start"
-            raise Stop(f"{where}: the prompt begins with {ids[:2].count(self.bos)} BOS, not 1. {remedy}.")
         return ids
 
 
@@ -254,6 +219,10 @@ def hf_samples(args, policy: Policy, prompts: Iterator[Prompt]) -> Iterator[tupl
     model = model.to(device).eval()
     if model._is_stateful:
         raise Stop(f"{policy.config.model_type} is recurrent, which hf cannot batch here: --backend vllm.")
+    try:
+        lm_head(model)
+    except ValueError as e:
+        raise Stop(f"{args.model}: {e}. --backend vllm needs no such thing.") from None
     per_batch = max(1, (args.batch_size or (64 if cuda else 512)) // args.num_samples)
     for _, part in itertools.groupby(prompts, key=lambda p: p.part):
         part = sorted(part, key=lambda p: -len(p.ids))  # longest first: what does not fit fails at once
@@ -308,9 +277,11 @@ def hf_batch(args, policy: Policy, model, batch: list[Prompt]) -> list[list[dict
 
     # Score: one forward pass over the finished answers. Position t-1 predicts token t: the prompt's last comes first.
     cache = transformers.DynamicCache(config=model.config)
-    hidden = forward(model.base_model, ids, mask, cache)[0][:, -1:].repeat_interleave(n, 0)  # [B*N, 1, D]
+    decoder = backbone(model)
+    hidden = forward(decoder, ids, mask, cache)[0][:, -1:].repeat_interleave(n, 0)  # [B*N, 1, D]
     cache.batch_repeat_interleave(n)
-    behind = forward(model.base_model, written, torch.cat([mask.repeat_interleave(n, 0), keep.long()], 1), cache)[0]
+    row_mask = torch.cat([mask.repeat_interleave(n, 0), keep.long()], 1)
+    behind = forward(decoder, written, row_mask, cache)[0]
     hidden = torch.cat([hidden, behind[:, :-1]], 1)  # [B*N, C, D]
     logprobs = torch.zeros(keep.shape, dtype=torch.float64, device=device)
     logprobs[keep] = linear_logprob(hidden[keep], targets=written[keep], **lm_head(model)).double()

@@ -128,10 +128,7 @@ def check_arguments(args) -> None:
         if value is not None and value < 1:
             raise Stop(f"--{flag} starts at 1.")
     if "@" in args.judge_url:
-        raise Stop(
-            "--judge_url holds credentials, which would end up in logs. "
-            "Put the key into OPENAI_API_KEY."
-        )
+        raise Stop("--judge_url holds credentials, which would end up in logs. Put the key into OPENAI_API_KEY.")
     if args.judge_concurrency is None:
         args.judge_concurrency = 64 if on_this_machine(args.judge_url) else 16
 
@@ -270,9 +267,7 @@ class Judge:
         """Ask all requests (request -> key), as many at a time as --judge_concurrency says."""
         # A local server wants no key, and the client insists on a word.
         api_key = os.environ.get("OPENAI_API_KEY") or "none"
-        http_client = self.openai.DefaultAsyncHttpxClient(
-            event_hooks={"request": [self.wait_for_turn]}
-        )
+        http_client = self.openai.DefaultAsyncHttpxClient(event_hooks={"request": [self.wait_for_turn]})
         # The client itself repeats what is worth it (429, 5xx, lost connections), ever more slowly.
         client = self.openai.AsyncOpenAI(
             base_url=self.args.judge_url,
@@ -309,9 +304,7 @@ class Judge:
         while True:
             asked = dict(self.parameters)
             try:
-                answer = await client.chat.completions.create(
-                    model=self.args.judge_model, messages=messages, **asked
-                )
+                answer = await client.chat.completions.create(model=self.args.judge_model, messages=messages, **asked)
                 return answer.choices[0].message.content or ""
             except self.openai.BadRequestError as e:
                 if not self.drop_refused_parameter(str(e), asked):
@@ -319,9 +312,7 @@ class Judge:
 
     def drop_refused_parameter(self, message: str, asked: dict) -> bool:
         """Reasoning models know max_tokens by another name, and have their own temperature."""
-        refused = [
-            name for name in ("temperature", "max_tokens") if name in asked and name in message
-        ]
+        refused = [name for name in ("temperature", "max_tokens") if name in asked and name in message]
         if not refused or "support" not in message.lower():
             return False
         self.parameters.pop(refused[0], None)

@@ -142,10 +142,7 @@ def check_turns(turns: list, where: str) -> None:
 def finite(value: float, where: str) -> float:
     """`value`, or Stop naming the place: a NaN in a ranking would poison every later stage."""
     if not math.isfinite(value):
-        raise Stop(
-            f"{where}: the value is {value}. "
-            "Nothing was written from it; mend its source and run again."
-        )
+        raise Stop(f"{where}: the value is {value}. Nothing was written from it; mend its source and run again.")
     return value
 
 

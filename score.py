@@ -51,7 +51,6 @@ from urllib.parse import urlsplit
 os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 
 import torch
-from jinja2 import TemplateError
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -60,10 +59,11 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+import chat
 import models
 import records
 from kernels.attention import ATTENTION, attention_implementation, packing_refusal, prefix_layout
-from kernels.logprob import linear_logprob, lm_head
+from kernels.logprob import backbone, linear_logprob, lm_head
 from records import CANDIDATES, Stop, dump, finite
 from stage import Stage, key_values, parse, parser, run, seed_of
 
@@ -292,7 +292,8 @@ class Model:
             lengths.append((shared, *(len(ids) - shared for ids in group)))
         positions, layout = prefix_layout(lengths, device)
         row = torch.tensor([row], device=device)  # [1, T]
-        states = self.network.base_model(input_ids=row, position_ids=positions, layout=layout, use_cache=False)[0][0]
+        decoder = backbone(self.network)
+        states = decoder(input_ids=row, position_ids=positions, layout=layout, use_cache=False)[0][0]
         return list(states[layout.kv_index].split(layout.k_lengths))  # the states of P once for each of its answers
 
 
@@ -305,21 +306,8 @@ class RewardModel(Model):
     kind, too_long = AutoModelForSequenceClassification, "too_long_for_reward_model"
 
     def sequence(self, a: Answer) -> tuple[list[int], int]:
-        prompt = a.row["prompt"]
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt + a.text)["input_ids"]
-            return ids[1:] if ids[:2] == [self.tokenizer.bos_token_id] * 2 else ids, 0  # the text had a BOS of its own
-        if self.tokenizer.chat_template is None:
-            raise Stop(
-                f"{self.path}: its tokenizer has no chat template, but {a} answers a conversation. Save the template "
-                "that the reward model was trained with as chat_template.jinja in its folder."
-            )
-        turns = [*prompt, {"role": "assistant", "content": a.text}]
-        try:
-            # tokenize=True: the template writes BOS itself, and encoding its text would add another
-            return self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **self.template), 0
-        except TemplateError as e:
-            raise Stop(f"{self.path}: its chat template refuses {a}: {e}") from None
+        prompt, where = a.row["prompt"], f"{self.path}: {a}"
+        return chat.encode_for_reward(self.tokenizer, prompt, a.text, where, self.template), 0
 
     def alone(self, ids: list[int], _) -> float:
         """The definition: the model as it came."""
@@ -383,9 +371,8 @@ def load(path: str, kind: type, template: dict, args, device) -> Model:
         m = Reference(*common, lm_head(network))
     else:
         m = RewardModel(*common, models.load_tokenizer(path), template)
-    for key in template:
-        if key not in str(m.tokenizer.chat_template):
-            raise Stop(f"--chat_template_kwargs {key}: the chat template of {path} never reads it.")
+    if kind is RewardModel:
+        chat.check_template_kwargs(m.tokenizer, template)
     if kind is RewardModel and isinstance(getattr(network, "score", None), nn.Linear):
         # The last product in fp32: in bf16 a reward near 10 moves in steps of 1/16, and steps make ties.
         network.score.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))

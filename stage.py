@@ -99,9 +99,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument(
-        "--overwrite", action="store_true", help="redo the stage even where its output exists"
-    )
+    p.add_argument("--overwrite", action="store_true", help="redo the stage even where its output exists")
     return p
 
 
@@ -452,8 +450,5 @@ def run(main: Callable[[], None]) -> None:
                 "same command again: finished work is kept."
             ) from None
         if e.errno in NOT_WRITABLE:
-            raise Stop(
-                f"{e.filename}: cannot write here ({e.strerror}). "
-                "Check --output and its permissions."
-            ) from None
+            raise Stop(f"{e.filename}: cannot write here ({e.strerror}). Check --output and its permissions.") from None
         raise

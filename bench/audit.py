@@ -72,7 +72,7 @@ def log_probs(model: str, rows: list[dict], mistake, dtype: str) -> list[float]:
     args = dpo_train.parse(dpo_train.arguments(), ["--model", model, "--dtype", dtype])
     device = dpo_train.fsdp.start()
     args.packing = "prefix"
-    policy = dpo_train.load_policy(model, args, device, min(pairs, key=lambda p: cost(p, "prefix")))
+    policy = dpo_train.load_policy(model, args, device, pairs)
     plan = microbatches({i: cost(p, "prefix") for i, p in enumerate(pairs)}, 4096, 1, "prefix")
     found = dpo_train.all_logprobs(policy, pairs, [plan], "prefix", device)
     torch.distributed.destroy_process_group()

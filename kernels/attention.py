@@ -217,14 +217,24 @@ def packing_refusal(config, max_length: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window and window < max_length and "sliding_attention" in layer_types:
         return f"its sliding window of {window} tokens is shorter than the longest sequence allowed, {max_length}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", max_length)
-    if rope.get("rope_type") in ("dynamic", "longrope") and max_length > limit:
-        return (
-            f"its {rope['rope_type']} rotary embedding changes for the whole batch when one sequence in it is longer "
-            f"than {limit} tokens. Padded log-probs depend on the batch then, too: better keep max_length within it"
-        )
+    for rope in _ropes(config):
+        own_limit = getattr(config, "max_position_embeddings", max_length)
+        limit = rope.get("original_max_position_embeddings") or own_limit
+        if rope.get("rope_type") in ("dynamic", "longrope") and max_length > limit:
+            kind = rope["rope_type"]
+            return (
+                f"its {kind} rotary embedding changes for the whole batch when one sequence in it is "
+                f"longer than {limit} tokens. Padded log-probs depend on the batch then, too: better "
+                "keep max_length within it"
+            )
     return None
+
+
+def _ropes(config) -> list[dict]:
+    """The settings of each rotary embedding: one for all layers, or (Gemma 3) one per layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [settings for settings in rope.values() if isinstance(settings, dict)]
+    return nested or [rope]
 
 
 def _soft_capped(config) -> bool:

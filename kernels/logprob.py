@@ -313,16 +313,30 @@ SCALES = {
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
+def backbone(model):
+    """The part of a transformers causal LM whose last hidden state the head reads, or ValueError.
+
+    That is model.base_model, with few exceptions: Llama 4's text model and Mllama's look for theirs
+    under a name that they do not have, and base_model is then the model itself, head included.
+    """
+    inner = model.base_model
+    if inner is model:
+        inner = getattr(model, "model", None)
+    if inner is None:
+        raise ValueError(f"{type(model).__name__}: it has no base model that can be told from its head")
+    return inner
+
+
 def lm_head(model) -> dict:
     """weight, bias, scale and softcap of a transformers causal LM for linear_logprob, or a ValueError.
 
-    They belong to the output of `model.base_model`. All is read from the model and its config; that nothing else
+    They belong to the output of `backbone(model)`. All is read from the model and its config; that nothing else
     happens to the logits is for the caller to check, on a short sequence, with logprob_from_logits of the model's own.
     """
     name, head, config = type(model).__name__, model.get_output_embeddings(), model.config.get_text_config()
     if not (isinstance(head, torch.nn.Linear) and head.weight.is_floating_point() and head.weight.ndim == 2):
         raise ValueError(f"{name}: its head is {type(head).__name__}, not a plain torch.nn.Linear; merge or replace it")
-    others = [n for n, m in model.named_children() if m is not model.base_model and m is not head]
+    others = [n for n, m in model.named_children() if m is not backbone(model) and m is not head]
     others = [n for n in others if next(getattr(model, n).parameters(), None) is not None]
     if others:
         raise ValueError(f"{name}: {', '.join(others)} has weights too and may stand between base model and head")

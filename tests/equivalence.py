@@ -46,7 +46,7 @@ def plain(folder):
 def ours(folder, packing, checkpointing, device):
     flags = ["--model", folder, "--packing", packing, "--dtype", "fp32"] + ["--gradient_checkpointing"] * checkpointing
     args = dpo_train.parse(dpo_train.arguments(), list(map(str, flags)))
-    policy = dpo_train.load_policy(folder, args, device, pairs[0])
+    policy = dpo_train.load_policy(folder, args, device, pairs)
     rank, world = dpo_train.ranks()
     plan = microbatches({i: cost(p, packing) for i, p in enumerate(pairs)}, 60, world, packing)
     logprobs = dpo_train.all_logprobs(policy, pairs, [plan], packing, device)

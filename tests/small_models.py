@@ -77,6 +77,10 @@ def config(arch: str = "llama", **overrides):
     return AutoConfig.for_model(name, **(small | overrides))
 
 
+# What Llama 4's text model has beside the sizes above
+LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96, attention_chunk_size=64)
+
+
 def causal_lm(folder, arch="llama", tie=False, seed=0, template="chatml", dtype=torch.float32, eos=None, **overrides):
     """Save a random policy with its tokenizer (template=None: without). `eos` goes into the generation config."""
     c = config(arch, tie_word_embeddings=tie, **overrides)

@@ -309,6 +309,13 @@ def test_attention_is_softmax_under_the_dense_mask(device, shape):
 # ---- what packing cannot do -----------------------------------------------------------------------------------------
 
 
+# transformers 5: a rotary embedding for each type of layer
+PER_LAYER_TYPE = {
+    "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -327,6 +334,7 @@ def test_attention_is_softmax_under_the_dense_mask(device, shape):
         (NemotronConfig(), "does not hand the layout"),
         (T5Config(), "text-only"),
         (LlamaConfig(max_position_embeddings=512, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rotary"),
+        (Gemma3TextConfig(max_position_embeddings=512, rope_parameters=PER_LAYER_TYPE), "dynamic rotary"),
     ],
     ids=lambda x: x.model_type if hasattr(x, "model_type") else None,
 )

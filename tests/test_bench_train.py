@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench import train, trl_dpo
-from dpo_train import render
+from chat import encode_pair
 from training.checks import own_logprobs
 
 
@@ -43,7 +43,8 @@ def test_text_only_pairs_render_to_the_same_ids(tmp_path):
     rows, tokenizer = read(tmp_path / "pairs.jsonl"), AutoTokenizer.from_pretrained(tmp_path / "model")
     for row, text in zip(rows, trl_dpo.text_only(rows), strict=True):
         assert not [k for k in text if "token_ids" in k or "logprob" in k]
-        assert render(text, tokenizer, "") == [row[f"{k}_token_ids"] for k in trl_dpo.PARTS]
+        ids = encode_pair(tokenizer, text, "", [tokenizer.eos_token_id])
+        assert ids == [row[f"{k}_token_ids"] for k in trl_dpo.PARTS]
 
 
 def test_words_of_the_benchmark_are_its_token_ids(tmp_path):

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DbrxConfig
 
 import dpo_train
 from conftest import ROOT
 from dpo_train import Policy, all_logprobs, dpo_loss, learning_rate
 from kernels.attention import ATTENTION
 from records import dump
-from small_models import causal_lm
+from small_models import LLAMA4, causal_lm
 from stage import hash_path
 from training import checks
-from training.batches import collate, cost, microbatches
+from training.batches import collate, cost, microbatches, shortest_and_longest
 
 
 def make_pairs(folder, model, n=24, seed=0, longest=20):
@@ -336,16 +336,6 @@ def test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_drop
     assert counts == {"in": 3, "out": 2, "dropped": {"template_not_prefix": 1}}
 
 
-def test_text_pairs_end_in_eos_and_conversations_as_the_template_says(run):
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    _, chosen, _ = dpo_train.render({"prompt": "a ", "chosen": "b", "rejected": "c"}, tokenizer, "here")
-    assert chosen[-1] == tokenizer.eos_token_id
-    talk = [{"role": "user", "content": "hi"}]
-    answer = [{"role": "assistant", "content": "yes"}]
-    prompt, chosen, _ = dpo_train.render({"prompt": talk, "chosen": answer, "rejected": answer}, tokenizer, "here")
-    assert tokenizer.decode(prompt + chosen) == tokenizer.apply_chat_template(talk + answer, tokenize=False)
-
-
 def test_text_beside_conversations_is_an_error(run):
     """UltraFeedback's published form: a text as prompt, and answers as conversations that repeat it."""
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -353,12 +343,46 @@ def test_text_beside_conversations_is_an_error(run):
     assert "pairs.jsonl:1: prompt, chosen and rejected must be all text" in run.fails()
 
 
-def test_a_conversation_without_chat_template_is_an_error(run):
+def test_answers_without_a_stop_id_are_trained_and_reported(run):
+    """No end is invented; that none is trained is said."""
+    talk = {"prompt": [{"role": "user", "content": "hi"}]}
+    talk |= {k: [{"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+    write(run.pairs, [talk])
+    assert "no stop id" not in run("with")
+    template = run.folder / "model/chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", ""))
+    assert "note: in 1 of them the chat template writes no stop id" in run("without")
+
+
+def test_pitfalls_51_the_training_sees_no_token_behind_the_end_of_a_turn(run):
+    """A pair of text alone and one with the ids that generation would give train the same policy."""
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    tokenizer.chat_template = None
-    with pytest.raises(SystemExit, match="pairs.jsonl:4: the prompt is a conversation.*add one"):
-        talk = [{"role": "user", "content": "hi"}]
-        dpo_train.render({"prompt": talk, "chosen": talk, "rejected": talk}, tokenizer, "pairs.jsonl:4")
+    talk = {"prompt": [{"role": "user", "content": "hi"}]}
+    talk |= {k: [{"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+    prompt = tokenizer.apply_chat_template(talk["prompt"], add_generation_prompt=True, return_dict=False)
+    ids = {"prompt_token_ids": prompt}
+    for k in ("chosen", "rejected"):
+        ids[f"{k}_token_ids"] = [*tokenizer(k).input_ids, tokenizer.eos_token_id]
+    write(run.pairs, [talk])
+    run("text")
+    assert run.log("text")[0]["length/chosen"] == len(ids["chosen_token_ids"])
+    write(run.pairs, [talk | ids])
+    run("ids")
+    assert distance(run.weights("text"), run.weights("ids")) == 0
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages[0].content + messages[0].name }}", "{{ raise_exception('no such role') }}"],
+)
+def test_a_template_that_raises_names_file_and_line(run, template):
+    fine = {"prompt": "a ", "chosen": "b", "rejected": "c"}
+    talk = {"prompt": [{"role": "user", "content": "hi"}]}
+    talk |= {k: [{"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+    (run.folder / "model/chat_template.jinja").write_text(template)
+    write(run.pairs, [fine, talk])
+    said = run.fails()
+    assert "pairs.jsonl:2: the chat template of" in said and "\n" not in said
 
 
 # ---- The reference and the audit -------------------------------------------------------------------------------------
@@ -463,10 +487,99 @@ def test_a_head_we_cannot_express_is_refused(run):
     assert "log-probs of this trainer and of transformers differ" in run.fails()
 
 
-def test_dropout_is_off_in_both_passes(run):
-    causal_lm(run.folder / "model", tie=True, attention_dropout=0.5)
+# Each is random in training mode: values, layers, and experts that are dropped, jittered or drawn.
+RANDOM = {
+    "llama": {"attention_dropout": 0.5},
+    "opt": {"layerdrop": 0.5, "dropout": 0.1, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "mixtral": {"router_jitter_noise": 0.2, "num_local_experts": 4},
+    "phimoe": {"router_jitter_noise": 0.01, "num_local_experts": 4},
+    "biogpt": {"hidden_dropout_prob": 0.3, "layerdrop": 0.2},
+}
+RECOMPUTED = ("opt", "phimoe")  # a layer that drops something itself, and one whose parts draw
+
+
+@pytest.mark.parametrize(
+    ("arch", "checkpointing"), [(arch, False) for arch in RANDOM] + [(arch, True) for arch in RECOMPUTED]
+)
+def test_pitfalls_44_nothing_random_is_left_on(run, arch, checkpointing):
+    """Two runs with another --ref_model write the same losses, and say what they switched off."""
+    for name, seed in (("model", 0), ("init", 5)):
+        causal_lm(run.folder / name, arch, seed=seed, **RANDOM[arch])
+    text = [{k: v for k, v in row.items() if "logprob" not in k} for row in run.rows]
+    write(run.pairs, text)
+    flags = ["--ref_model", run.folder / "init"] + ["--gradient_checkpointing"] * checkpointing
+    losses = []
+    for name in ("a", "b"):
+        for cache in run.folder.glob("pairs.jsonl.reference-*"):
+            cache.unlink()
+        out = run(name, *flags)
+        losses.append([row["loss"] for row in run.log(name)])
+    assert losses[0] == losses[1]
+    for field, value in RANDOM[arch].items():
+        if "drop" in field or "jitter" in field:
+            assert f"{field}={value:g}" in out
+
+
+def test_random_fields_are_found_in_sub_configs_and_dropout_is_zeroed():
+    config = DbrxConfig(resid_pdrop=0.1, attn_config={"attn_pdrop": 0.2}, ffn_config={"moe_jitter_eps": 0.3})
+    config.drop_last_layer = True  # a shape, not a chance
+    nested = {"attn_config.attn_pdrop": 0.2, "ffn_config.moe_jitter_eps": 0.3}
+    assert checks.random_fields(config) == {"resid_pdrop": 0.1, **nested}
+    checks.switch_off_dropout(config)
+    assert checks.random_fields(config) == {"ffn_config.moe_jitter_eps": 0.3}
+    assert config.drop_last_layer is True
+
+
+def test_pitfalls_44_what_is_left_on_is_named(run):
+    """PhiMoE draws experts in training mode whatever the config says: the check sees it."""
+    causal_lm(run.folder / "model", "phimoe", num_local_experts=4)
+    own = dpo_train.build_model
+
+    def training(*arguments):
+        return own(*arguments).train()
+
+    run.monkeypatch.setattr(dpo_train, "build_model", training)
+    said = run.fails()
+    assert "two forward passes of the same pair" in said and "nats per token" in said
+    assert "randomness is left on: router_jitter_noise=0.01" in said
+
+
+def test_the_check_takes_the_longest_pair_that_fits():
+    pairs = arrays(make_lengths([(3, 2, 2), (9, 4, 7), (30, 9, 9)]))
+    for budget, longest in ((100, 2), (47, 1), (5, 0)):
+        found = shortest_and_longest(pairs, "prefix", budget)
+        assert found[0] is pairs[0] and found[1] is pairs[longest]
+
+
+def make_lengths(lengths):
+    names = ("prompt", "chosen", "rejected")
+    return [{f"{k}_token_ids": [7] * n for k, n in zip(names, row, strict=True)} for row in lengths]
+
+
+def test_recomputed_layers_are_the_same_function_and_recomputed(run):
+    """--gradient_checkpointing is felt in evaluation mode: each layer runs again in backward."""
+    args = dpo_train.parse(dpo_train.arguments(), ["--model", "x", "--gradient_checkpointing"])
+    args.packing = "padded"
+    config = AutoConfig.from_pretrained(run.folder / "model")
+    model = dpo_train.build_model(config, args, torch.float32)
+    calls = []
+    for layer in dpo_train.fsdp.layers_of(model):
+        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    model(input_ids=torch.arange(9)[None], use_cache=False).logits.sum().backward()
+    assert len(calls) == 2 * config.num_hidden_layers
+
+
+def test_llama4s_text_model_trains(run):
+    """Its base_model is the whole model, head included."""
+    causal_lm(run.folder / "model", "llama4_text", **LLAMA4)
     write(run.pairs, [{k: v for k, v in row.items() if "logprob" not in k} for row in run.rows])
     assert "loss 0.6931472" in run("policy")
+
+
+def test_a_head_that_we_cannot_express_is_refused_by_name(run):
+    causal_lm(run.folder / "model", logits_multiplier=3.0)
+    said = run.fails()
+    assert "model: cannot be trained: LlamaForCausalLM: its config has logits_multiplier" in said
 
 
 # ---- Restarts --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ args.packing = "prefix"
 device, found = dpo_train.fsdp.start(), {}
 size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
 pair = {k: np.arange(9, dtype=np.int32) for k in ("prompt", "chosen", "rejected")} | {"id": "a"}
-policy = dpo_train.load_policy(args.model, args, device, pair)
+policy = dpo_train.load_policy(args.model, args, device, [pair])
 layers = dpo_train.fsdp.layers_of(policy)
 within = {p for layer in layers for p in layer.parameters()}
 root = [n for n, p in policy.named_parameters() if p not in within]

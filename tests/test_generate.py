@@ -17,7 +17,7 @@ import generate
 import records
 from bench.kill_stages import family, finished
 from conftest import ROOT
-from small_models import SPECIAL, VOCAB, causal_lm, tokenizer
+from small_models import LLAMA4, SPECIAL, VOCAB, causal_lm, tokenizer
 from stage import hash_path
 
 CHAT = [
@@ -111,6 +111,19 @@ def test_architectures(run, tmp_path, arch, tie):
     causal_lm(tmp_path / "m", arch, tie=tie, eos=STOPS, **small_window)
     rows = run(tmp_path / "m", CHAT, "--max_new_tokens", 12, "--num_samples", 3)
     check_answers(rows, tmp_path / "m", STOPS, 12, tolerance=1e-4)
+
+
+def test_llama4s_text_model_answers(run, tmp_path):
+    """Its base_model is the whole model, head included."""
+    causal_lm(tmp_path / "m", "llama4_text", eos=STOPS, **LLAMA4)
+    rows = run(tmp_path / "m", CHAT, "--max_new_tokens", 8, "--num_samples", 3)
+    check_answers(rows, tmp_path / "m", STOPS, 8, tolerance=1e-4)
+
+
+def test_a_head_that_we_cannot_express_is_refused_by_name(run, tmp_path):
+    causal_lm(tmp_path / "m", eos=STOPS, logits_multiplier=3.0)
+    with pytest.raises(records.Stop, match="m: LlamaForCausalLM: its config has logits_multiplier"):
+        run(tmp_path / "m", CHAT, "--max_new_tokens", 2)
 
 
 def test_ids_are_not_retokenised(run, policy):

@@ -245,6 +245,14 @@ def test_a_model_for_which_packing_is_wrong_is_scored_one_by_one(folder, tmp_pat
     assert m(answers) == pytest.approx(expected, abs=1e-5)
 
 
+def test_llama4s_text_model_is_a_reference(tmp_path):
+    """Its base_model is the whole model, head included."""
+    small_models.causal_lm(tmp_path / "ref", "llama4_text", **small_models.LLAMA4)
+    answers, m = answers_of(rows(3)), loaded(tmp_path / "ref", score.Reference)
+    alone = [m.alone(*m.sequence(a)) for a in answers]
+    assert m(answers) == pytest.approx(alone, abs=1e-4)
+
+
 # ---- what the reward model sees --------------------------------------------------------------------
 
 
@@ -551,7 +559,7 @@ def test_models_that_are_no_reward_models(tmp_path, run, folder):
     small_models.causal_lm(tmp_path / "headless", num_labels=1)
     refused(run, tmp_path, "no weights for score.weight", "--reward_model", tmp_path / "headless", "--overwrite")
     small_models.reward_model(tmp_path / "plain", template="none")
-    refused(run, tmp_path, "no chat template.*p0", "--reward_model", tmp_path / "plain", "--overwrite")
+    refused(run, tmp_path, "p0.*no chat template", "--reward_model", tmp_path / "plain", "--overwrite")
     for file in (tmp_path / "plain").glob("tokenizer*"):
         file.unlink()
     refused(run, tmp_path, "cannot be loaded", "--reward_model", tmp_path / "plain", "--overwrite")

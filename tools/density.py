@@ -164,9 +164,7 @@ def print_table(files: list[Density]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="default: every Python file of the project")
     parser.add_argument("--limits", action="store_true", help="exit with 1 where the house is over a limit")
     args = parser.parse_args()

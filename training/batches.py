@@ -28,6 +28,17 @@ def cost(pair: dict, packing: str) -> int:
     return {"prefix": p + c + r, "packed": 2 * p + c + r, "padded": 2 * (p + max(c, r))}[packing]
 
 
+def shortest_and_longest(pairs: list[dict], packing: str, budget: int) -> tuple[dict, dict]:
+    """The cheapest pair, and the most expensive that fits into `budget` tokens, else the cheapest.
+
+    For checks: the longest shows most, and if it fits, training runs microbatches as large anyway.
+    """
+    shortest = min(pairs, key=lambda pair: cost(pair, packing))
+    fitting = [pair for pair in pairs if cost(pair, packing) <= budget]
+    longest = max(fitting, key=lambda pair: cost(pair, packing), default=shortest)
+    return shortest, longest
+
+
 def microbatches(costs: dict[int, int], budget: int, world: int, packing: str) -> list[list[list[int]]]:
     """Cut a step's pairs into microbatches of at most `budget` tokens: [rank][microbatch] -> pairs.
 

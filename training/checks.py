@@ -1,5 +1,6 @@
 """The trainer's checks before its first update. Each stops the run, for each means that it would train something else.
 
+    check_repeat        two forward passes of the same pair agree: nothing random is left on
     check_model         this trainer's log-probs of a short pair are those of transformers' own attention and logits
     audit               the generator's log-probs of its answers are those of this trainer
     check_first_loss    while the policy is its own reference, the loss is that of d = 0
@@ -8,8 +9,11 @@ A pair is a dict of "id", token ids as arrays under the names in PARTS, and what
 rejected): "logprobs", their log-probs, and "models", the hashes of the policies that wrote them.
 """
 
+import re
+
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from kernels.logprob import logprob_from_logits
 from records import Stop
@@ -17,6 +21,78 @@ from stage import say
 from training.batches import PARTS
 
 ANSWERS = PARTS[1:]
+
+
+# --------------------------------------------------------------------------------------------------
+# Randomness: dropout of values, of layers (OPT), of paths; noise in a router (PhiMoE, Mixtral)
+
+
+def random_fields(config) -> dict[str, float]:
+    """The fields of a transformers config that make training random, its sub-configs' included.
+
+    All whose name speaks of dropping, jitter or noise, and whose value is a number above zero:
+    {"router_jitter_noise": 0.01, "ffn_config.moe_jitter_eps": 0.1}.
+    """
+    found = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            for inner, number in random_fields(value).items():
+                found[f"{name}.{inner}"] = number
+        elif re.search("drop|jitter|noise", name) and is_positive_number(value):
+            found[name] = value
+    return found
+
+
+def is_positive_number(value) -> bool:
+    """True is none: drop_last_layer=True, say, is part of a model's shape."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def switch_off_dropout(config) -> None:
+    """Set to zero, in place, whatever random_fields finds that drops something.
+
+    The policy runs in evaluation mode, which switches off all of them. But a layer that is to be
+    recomputed (--gradient_checkpointing) is itself in training mode, and recurrent models are, too.
+    Jitter and noise keep their values: no layer adds them itself, and PhiMoE's router reads its
+    jitter in evaluation, too, to ignore experts that score too far below the best.
+    """
+    for path in random_fields(config):
+        *parents, name = path.split(".")
+        owner = config
+        for parent in parents:
+            owner = getattr(owner, parent)
+        if "drop" in name:
+            setattr(owner, name, 0.0)
+
+
+def listed(fields: dict[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in fields.items())
+
+
+def check_repeat(first, second, pair: dict, device_type: str, fields: dict, where: str) -> None:
+    """first, second: [2], log-probs of a pair by the same model, one forward pass after the other.
+
+    On a CPU they are equal, bit for bit: the same sums in the same order. On a GPU, too, unless a
+    kernel adds with atomics, which come in any order (a mixture of experts may add its experts'
+    outputs so). That is rounding, and its mean over an answer far below what dropout does.
+
+    fields: of random_fields, to name the suspects.
+    """
+    tolerance = 0.0 if device_type == "cpu" else 1e-3  # nats per token
+    sizes = torch.tensor([len(pair[k]) for k in ANSWERS])
+    gap = ((first - second).abs() / sizes).max().item()
+    if not gap <= tolerance:
+        suspects = listed(fields) or "none of the config's fields, so the model's own code"
+        raise Stop(
+            f"{where}: two forward passes of the same pair ({pair['id']}) differ by {gap:.2g} nats "
+            f"per token: randomness is left on: {suspects}. Policy and reference must be the same "
+            "function: set it to 0 in config.json, or train another model."
+        )
+    say(f"{where}: two forward passes of the longest pair agree ({gap:.0e} nats per token)")
+
+
+# --------------------------------------------------------------------------------------------------
+# Right log-probs
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def predict(policy, gathered, tokens: int, packing: str) -> dict[str, int]:
         for p in (p for layer in layers_of(whole) for p in layer.parameters()):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # FSDP takes a layer's at once
         with Live(whole.parameters()) as live:
-            whole.model.base_model.register_forward_hook(lambda *_: marks.append(live.now))
+            logprob.backbone(whole.model).register_forward_hook(lambda *_: marks.append(live.now))
             logprobs = whole(batch)
             marks.append(live.now)
             logprobs.sum().backward()
