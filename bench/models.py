@@ -93,8 +93,9 @@ SMALL = (
     | dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "laurel_rank", "v_head_dim"), 16)
     | dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), 8)
     | dict.fromkeys(("index_head_dim", "hidden_size_per_layer_input"), 16)
-    | dict.fromkeys(("index_n_heads",), 2)
-    | dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 16)
+    | dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_n_heads", "mamba_num_heads"), 16)
+    | dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_d_head", "mamba_head_dim"), 8)
+    | {"index_n_heads": 2, "mamba_d_ssm": 128}
     # Far more likely tokens than others, so that a mistake is seen: transformers' 0.02 gives nearly uniform ones.
     | dict.fromkeys(("initializer_range", "init_std"), 0.1)
     # ChatML's end of a turn is the tokenizer's EOS, see tokenizer().
@@ -121,6 +122,7 @@ OWN: dict[str, dict] = {
     # Sizes that SMALL cannot know
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "mamba2": {"num_heads": 8},  # times head_dim it is twice hidden_size
+    "cpmant": {"prompt_length": 8},  # of its own, before each sequence
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},  # product: positions; sum: hidden size
     "zaya": {"num_experts_per_tok": 1},  # it knows no other
     # A layer of each kind, where the kinds are no "layer_types"
@@ -130,6 +132,9 @@ OWN: dict[str, dict] = {
     "zamba": {  # its attention is shared by the hybrid layers, so there are two of them
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
         "num_hidden_layers": 5,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4,
     },
     "gemma3n_text": {  # the last two layers take their keys from the first two
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
@@ -164,6 +169,9 @@ def small_fields(kind: type) -> dict:
         elif isinstance(value, dict) and "model_type" in value and name in default.sub_configs:
             part = small_fields(type(getattr(default, name)))
             fields[name] = {"model_type": value["model_type"]} | part | needed.get(name, {})
+    if "kv_lora_rank" in fields:  # DeepSeek's attention: no groups, and the size of a head follows from its parts
+        fields |= {"num_key_value_heads": SMALL["num_attention_heads"]}
+        fields.pop("head_dim", None)
     # A layer of each kind that the default has: derived lists of kinds may not reach the second one in two layers.
     kinds = list(dict.fromkeys(default.to_dict().get("layer_types") or []))
     if len(kinds) > 1:
