@@ -60,7 +60,7 @@ from transformers.utils import logging as transformers_logging
 
 import chat
 import models
-from kernels.attention import ATTENTION, attention_implementation, packing_refusal
+from kernels.attention import ATTENTION, attention_implementation, causal_lm_refusal, packing_refusal
 from kernels.logprob import backbone, linear_logprob, lm_head
 from records import Stop, dump, read_jsonl, whole
 from stage import Stage, parse, parser, progress, ranks, run, say, seed_of
@@ -258,7 +258,9 @@ def plan_all(pairs: list[dict], args) -> list:
 
 
 def choose_packing(args, config, longest: int) -> None:
-    """Settle --packing for sequences of up to `longest` tokens."""
+    """Settle --packing for sequences of up to `longest` tokens. Stop where there is no way to train the model."""
+    if refusal := causal_lm_refusal(config):
+        raise Stop(f"{args.model}: {refusal}.")
     refusal = packing_refusal(config, longest)
     if refusal and args.packing in ("prefix", "packed"):
         raise Stop(f"--packing {args.packing}: {args.model}: {refusal}. Use --packing padded.")

@@ -44,8 +44,8 @@ import transformers
 import chat
 import models
 import records
-from kernels.attention import attention_implementation
-from kernels.logprob import backbone, linear_logprob, lm_head
+from kernels.attention import attention_implementation, causal_lm_refusal
+from kernels.logprob import backbone, linear_logprob, lm_head, logprob_from_logits
 from records import Stop
 from stage import Stage, die_with_parent, key_values, parse, parser, run, say, seed_of
 
@@ -121,10 +121,10 @@ class Policy:
     def __init__(self, args):
         self.name = args.model
         self.config = models.load_config(self.name)
+        refusal = causal_lm_refusal(self.config)
+        if refusal:
+            raise Stop(f"{self.name}: {refusal}.")
         self.tokenizer = models.load_tokenizer(self.name)
-        if type(self.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or self.config.is_encoder_decoder:
-            kind = f"{self.config.model_type} is no decoder-only language model of transformers' own"
-            raise Stop(f"{self.name}: {kind}. Others cannot be trained here, and remote code is not run.")
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype, self.config.dtype or torch.float32)
         self.template_kwargs = key_values("chat_template_kwargs", args.chat_template_kwargs)
         chat.check_template_kwargs(self.tokenizer, self.template_kwargs)
@@ -223,6 +223,7 @@ def hf_samples(args, policy: Policy, prompts: Iterator[Prompt]) -> Iterator[tupl
         lm_head(model)
     except ValueError as e:
         raise Stop(f"{args.model}: {e}. --backend vllm needs no such thing.") from None
+    check_batches(args.model, policy, model)
     per_batch = max(1, (args.batch_size or (64 if cuda else 512)) // args.num_samples)
     for _, part in itertools.groupby(prompts, key=lambda p: p.part):
         part = sorted(part, key=lambda p: -len(p.ids))  # longest first: what does not fit fails at once
@@ -292,6 +293,47 @@ def hf_batch(args, policy: Policy, model, batch: list[Prompt]) -> list[list[dict
         for row, length, logprob, stopped in finished
     ]
     return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+def check_batches(name: str, policy: Policy, model) -> None:
+    """Stop where batches, as hf_batch runs them, would make another model of it.
+
+    Left padding wants positions that a model takes, decoding a cache that it reads, and scoring a head that we know.
+    Some take what they are given and do nothing with it, so two made-up prompts are answered to see.
+    """
+    try:
+        gap = batch_gap(policy, model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever comes of an argument that its code did not expect
+        raise Stop(
+            f"{name}: {policy.config.model_type} does not run in padded batches with a cache "
+            f"({type(e).__name__}: {e}), as --backend hf wants it. Try --backend vllm."
+        ) from None
+    if not gap <= (1e-3 if model.dtype == torch.float32 else 0.25):  # as in the trainer: bf16 has 8 bits
+        raise Stop(
+            f"{name}: {policy.config.model_type} is another function in padded batches with a cache, as --backend hf "
+            f"runs them, than alone: its log-probs differ by {gap:.2g} nats per token. Try --backend vllm."
+        )
+
+
+def batch_gap(policy: Policy, model) -> float:
+    """Nats per token by which greedy answers of hf_batch differ from the model's plain forward pass, on average."""
+    few = argparse.Namespace(num_samples=2, temperature=[0.0], min_p=0.0, top_k=0, top_p=1.0, max_new_tokens=4)
+    middle = policy.config.get_text_config().vocab_size // 2
+    prompts = [Prompt(0, {}, list(range(middle, middle + length)), seed=0) for length in (5, 2)]
+    gaps = []
+    for prompt, answers in zip(prompts, hf_batch(few, policy, model, prompts), strict=True):
+        for answer in answers:
+            n = len(answer["token_ids"])
+            ids = torch.tensor([prompt.ids + answer["token_ids"]], device=model.device)  # [1, L]
+            logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]  # [n, V]
+            own = logprob_from_logits(logits, ids[0, -n:])  # [n]
+            likeliest = logprob_from_logits(logits, logits.argmax(-1))  # [n]
+            scored_otherwise = abs(own.sum().item() - answer["logprob"]) / n
+            written_otherwise = (likeliest - own).mean().item()  # greedy means that these are the same
+            gaps.append(max(scored_otherwise, written_otherwise))
+    return sum(gaps) / len(gaps)
 
 
 # ---- backend: vLLM -------------------------------------------------------------------------------------------------

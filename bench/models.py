@@ -9,11 +9,11 @@ of bytes. Then it goes the way that a user's model goes, by the same main() func
 
     1. generate.py --backend hf    two prompts, two answers each. A model that is refused there gets answers drawn
                                    at random, as if another engine had written them.
-    2. compare                     each answer's log-prob with that of transformers' own attention and logits, in fp32
-    3. dpo_train.py                two steps on those answers; its own checks are on. The learning rate of the last
+    2. dpo_train.py                two steps on those answers; its own checks are on. The learning rate of the last
                                    step is zero, so the log-probs that it logs are those of the exported weights.
-    4. compare                     the first step's loss and gradient with those of transformers' own autograd
-    5. reload                      the exported folder in transformers: no weight is missing, some have changed, and
+    3. compare                     with transformers' own attention, logits and autograd, in fp32: the log-prob of
+                                   each sampled answer, and the gradient of the first step
+    4. reload                      the exported folder in transformers: no weight is missing, some have changed, and
                                    the log-probs of the answers are those that the trainer logged
 
 What is written of a model:
@@ -61,6 +61,7 @@ from kernels.logprob import logprob_from_logits
 from records import dump, read_jsonl
 
 NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # model types: "llama", "qwen3", …
+BETA = 0.1
 VOCAB = 307  # a prime, and more than the tokenizer knows
 
 # ---- small configurations ------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ OWN: dict[str, dict] = {
         },
     },
     "dbrx": {
-        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96},
     },
     "dots1": {"n_shared_experts": 1},
@@ -300,7 +301,7 @@ def load_plain(folder: Path, **options):
 
 def examine(name: str, folder: Path) -> Row:
     """The way of one model, as the top of this file has it."""
-    model, policy = folder / "model", folder / "policy"
+    model = folder / "model"
     try:
         build(name, model)
     except Exception as e:
@@ -316,39 +317,31 @@ def examine(name: str, folder: Path) -> Row:
         sampling = "-"
         notes.append(message(e, model))
 
-    # 2. Their log-probs, and 4. the gradient of the first step: that of -log sigmoid(beta d) at d = 0
-    plain = load_plain(model)
-    expected = plain_logprobs(plain, rows)  # [n, 2]
-    gaps = []
-    if sampling == "hf":
-        found = torch.tensor([[c["logprob"] for c in row["candidates"]] for row in rows])
-        gap = ((found - expected).abs() / lengths(rows)).max().item()
-        gaps.append(agree("a sampled answer's log-prob per token", gap, 1e-4))
-    beta = 0.1
-    margins = expected[:, 0] - expected[:, 1]  # [n]
-    (-0.5 * beta * margins).mean().backward()
-    norms = [p.grad.norm() for p in plain.parameters() if p.grad is not None]
-    gradient = torch.stack(norms).norm().item()
-
-    # 3. Two steps of training; the last changes nothing
+    # 2. Two steps of training; the last changes nothing
     write_pairs(rows, folder / "pairs.jsonl")
     try:
-        said = call(
-            dpo_train.main, "dpo_train.py", "--model", model, "--pairs", folder / "pairs.jsonl", "--output", policy,
-            "--beta", beta, "--learning_rate", 1e-3, "--num_train_epochs", 2, "--warmup_ratio", 0,
-            "--min_lr_ratio", 0, "--save_dtype", "fp32",
-        )  # fmt: skip
+        said = train(model, folder)
     except SystemExit as e:
-        return Row(name, "refused", sampling, "-", "; ".join([*notes, message(e, model)]))
+        return Row(name, "refused", sampling, "-", message(e, model))
     meta = json.loads((folder / "policy.meta.json").read_text())
     packing = meta["arguments"]["packing"]
     if packing == "padded":
         notes.append(re.search(r": (.*), so batches are padded", said)[1])
+
+    # 3. What was sampled and what was trained is what transformers computes
+    plain = load_plain(model)
+    expected = plain_logprobs(plain, rows)  # [n, 2]
+    gaps = []
+    if sampling == "hf":
+        sampled = torch.tensor([[c["logprob"] for c in row["candidates"]] for row in rows])
+        gap = ((sampled - expected).abs() / lengths(rows)).max().item()
+        gaps.append(agree("a sampled answer's log-prob per token", gap, 1e-4))
     first, last = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
+    gradient = first_gradient(plain, expected)
     agree("the gradient's norm (relative)", abs(first["grad_norm"] / gradient - 1), 1e-3)
 
-    # 5. What was saved is what was trained
-    reloaded, info = load_plain(policy, output_loading_info=True)
+    # 4. What was saved is what was trained
+    reloaded, info = load_plain(folder / "policy", output_loading_info=True)
     lost = {kind: keys for kind, keys in info.items() if keys}
     if lost or not meta["changed_weights"]:
         raise Disagreement(f"export: {lost}, changed weights {meta['changed_weights']}")
@@ -359,6 +352,26 @@ def examine(name: str, folder: Path) -> Row:
     gaps.append(agree("the exported policy's log-prob per token", gap, 1e-4))
     outcome = "padded" if packing == "padded" else "packed"
     return Row(name, outcome, sampling, f"{max(gaps):.0e}", "; ".join(notes))
+
+
+def train(model: Path, folder: Path) -> str:
+    """dpo_train.py's two steps, from folder/pairs.jsonl to folder/policy; what it printed."""
+    return call(
+        dpo_train.main, "dpo_train.py", "--model", model, "--pairs", folder / "pairs.jsonl",
+        "--output", folder / "policy", "--beta", BETA, "--learning_rate", 1e-3, "--num_train_epochs", 2,
+        "--warmup_ratio", 0, "--min_lr_ratio", 0, "--save_dtype", "fp32",
+    )  # fmt: skip
+
+
+def first_gradient(plain, logprobs: torch.Tensor) -> float:
+    """The norm of DPO's gradient at the first step, where the policy is its own reference.
+
+    The loss is -log sigmoid(beta d) with d = 0, so its derivative to d is -beta / 2. logprobs: [n, 2] of `plain`.
+    """
+    margins = logprobs[:, 0] - logprobs[:, 1]  # [n]
+    (-BETA / 2 * margins).mean().backward()
+    norms = [p.grad.norm() for p in plain.parameters() if p.grad is not None]
+    return torch.stack(norms).norm().item()
 
 
 def message(refusal: SystemExit, model: Path) -> str:

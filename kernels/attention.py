@@ -192,6 +192,16 @@ AttentionMaskInterface.register(ATTENTION, packed_mask)
 # ---- which models ---------------------------------------------------------------------------------------------------
 
 
+def causal_lm_refusal(config) -> str | None:
+    """None for a decoder-only language model that transformers itself implements, else why it is none."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
+        return None
+    return (
+        f"{config.model_type} is no decoder-only language model of transformers' own. "
+        "Others cannot be trained here, and remote code is not run"
+    )
+
+
 def packing_refusal(config, max_length: int) -> str | None:
     """None where packing is exact for sequences (prompt + answer) of up to max_length tokens, else why it is not."""
     kind, model = config.model_type, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

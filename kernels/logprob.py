@@ -304,7 +304,7 @@ def logprob_from_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
 # What transformers does to the logits, by model type. A field's name does not tell which way it goes.
 SCALES = {
-    "cohere": lambda c: c.logit_scale,
+    "cohere": lambda c: c.logit_scale or 1.0,  # Cohere Compass may have None
     "granite": lambda c: 1 / c.logits_scaling,
     "hyperclovax": lambda c: c.logits_scaling,
     "minicpm3": lambda c: 1 / c.logits_scaling,  # on the hidden states there: the same thing

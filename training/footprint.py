@@ -57,12 +57,13 @@ def matmul_weights(layers, config) -> float:
 def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float:
     """Useful flops of forward and backward over pairs of (prompt, chosen, rejected) tokens; weights: N."""
     c = config.get_text_config()
-    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads = getattr(c, "num_attention_heads", None) or 0  # recurrent models have none, and no term for them here
+    dim = getattr(c, "head_dim", None) or c.hidden_size // max(1, heads)
     total = 0.0
     for p, y, n in lengths:
         looks = (p + y) * (p + y + 1) / 2 + n * p + n * (n + 1) / 2
         total += 6 * weights * (p + y + n) + 6 * c.vocab_size * c.hidden_size * (y + n)
-        total += 12 * c.num_hidden_layers * c.num_attention_heads * dim * looks
+        total += 12 * c.num_hidden_layers * heads * dim * looks
     return total
 
 
