@@ -60,7 +60,13 @@ from transformers.utils import logging as transformers_logging
 
 import chat
 import models
-from kernels.attention import ATTENTION, attention_implementation, causal_lm_refusal, packing_refusal
+from kernels.attention import (
+    ATTENTION,
+    attention_implementation,
+    causal_lm_refusal,
+    packing_refusal,
+    positions,
+)
 from kernels.logprob import backbone, linear_logprob, lm_head
 from records import Stop, dump, read_jsonl, whole
 from stage import Stage, parse, parser, progress, ranks, run, say, seed_of
@@ -189,7 +195,7 @@ def load_pairs(args, tokenizer, config, stage) -> list[dict]:
     """Token ids as int32 arrays, a tenth of a list's memory. What cannot be trained on is counted under a reason."""
     stop_ids = find_stop_ids(args.model, tokenizer, config)
     config = config.get_text_config()
-    limit = args.max_length or getattr(config, "max_position_embeddings", None) or sys.maxsize
+    limit = args.max_length or positions(config)
     pairs, total, rendered, endless, dropped = [], 0, 0, 0, Counter()
     for path in args.pairs:
         for line, row in enumerate(read_jsonl(path, dict.fromkeys(PARTS, (str, list))), 1):
@@ -334,7 +340,15 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     # The same pair twice gives the same numbers: nothing random is left on.
     short, long = shortest_and_longest(pairs, args.packing, args.tokens_per_batch)
     its_plan = [plan([long], [0], args)]
-    first = all_logprobs(policy, [long], its_plan, args.packing, device)[0]  # [2]
+    try:
+        first = all_logprobs(policy, [long], its_plan, args.packing, device)[0]  # [2]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever comes of a model whose code wants more than token ids, or other arguments
+        kind = config.model_type
+        raise Stop(
+            f"{path}: {kind} does not run on token ids as dpo_train.py gives them: {type(e).__name__}: {e}"
+        ) from e
     second = all_logprobs(policy, [long], its_plan, args.packing, device)[0]  # [2]
     checks.check_repeat(first, second, long, device.type, random_fields, path)
 
@@ -342,6 +356,7 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     its_plan = [plan([short], [0], args)]
     ours = all_logprobs(policy, [short], its_plan, args.packing, device)[0]  # [2]
     if rank == 0:
+        checks.check_causal(source, short, args.dtype, path)
         checks.check_model(ours, source, short, args.dtype, path)
     return policy
 

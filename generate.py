@@ -44,7 +44,7 @@ import transformers
 import chat
 import models
 import records
-from kernels.attention import attention_implementation, causal_lm_refusal
+from kernels.attention import attention_implementation, causal_lm_refusal, positions
 from kernels.logprob import backbone, linear_logprob, lm_head, logprob_from_logits
 from records import Stop
 from stage import Stage, die_with_parent, key_values, parse, parser, run, say, seed_of
@@ -136,8 +136,8 @@ class Policy:
         if not self.stop_ids:
             raise Stop(f"{self.name}: nothing says where an answer ends. Set eos_token_id in generation_config.json.")
 
-        own = getattr(self.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-        self.context = key_values("engine_args", args.engine_args).get("max_model_len") or own
+        asked = key_values("engine_args", args.engine_args).get("max_model_len")
+        self.context = asked or positions(self.config)
         self.max_prompt_length = min(args.max_prompt_length or sys.maxsize, self.context - args.max_new_tokens)
         self.longest = self.max_prompt_length  # prompt to come; check_prompts has seen them all and lowers it
 

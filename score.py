@@ -62,7 +62,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 import chat
 import models
 import records
-from kernels.attention import ATTENTION, attention_implementation, packing_refusal, prefix_layout
+from kernels.attention import ATTENTION, attention_implementation, packing_refusal, positions, prefix_layout
 from kernels.logprob import backbone, linear_logprob, lm_head
 from records import CANDIDATES, Stop, dump, finite
 from stage import Stage, key_values, parse, parser, run, seed_of
@@ -357,7 +357,7 @@ def load(path: str, kind: type, template: dict, args, device) -> Model:
             f"{path}: has {config.num_labels} labels (a plain language model counts as two); a reward model has "
             "one, whose logit is the reward. Call this one from a --reward_fn that makes one number of its outputs."
         )
-    limit = args.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    limit = args.max_length or positions(config)
     packs = packing_refusal(config, limit) is None
     if kind is RewardModel:  # of the last token's state it must make one product, and not what BERT makes of it
         made_by = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), object)

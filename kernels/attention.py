@@ -37,6 +37,7 @@ arXiv:2410.20305. They build the mask with FlexAttention; two segments need no c
 """
 
 import inspect
+import sys
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -190,6 +191,12 @@ AttentionMaskInterface.register(ATTENTION, packed_mask)
 
 
 # ---- which models ---------------------------------------------------------------------------------------------------
+
+
+def positions(config) -> int:
+    """Tokens that the model can read; sys.maxsize where its config sets no limit (XLNet's is -1)."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else sys.maxsize
 
 
 def causal_lm_refusal(config) -> str | None:

@@ -1,6 +1,7 @@
 """The trainer's checks before its first update. Each stops the run, for each means that it would train something else.
 
     check_repeat        two forward passes of the same pair agree: nothing random is left on
+    check_causal        no log-prob depends on the tokens behind it
     check_model         this trainer's log-probs of a short pair are those of transformers' own attention and logits
     audit               the generator's log-probs of its answers are those of this trainer
     check_first_loss    while the policy is its own reference, the loss is that of d = 0
@@ -104,6 +105,24 @@ def own_logprobs(model, pair: dict) -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]  # [|answer|, V]
         result.append(logprob_from_logits(logits, ids[0, -len(answer) :]).sum())
     return torch.stack(result)
+
+
+@torch.no_grad()
+def check_causal(model, pair: dict, dtype: str, where: str) -> None:
+    """No logit of the chosen answer depends on what is written behind it. model: transformers' own.
+
+    BERT, XLM or XLNet look both ways unless their config says otherwise: the policy would see the answer it predicts.
+    """
+    ids = torch.tensor(np.concatenate([pair["prompt"], pair["chosen"]]), dtype=torch.long)[None]  # [1, L]
+    known = max(1, ids.shape[1] // 2)
+    whole = model(input_ids=ids, use_cache=False).logits[0, :known]  # [L / 2, V]
+    alone = model(input_ids=ids[:, :known], use_cache=False).logits[0]  # [L / 2, V]
+    gap = (whole.float().log_softmax(-1) - alone.float().log_softmax(-1)).abs().mean().item()
+    if not gap <= (1e-4 if dtype == "fp32" else 0.1):
+        raise Stop(
+            f"{where}: the log-probs of a token depend on those behind it, by {gap:.2g} nats on average: it is no "
+            "causal language model as its config.json has it (is_decoder, causal, attn_type), and cannot be trained."
+        )
 
 
 def check_model(logprobs: torch.Tensor, model, pair: dict, dtype: str, where: str) -> None:

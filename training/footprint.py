@@ -54,16 +54,31 @@ def matmul_weights(layers, config) -> float:
     return sum(p.numel() * (used / len(p) if used and p.ndim == 3 else 1) for p in weights)
 
 
-def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float:
-    """Useful flops of forward and backward over pairs of (prompt, chosen, rejected) tokens; weights: N."""
+def attention_width(config) -> int:
+    """Heads times their size, summed over the layers. AttributeError where `config` does not say."""
+    layers = getattr(config, "per_layer_config", None)  # Gemma 4's layers differ
+    width = 0
+    for layer in layers or [config] * config.num_hidden_layers:
+        heads = layer.num_attention_heads
+        width += heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+    return width
+
+
+def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float | None:
+    """Useful flops of forward and backward over pairs of (prompt, chosen, rejected) tokens; weights: N.
+
+    None where the config does not tell the sizes that this needs: recurrent models, and some with words of their own.
+    """
     c = config.get_text_config()
-    heads = getattr(c, "num_attention_heads", None) or 0  # recurrent models have none, and no term for them here
-    dim = getattr(c, "head_dim", None) or c.hidden_size // max(1, heads)
+    try:
+        width, head = attention_width(c), c.vocab_size * c.hidden_size
+    except AttributeError:
+        return None
     total = 0.0
     for p, y, n in lengths:
         looks = (p + y) * (p + y + 1) / 2 + n * p + n * (n + 1) / 2
-        total += 6 * weights * (p + y + n) + 6 * c.vocab_size * c.hidden_size * (y + n)
-        total += 12 * c.num_hidden_layers * heads * dim * looks
+        total += 6 * weights * (p + y + n) + 6 * head * (y + n)
+        total += 12 * width * looks
     return total
 
 
@@ -73,9 +88,11 @@ def figures(policy, done: list[tuple[int, int, int]], seconds: float, device, dt
     result |= peak_memory(device)
     if seconds:  # a run that was killed after its last step has none left
         weights = matmul_weights(layers_of(policy), policy.model.config)
-        result["model_flops_per_second"] = speed = flops(weights, policy.model.config, done) / seconds
-        if dtype == "bf16" and (peak := peak_flops(device)):
-            result["mfu"] = speed / (peak * world)
+        work = flops(weights, policy.model.config, done)
+        if work is not None:
+            result["model_flops_per_second"] = work / seconds
+            if dtype == "bf16" and (peak := peak_flops(device)):
+                result["mfu"] = work / seconds / (peak * world)
     return result
 
 

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import models
-from records import remove
+from records import Stop, remove
 from stage import barrier, ranks, say
 
 # While rank 0 reads or writes a large model from a slow disk, the others wait for it in a collective.
@@ -139,7 +139,9 @@ def load_weights(policy, source, device, offload: bool) -> None:
     policy.to_empty(device="cpu" if offload else device)
     model.tie_weights()
     if model.config.tie_word_embeddings:
-        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "the tie came apart"
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            kind = type(model).__name__
+            raise Stop(f"{kind}: its config ties head and embedding, its code does not. Training would part them.")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, source.state_dict() if source else {}, options=options)
     for name, buffer in model.named_buffers():  # rotary frequencies and their like are in no state dict
