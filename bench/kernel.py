@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels.logprob as kernel
+from bench.headline import headline
 from kernels.logprob import linear_logprob
 
 MODELS = {"Qwen2.5-0.5B": (896, 151936), "Qwen2.5-1.5B": (1536, 151936), "Qwen2.5-7B": (3584, 151936),
@@ -230,7 +231,16 @@ def table(T, D, V, dtype, repeats, wanted):
     found.append(f"| our row kernel alone | {ms:.1f} | | | | {bandwidth:.3g} GB/s | | | |")
     head = ["| | forward ms | backward ms | both ms | x GEMMs | TFLOP/s of 6TVD | peak MiB | nats off | gradient off |",
             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    return "\n".join(head + found + lines)
+    return "\n".join(head + found + lines + ["", *headlines(f"{T}x{D}x{V}", best, bandwidth)])
+
+
+def headlines(shape: str, best: dict, bandwidth: float) -> list[str]:
+    """The GEMMs, our rows and the row kernel: what bench/gpu.sh shows of this table."""
+    lines = []
+    for name, (forward_ms, backward_ms) in best.items():
+        if name == GEMMS or name.startswith("ours"):
+            lines.append(headline(f"{name}, {shape}", forward_ms + backward_ms, "ms"))
+    return [*lines, headline(f"row kernel, {shape}", bandwidth, "GB/s")]
 
 
 def tune(T, D, V, dtype, repeats):

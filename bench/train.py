@@ -47,6 +47,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from bench.headline import headline
 from bench.trl_dpo import trl_trainer
 from records import dump
 from stage import parse
@@ -75,7 +76,11 @@ def build_model(folder: Path, shape: str, dtype: torch.dtype) -> None:
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 7B take a minute on a CPU
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # the contenders, processes of their own, need the memory
     vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, config.vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -161,11 +166,11 @@ class Done(Exception):
     pass
 
 
-def run_ours(task: dict, folder: Path) -> dict:
+def run_ours(task: dict, folder: Path, meter=None) -> dict:
     import dpo_train
     from training import fsdp
 
-    meter = Meter()
+    meter = meter or Meter()
 
     def log(row):  # dpo_train calls it at the end of each step
         meter.losses.append(row["loss"])
@@ -234,7 +239,8 @@ def measure(task: dict) -> dict:
             return json.loads((Path(folder) / "result.json").read_text())
     if "out of memory" in done.stderr.lower() or done.returncode == -9:
         return {"failed": "out of memory"}
-    raise SystemExit(f"{task['name']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    print(f"{task['name']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
+    return {"failed": f"failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1][:100]}"}
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------
@@ -281,9 +287,10 @@ def table(tasks: list[dict], lengths, config, peak_flops: float | None, toleranc
             lines.append(f"{t['name']:38} {ckpt:4} {failed}")
             continue
         t["median"] = statistics.median(s for r in t["runs"] for s in r["seconds"])
+        t["mfu"] = flops / t["median"] / peak_flops if peak_flops else None
         t["peak"] = statistics.median(r["peak"] for r in t["runs"])
         t["gap"] = max(abs(a - b) for r in t["runs"] for a, b in zip(r["losses"], reference, strict=True))
-        mfu = f"{flops / t['median'] / peak_flops:6.1%}" if peak_flops else f"{'':>6}"
+        mfu = f"{t['mfu']:6.1%}" if t["mfu"] else f"{'':>6}"
         lines.append(
             f"{t['name']:38} {ckpt:4} {t['median']:8.2f} {len(lengths) / t['median']:8.2f} "
             f"{answers / t['median']:12,.0f} {mfu} {t['peak'] / 2**20:8,.0f} {t['gap']:8.0e} "
@@ -307,6 +314,18 @@ def table(tasks: list[dict], lengths, config, peak_flops: float | None, toleranc
                f"{best['peak'] / peer['peak']:.2f}x its peak memory")
         )  # fmt: skip
     return lines
+
+
+def headlines(shape: str, task: dict) -> list[str]:
+    """What bench/gpu.sh shows of a contender that table() has seen."""
+    name = f"{shape}, {task['name']}" + ", checkpointing" * task["checkpointing"]
+    if "median" not in task:
+        return [f"headline: {name}: {task['runs'][-1]['failed']}"]
+    found = [headline(name, task["median"], "s/step"), headline(f"peak, {name}", task["peak"] / 2**30, "GiB")]
+    if task["mfu"]:
+        plain = task["side"] == "ours" and not task["compile"] and not task["checkpointing"]
+        found.append(headline(f"MFU, {shape if plain else name}", 100 * task["mfu"], "%"))
+    return found
 
 
 def main():
@@ -367,10 +386,13 @@ def main():
                     last = task["runs"][-1]
                     says = last.get("failed") or f"{statistics.median(last['seconds']):.2f} s/step"
                     print(f"  round {round + 1}: {task['name']}: {says}", file=sys.stderr, flush=True)
-                lines = ["", shape, *table(tasks, lengths, config, peak, 2e-2 if cuda else 1e-4)]
-                if args.save:  # after each round: what is measured is kept if the next one is cut short
-                    args.save.write_text("\n".join(out + lines) + "\n")
+                    measured = [t for t in tasks if "runs" in t]
+                    lines = ["", shape, *table(measured, lengths, config, peak, 2e-2 if cuda else 1e-4)]
+                    print("\n".join(headlines(shape, task)), flush=True)
+                    if args.save:  # each time: what is measured is kept if the next one is cut short
+                        args.save.write_text("\n".join(out + lines) + "\n")
         print("\n".join(lines), flush=True)
+        print("\n".join(f"headline: {shape}, {x}" for x in lines if x.startswith("checkpointing")), flush=True)
         out += lines
 
 

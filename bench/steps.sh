@@ -1,0 +1,54 @@
+# Sourced by bench/gpu.sh: steps of which none stops the others.
+#
+#     step NAME SECONDS COMMAND…   run it under `timeout`; its output goes to $log, a line about it to $summary
+#     skip NAME WHY                only the line
+#     finish                       print the summary; false if a step failed
+#
+# Below a step's line stand its headlines: the lines of its output that begin with "headline: " (bench/headline.py).
+# With list=1 nothing runs, and each step's name, seconds and command are printed. A slower machine takes the seconds
+# `slower` times.
+
+grace=5 # seconds from SIGTERM to SIGKILL
+slower=1
+list=
+failed=0
+
+# note LINE: to the summary, and to whoever watches.
+note() { printf '%s\n' "$1" | tee -a "$summary"; }
+
+step() {
+    local name=$1 seconds=$2 began=$SECONDS status=0 verdict from
+    shift 2
+    if [[ -n $list ]]; then
+        printf '%s\t%s\t%s\n' "$name" "$((seconds + grace))" "$*"
+        return
+    fi
+
+    printf '\n==== %s\n+ %s\n' "$name" "$*" >>"$log"
+    from=$(wc -c <"$log")
+    timeout --kill-after="$grace" "$((seconds * slower))" "$@" </dev/null >>"$log" 2>&1 || status=$?
+
+    case $status in
+        0) verdict=ok ;;
+        124 | 137) verdict="timed out" ;;
+        *) verdict="failed ($status)" ;;
+    esac
+    note "$(printf '%-22s %-12s %5d s' "$name" "$verdict" "$((SECONDS - began))")"
+    tail -c +"$((from + 1))" "$log" | sed -n 's/^headline: /    /p' | tee -a "$summary"
+    if ((status)); then
+        failed=1
+        note "    last words: $(tail -c +"$((from + 1))" "$log" | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-200)"
+    fi
+}
+
+skip() {
+    [[ -z $list ]] || return 0
+    note "$(printf '%-22s left out: %s' "$1" "$2")"
+}
+
+finish() {
+    [[ -z $list ]] || return 0
+    printf '\nThe summary again, %s:\n\n' "$summary"
+    cat "$summary"
+    return "$failed"
+}
