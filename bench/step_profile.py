@@ -26,12 +26,13 @@ from stage import parse
 # The first that is found in a kernel's name, or in that of one of torch's operations on a CPU, is its kind.
 KINDS = {
     "row kernel": r"row_kernel",
+    "compiled layers": r"triton_",
+    "communication": r"nccl",
     "attention": r"flash|fmha|attention|softmax",
     "matrix product": r"gemm|nvjet|cutlass|xmma|cublas|\bmm\b|addmm|bmm|::linear",
     "optimizer": r"multi_tensor|adam|foreach",
     "copy and cast": r"memcpy|memset|copy|::_?to\b|cat|::clone|::contiguous|fill|zero",
     "reduction": r"reduce|sum|mean|norm",
-    "compiled elementwise": r"triton_",
     "elementwise": r"elementwise|::mul|::add|::div|::silu|::neg|::pow|::exp|::sub",
     "gather and scatter": r"index|embedding|gather|scatter|sort",
 }

@@ -20,7 +20,7 @@ step() {
     local name=$1 seconds=$2 began=$SECONDS status=0 verdict from
     shift 2
     if [[ -n $list ]]; then
-        printf '%s\t%s\t%s\n' "$name" "$((seconds + grace))" "$*"
+        printf '%s\t%s\t%s\n' "$name" "$((seconds + grace))" "${*@Q}"
         return
     fi
 
