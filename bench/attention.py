@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from bench.headline import headline
 from kernels.attention import packed_attention, packed_layout, prefix_layout
 
 SHAPES = {"Qwen2.5-0.5B": (14, 2, 64), "Qwen2.5-1.5B": (12, 2, 128), "Qwen2.5-7B": (28, 4, 128)}  # H, Hkv, D
@@ -110,6 +111,8 @@ def main():
             ms = milliseconds(partial(step, forward, inputs, upstream), device)
             baseline = baseline or ms
             print(f"  {label:14} {batch * tokens:7} tokens {ms:9.2f} ms  {baseline / ms:5.2f}x")
+        print(headline(f"attention, {name}, prefix-shared against padded", baseline / ms, "times the speed"))
+        print(headline(f"attention, {name}, largest error", max(errors.values()), "of the largest entry"), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import dpo_train
+from bench.headline import headline
 from records import CANDIDATES, dump, read_jsonl
 from stage import parse
 from training.batches import cost, microbatches
@@ -102,6 +103,11 @@ def measure(args, backend: str, dtype: str, longest: int, folder: Path) -> list[
             f"   {(d / n**0.5).mean():7.1e} {(d / n**0.5).max():7.1e}"
         )
         print(lines[-1], flush=True)
+        if name == "none":
+            gap = d / n**0.5
+            case = f"audit, {backend}, {dtype}, {n.mean():.0f} tokens"
+            print(headline(f"{case}, mean gap", gap.mean(), "nats / sqrt(token)"))
+            print(headline(f"{case}, largest", gap.max(), "nats / sqrt(token)"), flush=True)
     return lines
 
 

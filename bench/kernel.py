@@ -247,18 +247,27 @@ def tune(T, D, V, dtype, repeats):
     """The constants of kernels/logprob.py, measured: lines to choose from."""
     hidden, weight, targets, g = inputs(T, D, V, dtype)
     lines, defaults = [], (kernel.BLOCK, kernel.WARPS)
+    speeds, times = {}, {}  # what was tried -> GB/s, milliseconds
     if CUDA:
         for block in (1024, 2048, 4096, 8192):
             for warps in (4, 8, 16):
                 kernel.BLOCK, kernel.WARPS = block, warps
                 bandwidth = row_kernel_alone(hidden, weight, targets)[1]
                 lines.append(f"| BLOCK {block}, WARPS {warps} | {bandwidth:.0f} GB/s |")
+                speeds[f"BLOCK {block}, WARPS {warps}"] = bandwidth
         kernel.BLOCK, kernel.WARPS = defaults
     for chunk in (512, 1024, 2048, 4096, 8192) if CUDA else (32, 64, 128, 256, 512, 1024):
         kernel.CHUNK[DEVICE] = chunk
         f = partial(linear_logprob, stash_bytes=1 << 50)
         best = min(sum(step(f, hidden, weight, targets, g)) for _ in range(repeats + 1))
         lines.append(f"| CHUNK {chunk} | {best:.1f} ms |")
+        times[f"CHUNK {chunk}"] = best
+    lines.append("")
+    if speeds:
+        fastest = max(speeds, key=speeds.get)
+        lines.append(headline(f"fastest row kernel, {T}x{D}x{V}, {fastest}", speeds[fastest], "GB/s"))
+    fastest = min(times, key=times.get)
+    lines.append(headline(f"fastest, {T}x{D}x{V}, {fastest}", times[fastest], "ms"))
     return "\n".join(["| | |", "|---|---|", *lines])
 
 

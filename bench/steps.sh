@@ -2,12 +2,14 @@
 #
 #     step NAME SECONDS COMMAND…   run it under `timeout`; its output goes to $log, a line about it to $summary
 #     skip NAME WHY                only the line
+#     pick PATTERN                 lines of the last step's output that match, as headlines
 #     finish                       print the summary; false if a step failed
 #
 # Below a step's line stand its headlines: the lines of its output that begin with "headline: " (bench/headline.py).
 # With list=1 nothing runs, and each step's name, seconds and command are printed. A slower machine takes the seconds
 # `slower` times.
 
+from=0 # where the last step's output begins in $log
 grace=5 # seconds from SIGTERM to SIGKILL
 slower=1
 list=
@@ -17,7 +19,7 @@ failed=0
 note() { printf '%s\n' "$1" | tee -a "$summary"; }
 
 step() {
-    local name=$1 seconds=$2 began=$SECONDS status=0 verdict from
+    local name=$1 seconds=$2 began=$SECONDS status=0 verdict
     shift 2
     if [[ -n $list ]]; then
         printf '%s\t%s\t%s\n' "$name" "$((seconds + grace))" "${*@Q}"
@@ -34,11 +36,19 @@ step() {
         *) verdict="failed ($status)" ;;
     esac
     note "$(printf '%-22s %-12s %5d s' "$name" "$verdict" "$((SECONDS - began))")"
-    tail -c +"$((from + 1))" "$log" | sed -n 's/^headline: /    /p' | tee -a "$summary"
-    if ((status)); then
-        failed=1
-        note "    last words: $(tail -c +"$((from + 1))" "$log" | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-200)"
+    output | sed -n 's/^headline: /    /p' | tee -a "$summary"
+    if ((status)) || ! output | grep -q '^headline: '; then
+        note "    last words: $(output | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-200)"
     fi
+    ((status == 0)) || failed=1
+}
+
+# output: of the last step.
+output() { tail -c +"$((from + 1))" "$log"; }
+
+pick() {
+    [[ -z $list ]] || return 0
+    output | grep -E "$1" | sed 's/^ */    /' | tee -a "$summary"
 }
 
 skip() {

@@ -88,6 +88,7 @@ STEPS = """
 . bench/steps.sh
 summary=$1/summary.txt log=$1/log.txt grace=1
 step "goes well" 20 echo "headline: products: 3 ms (predicted 2: 1.50 times)"
+pick "times"
 step "goes wrong" 20 bash -c 'echo why; exit 3'
 step "hangs" 1 sleep 60
 step "cannot be stopped" 1 bash -c 'trap "" TERM; while true; do sleep 0.2; done'
@@ -114,7 +115,9 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(tmp_path):
         "comes last ok",
     ]
     assert lines[1] == "    products: 3 ms (predicted 2: 1.50 times)"
+    assert lines[2] == "    headline: products: 3 ms (predicted 2: 1.50 times)"  # what was picked
     assert "    last words: why" in lines
+    assert lines[-1] == "    last words: done"  # what has no headline
     assert any(line.split(maxsplit=2)[:2] == ["needs", "more"] for line in lines)
     assert done.stdout.endswith((tmp_path / "summary.txt").read_text())
     assert "==== comes last\n+ echo done\ndone\n" in (tmp_path / "log.txt").read_text()
