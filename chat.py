@@ -159,7 +159,9 @@ def ends(answer_ids: list[int], stop_ids: list[int]) -> bool:
 # What each stage encodes
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict], where: str, template_kwargs: dict) -> list[int]:
+def encode_prompt(
+    tokenizer, prompt: str | list[dict], where: str, template_kwargs: dict
+) -> list[int]:
     """Token ids of a prompt that this model is to answer, up to where its answer begins."""
     if isinstance(prompt, str):
         ids = encode_text(tokenizer, prompt)
@@ -170,7 +172,9 @@ def encode_prompt(tokenizer, prompt: str | list[dict], where: str, template_kwar
     return ids
 
 
-def encode_for_reward(tokenizer, prompt: str | list[dict], answer: str, where: str, template_kwargs: dict) -> list[int]:
+def encode_for_reward(
+    tokenizer, prompt: str | list[dict], answer: str, where: str, template_kwargs: dict
+) -> list[int]:
     """Token ids of the policy's prompt and answer as a reward model reads them.
 
     tokenizer: the reward model's own, which need have nothing in common with the policy's.

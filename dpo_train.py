@@ -18,19 +18,23 @@ For a prompt x with answers y_w (chosen) and y_l (rejected) let
                                                        and r, so that an answer's length does not set the target
     … + c (-l_w / |y_w|)                               c = --nll_coef, the chosen answer's loss per token
 
-The loss of a step is the mean over all its pairs, of all ranks and microbatches: however they are cut, the gradient is
-the same. What happens, in order:
+The loss of a step is the mean over all its pairs, of all ranks and microbatches: however they are
+cut, the gradient is the same. What happens, in order:
 
-  1. Read the pairs. The token ids that the generator wrote are trained as they are; nothing is tokenised twice.
-  2. Compute r once, before the first step. By default the reference *is* the policy just loaded, so one pass without
-     gradients gives r, and no second model exists at any time. r is kept beside the pairs under the hash of both.
-  3. Audit (training/checks.py). The generator stored each answer's log-prob, and r is that same number from other code.
-     When they are far apart, something upstream is wrong (template, doubled BOS, old weights), and the run stops.
-  4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once (training/batches.py and
-     attention.py); log-probs come from kernels/logprob.py, which never holds the logits. FSDP2 shards the weights
-     (training/fsdp.py), and they are fp32, always: at a learning rate of 5e-7, AdamW on bf16 weights rounds nearly
-     every update away.
-  5. Save a Hugging Face folder. SIGTERM or Ctrl-C in training saves a checkpoint; the same command goes on from it.
+  1. Read the pairs. The token ids that the generator wrote are trained as they are; nothing is
+     tokenised twice.
+  2. Compute r once, before the first step. By default the reference *is* the policy just loaded, so
+     one pass without gradients gives r, and no second model exists at any time. r is kept beside
+     the pairs under the hash of both.
+  3. Audit (training/checks.py). The generator stored each answer's log-prob, and r is that same
+     number from other code. When they are far apart, something upstream is wrong (template, doubled
+     BOS, old weights), and the run stops.
+  4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once
+     (training/batches.py and attention.py); log-probs come from kernels/logprob.py, which never
+     holds the logits. FSDP2 shards the weights (training/fsdp.py), and they are fp32, always: at a
+     learning rate of 5e-7, AdamW on bf16 weights rounds nearly every update away.
+  5. Save a Hugging Face folder. SIGTERM or Ctrl-C in training saves a checkpoint; the same command
+     goes on from it.
 """
 
 import gc
@@ -48,8 +52,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-# Microbatches differ in size, and the GPU's free memory would fall into pieces. torch reads this when it is imported.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+# Microbatches differ in size, and the GPU's free memory would fall into pieces. torch reads this
+# when it is imported.
+os.environ.setdefault(
+    "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+)
 
 import numpy as np
 import torch
@@ -74,7 +81,8 @@ from training import checks, footprint, fsdp
 from training.batches import PARTS, cost, feed, microbatches, shortest_and_longest
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# These may change when a run goes on after an interruption: some change rounding, others nothing at all.
+# These may change when a run goes on after an interruption: some change rounding, others nothing at
+# all.
 FREE = ("tokens_per_batch", "gradient_checkpointing", "cpu_offload", "shard_size", "world_size")
 FREE += ("save_every", "report_to", "max_logprob_gap", "dry_run")
 INTERRUPTED = 75  # EX_TEMPFAIL: "try again later"; iterate.sh tells it from a failure
@@ -163,14 +171,15 @@ def check_flags(args, device, world: int) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss
 
 
 def dpo_loss(policy, reference, lengths, beta: float, args) -> torch.Tensor:
     """The loss of each pair, [n]; its equations stand at the top of the file.
 
-    policy, reference: [n, 2] fp32, log-probs of (chosen, rejected) answers. lengths: [n, 2], their tokens.
+    policy, reference: [n, 2] fp32, log-probs of (chosen, rejected) answers. lengths: [n, 2], their
+    tokens.
     """
     e, a = args.label_smoothing or 0.0, args.length_coef or 0.0
     ratio = policy - reference  # [n, 2]
@@ -187,12 +196,14 @@ def dpo_loss(policy, reference, lengths, beta: float, args) -> torch.Tensor:
     return loss - args.nll_coef * policy[:, 0] / lengths[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The data
 
 
 def load_pairs(args, tokenizer, config, stage) -> list[dict]:
-    """Token ids as int32 arrays, a tenth of a list's memory. What cannot be trained on is counted under a reason."""
+    """Token ids as int32 arrays, a tenth of a list's memory. What cannot be trained on is counted
+    under a reason.
+    """
     stop_ids = find_stop_ids(args.model, tokenizer, config)
     config = config.get_text_config()
     limit = args.max_length or positions(config)
@@ -208,7 +219,9 @@ def load_pairs(args, tokenizer, config, stage) -> list[dict]:
                 if ids and not all(chat.ends(answer, stop_ids) for answer in ids[1:]):
                     endless += 1
             elif None in ids:
-                raise Stop(f"{where}: prompt_, chosen_ and rejected_token_ids come together, or not at all")
+                raise Stop(
+                    f"{where}: prompt_, chosen_ and rejected_token_ids come together, or not at all"
+                )
             if ids is None:
                 dropped["template_not_prefix"] += 1
             elif not all(ids):
@@ -216,7 +229,9 @@ def load_pairs(args, tokenizer, config, stage) -> list[dict]:
             elif len(ids[0]) + max(len(ids[1]), len(ids[2])) > limit:
                 dropped["too_long"] += 1
             elif not 0 <= min(map(min, ids)) <= max(map(max, ids)) < config.vocab_size:
-                raise Stop(f"{where}: a token id outside 0 … {config.vocab_size - 1}: another model's tokenizer?")
+                raise Stop(
+                    f"{where}: a token id outside 0 … {config.vocab_size - 1}: another model's tokenizer?"
+                )
             else:
                 pair = {k: np.asarray(x, dtype=np.int32) for k, x in zip(PARTS, ids, strict=True)}
                 pair["id"] = row.get("id", where)
@@ -224,14 +239,18 @@ def load_pairs(args, tokenizer, config, stage) -> list[dict]:
                     pair[f"{k}s"] = [row.get(f"{answer}_{k}") for answer in PARTS[1:]]
                 pairs.append(pair)
     if rendered:
-        say(f"{rendered:,} pairs carry no token ids: rendered with the tokenizer and chat template of {args.model}")
+        say(
+            f"{rendered:,} pairs carry no token ids: rendered with the tokenizer and chat template of {args.model}"
+        )
     if endless:
         say(
             f"note: in {endless:,} of them the chat template writes no stop id behind an answer, "
             f"so training does not teach where to end (stop ids: {stop_ids})"
         )
     if not pairs:
-        raise Stop(f"{', '.join(args.pairs)}: none of {total:,} pairs can be trained on: {dict(dropped)}")
+        raise Stop(
+            f"{', '.join(args.pairs)}: none of {total:,} pairs can be trained on: {dict(dropped)}"
+        )
     stage.count("rows", total, len(pairs), dropped)
     return pairs
 
@@ -250,21 +269,28 @@ def plan(pairs: list[dict], step: list[int], args) -> list[list[list[int]]]:
 
 
 def plan_all(pairs: list[dict], args) -> list:
-    """The plan of every step of every epoch, decided in advance: nothing of it needs saving in a checkpoint."""
+    """The plan of every step of every epoch, decided in advance: nothing of it needs saving in a
+    checkpoint.
+    """
     plans = []
     for epoch in range(args.num_train_epochs):
         order = list(range(len(pairs)))
         random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
-        plans += [plan(pairs, order[i : i + args.batch_size], args) for i in range(0, len(order), args.batch_size)]
+        plans += [
+            plan(pairs, order[i : i + args.batch_size], args)
+            for i in range(0, len(order), args.batch_size)
+        ]
     return plans
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The policy
 
 
 def choose_packing(args, config, longest: int) -> None:
-    """Settle --packing for sequences of up to `longest` tokens. Stop where there is no way to train the model."""
+    """Settle --packing for sequences of up to `longest` tokens. Stop where there is no way to train
+    the model.
+    """
     if refusal := causal_lm_refusal(config):
         raise Stop(f"{args.model}: {refusal}.")
     refusal = packing_refusal(config, longest)
@@ -290,13 +316,21 @@ class Policy(torch.nn.Module):
         output = backbone(self.model)(**batch["inputs"], use_cache=False)
         hidden = output.last_hidden_state  # [1, T, D] or [2n, L, D]
         hidden = hidden.flatten(0, 1)[batch["positions"]]  # [Tc, D]
-        logprobs = linear_logprob(hidden, targets=batch["targets"], **lm_head(self.model))  # [Tc] fp32
-        sums = [y.sum() for y in logprobs.split(batch["split"])]  # 2n scalars: chosen, rejected, chosen, …
-        return torch.stack([torch.stack(sums[0::2]), torch.stack(sums[1::2])], dim=1)  # [n, 2]; FSDP wants no view
+        logprobs = linear_logprob(
+            hidden, targets=batch["targets"], **lm_head(self.model)
+        )  # [Tc] fp32
+        sums = [
+            y.sum() for y in logprobs.split(batch["split"])
+        ]  # 2n scalars: chosen, rejected, chosen, …
+        return torch.stack(
+            [torch.stack(sums[0::2]), torch.stack(sums[1::2])], dim=1
+        )  # [n, 2]; FSDP wants no view
 
 
 def build_model(config, args, dtype):
-    """The model that `config` describes, without its weights: on the meta device, or where torch is told to put it."""
+    """The model that `config` describes, without its weights: on the meta device, or where torch is
+    told to put it.
+    """
     checks.switch_off_dropout(config)
     attention = attention_implementation(config) if args.packing == "padded" else ATTENTION
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -312,7 +346,9 @@ def build_model(config, args, dtype):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for layer in fsdp.layers_of(model):
-            layer.training = True  # of the layer alone, not of what is in it: else none is recomputed
+            layer.training = (
+                True  # of the layer alone, not of what is in it: else none is recomputed
+            )
     return model
 
 
@@ -320,7 +356,9 @@ def build_policy(config, args, device_type: str, world: int) -> Policy:
     """A sharded fp32 Policy on the meta device: every tensor has its shape, and none has memory."""
     with torch.device("meta"):
         policy = Policy(build_model(config, args, torch.float32))
-    return fsdp.shard(policy, DTYPES[args.dtype], args.shard_size, args.cpu_offload, device_type, world)
+    return fsdp.shard(
+        policy, DTYPES[args.dtype], args.shard_size, args.cpu_offload, device_type, world
+    )
 
 
 def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
@@ -333,7 +371,10 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     policy = build_policy(config, args, device.type, world)
     source = None
     if rank == 0:
-        dtype, plain = torch.float32 if args.dtype == "fp32" else "auto", attention_implementation(config)
+        dtype, plain = (
+            torch.float32 if args.dtype == "fp32" else "auto",
+            attention_implementation(config),
+        )
         source = models.load_model(AutoModelForCausalLM, path, dtype, plain)
     fsdp.load_weights(policy, source, device, args.cpu_offload)
 
@@ -344,7 +385,9 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
         first = all_logprobs(policy, [long], its_plan, args.packing, device)[0]  # [2]
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:  # whatever comes of a model whose code wants more than token ids, or other arguments
+    except (
+        Exception
+    ) as e:  # whatever comes of a model whose code wants more than token ids, or other arguments
         kind = config.model_type
         raise Stop(
             f"{path}: {kind} does not run on token ids as dpo_train.py gives them: {type(e).__name__}: {e}"
@@ -363,7 +406,9 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
 
 @torch.no_grad()
 def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> torch.Tensor:
-    """[n, 2] fp32 on the CPU: log-probs of all pairs, which are those of `plans` ([step][rank] -> microbatches)."""
+    """[n, 2] fp32 on the CPU: log-probs of all pairs, which are those of `plans` ([step][rank] ->
+    microbatches).
+    """
     result = torch.zeros(len(pairs), 2, device=device)
     mine = [batch for step in plans for batch in step[ranks()[0]]]
     with progress(len(mine), "log-probs", "batch") as bar:
@@ -372,27 +417,40 @@ def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -
             if batch:  # a rank without pairs takes part in the collectives only
                 result[inputs["rows"]] = logprobs
             bar.update()
-    fsdp.reshard(policy)  # without a backward the root stays whole, and an optimizer made now would train the copy
+    fsdp.reshard(
+        policy
+    )  # without a backward the root stays whole, and an optimizer made now would train the copy
     dist.all_reduce(result)  # each pair was one rank's, and adding zeros is exact
     return result.cpu()
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The reference
 
 
 def reference_logprobs(compute, pairs: list[dict], plans: list, args, stage) -> torch.Tensor:
-    """r of every pair, [n, 2] fp32 on the CPU: from the file beside the pairs, or else from compute() -> [n, 2].
+    """r of every pair, [n, 2] fp32 on the CPU: from the file beside the pairs, or else from
+    compute() -> [n, 2].
 
-    The file is named by a hash of the reference, of the very token ids and of how they lie in microbatches, for that is
-    how they round; it holds the numbers and then their sha256, so that damage is noticed.
+    The file is named by a hash of the reference, of the very token ids and of how they lie in
+    microbatches, for that is how they round; it holds the numbers and then their sha256, so that
+    damage is noticed.
     """
-    identity = [stage.hashes.get("ref_model", stage.hashes["model"]), args.dtype, args.packing, plans]
-    key = hashlib.sha256(json.dumps([*identity, [len(p[k]) for p in pairs for k in PARTS]]).encode())
+    identity = [
+        stage.hashes.get("ref_model", stage.hashes["model"]),
+        args.dtype,
+        args.packing,
+        plans,
+    ]
+    key = hashlib.sha256(
+        json.dumps([*identity, [len(p[k]) for p in pairs for k in PARTS]]).encode()
+    )
     for ids in (pair[k] for pair in pairs for k in PARTS):
         key.update(ids)
     file = Path(f"{args.pairs[0]}.reference-{key.hexdigest()[:16]}")
-    cached = [None]  # one rank looks and tells the others: file systems need not show all of them the same
+    cached = [
+        None
+    ]  # one rank looks and tells the others: file systems need not show all of them the same
     if ranks()[0] == 0 and file.exists():
         content = file.read_bytes()
         if hashlib.sha256(content[:-32]).digest() == content[-32:]:
@@ -418,12 +476,14 @@ def reference_logprobs(compute, pairs: list[dict], plans: list, args, stage) -> 
     return result
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
 def learning_rate(step: int, steps: int, args) -> float:
-    """Linear warm-up that wastes no step at zero, then cosine or linear down to min_lr_ratio at the last step."""
+    """Linear warm-up that wastes no step at zero, then cosine or linear down to min_lr_ratio at the
+    last step.
+    """
     warmup = math.ceil(args.warmup_ratio * steps)
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
@@ -442,21 +502,32 @@ METRICS = (  # TRL's names and some of ours; each is the mean over all pairs of 
 
 
 def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict:
-    """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches of indices into pairs.
+    """All steps; a row a step in train.jsonl. plans: [step][rank] -> microbatches of indices into
+    pairs.
 
     Returns figures for the metadata. SIGTERM and Ctrl-C end it after a step and a checkpoint.
     """
     rank, world = ranks()
     steps, epoch_steps = len(plans), len(plans) // args.num_train_epochs
     optimizer = torch.optim.AdamW(
-        policy.parameters(), betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=device.type == "cuda"
+        policy.parameters(),
+        betas=tuple(args.adam_betas),
+        weight_decay=args.weight_decay,
+        fused=device.type == "cuda",
     )
     first = fsdp.load_checkpoint(stage.parts, policy, optimizer)
     say(f"{steps} steps" + (f"; going on after step {first}" if first else ""))
-    log = open_log(stage.parts / "train.jsonl", first, args.report_to) if rank == 0 else lambda row: None
+    log = (
+        open_log(stage.parts / "train.jsonl", first, args.report_to)
+        if rank == 0
+        else lambda row: None
+    )
     bar = progress(steps, "train", "step", first)
     stopping = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # and no other end from here on: the export is worth waiting for
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # and no other end from here on: the export is worth waiting for
         signal.signal(number, lambda *_: stopping.append(True))
     sizes = [tuple(len(pair[k]) for k in PARTS) for pair in pairs]
     total_seconds = 0.0
@@ -472,8 +543,9 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         losses = {}  # pair -> loss, of this rank
         sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
         for k, batch in enumerate(mine):
-            # Gradients are reduced to shards after every microbatch: kept whole in between they would take 4 bytes a
-            # weight on every rank (28 GiB for 7B). Those of copies of the model (HSDP) are added up once, at the end.
+            # Gradients are reduced to shards after every microbatch: kept whole in between they
+            # would take 4 bytes a weight on every rank (28 GiB for 7B). Those of copies of the
+            # model (HSDP) are added up once, at the end.
             policy.set_requires_all_reduce(k == len(mine) - 1)
             inputs = next(microbatch)
             logprobs = policy(inputs)  # [n, 2]
@@ -482,7 +554,9 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
                 continue
             ref, lengths = reference_there[inputs["rows"]], inputs["lengths"]  # [n, 2]
             loss = dpo_loss(logprobs, ref, lengths, beta, args)  # [n]
-            (loss.sum() * world / count).backward()  # FSDP divides by the ranks; we want the mean over the step's pairs
+            (
+                loss.sum() * world / count
+            ).backward()  # FSDP divides by the ranks; we want the mean over the step's pairs
             with torch.no_grad():
                 rewards = beta * (logprobs - ref)  # [n, 2]
                 margins, fell = rewards[:, 0] - rewards[:, 1], logprobs[:, 0] < ref[:, 0]
@@ -507,8 +581,13 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
                 "Look at those pairs, or begin again (--overwrite) with a lower --learning_rate."
             )
         if step == 0 and args.ref_model is None:
-            ref, lengths = reference[this_step], torch.tensor([sizes[i][1:] for i in this_step])  # [n, 2]
-            checks.check_first_loss(row["loss"], dpo_loss(ref, ref, lengths, beta, args).mean().item(), args.dtype)
+            ref, lengths = (
+                reference[this_step],
+                torch.tensor([sizes[i][1:] for i in this_step]),
+            )  # [n, 2]
+            checks.check_first_loss(
+                row["loss"], dpo_loss(ref, ref, lengths, beta, args).mean().item(), args.dtype
+            )
         rate = learning_rate(step, steps, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -526,11 +605,15 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         accuracy, speed = f"{row['rewards/accuracies']:.2f}", f"{tokens / seconds:.0f}"
         bar.set_postfix(loss=f"{row['loss']:.4f}", acc=accuracy, tok_s=speed, refresh=False)
         bar.update()
-        due = args.save_every and ((step + 1) % args.save_every == 0 or step + 1 == steps)  # an export may fail, too
+        due = args.save_every and (
+            (step + 1) % args.save_every == 0 or step + 1 == steps
+        )  # an export may fail, too
         if stop or due:
             fsdp.save_checkpoint(stage.parts, policy, optimizer, step + 1)
         if stop:
-            say(f"interrupted: saved after step {step + 1} of {steps}; the same command goes on from there")
+            say(
+                f"interrupted: saved after step {step + 1} of {steps}; the same command goes on from there"
+            )
             fsdp.leave()
             sys.exit(INTERRUPTED)
     bar.close()
@@ -539,7 +622,9 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
 
 
 def open_log(path: Path, done: int, report_to: str):
-    """A function that appends a row to train.jsonl, behind the first `done` rows, and shows it on the dashboard."""
+    """A function that appends a row to train.jsonl, behind the first `done` rows, and shows it on
+    the dashboard.
+    """
     rows = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
     path.write_text("".join(rows))
     if report_to == "tensorboard":
@@ -563,7 +648,7 @@ def open_log(path: Path, done: int, report_to: str):
     return log
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def dry_run(args) -> None:
@@ -573,13 +658,17 @@ def dry_run(args) -> None:
     check_flags(args, torch.device("cuda"), world)
     config = models.load_config(args.model)
     choose_packing(args, config, 550)  # 200 + 350, the pair that footprint.py counts with
-    dist.init_process_group("fake", rank=0, world_size=world)  # collectives that do nothing: shapes are all we need
+    dist.init_process_group(
+        "fake", rank=0, world_size=world
+    )  # collectives that do nothing: shapes are all we need
     policy = build_policy(config, args, "cpu", world)
     gathered = lambda: Policy(build_model(config, args, DTYPES[args.dtype]))  # noqa: E731
     rows = footprint.predict(policy, gathered, args.tokens_per_batch, args.packing)
     lines = footprint.table(rows, args.cpu_offload)
     if (args.shard_size or world) == 1:
-        lines += "\n" + footprint.staying_gathered(rows, policy, DTYPES[args.dtype], args.cpu_offload)
+        lines += "\n" + footprint.staying_gathered(
+            rows, policy, DTYPES[args.dtype], args.cpu_offload
+        )
     say(f"{args.model}, rank 0 of {world}, {args.dtype}, GiB:\n{lines}")
 
 
@@ -603,7 +692,11 @@ def main():
     config = models.load_config(args.model)
     tokenizer = models.load_tokenizer(args.model)
     pairs = load_pairs(args, tokenizer, config, stage)
-    choose_packing(args, config, max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs))
+    choose_packing(
+        args,
+        config,
+        max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in pairs),
+    )
     plans = plan_all(pairs, args)
 
     # 2. The reference, once, in the very microbatches of the first epoch: it rounds as the policy will
@@ -618,23 +711,33 @@ def main():
     else:
         theirs = models.load_config(args.ref_model)
         if theirs.get_text_config().vocab_size != config.get_text_config().vocab_size:
-            raise Stop(f"--ref_model {args.ref_model} and --model {args.model} have vocabularies of different sizes")
+            raise Stop(
+                f"--ref_model {args.ref_model} and --model {args.model} have vocabularies of different sizes"
+            )
         compute = lambda: logprobs(load(args.ref_model), pairs, first_epoch)  # noqa: E731
         reference = reference_logprobs(compute, pairs, first_epoch, args, stage)
-        gc.collect()  # FSDP's modules refer to each other: without this the reference would stay beside the policy
+        # FSDP's modules refer to each other: without this the reference would stay beside the
+        # policy
+        gc.collect()
         torch.cuda.empty_cache()
         policy = load(args.model)
         # To audit, a step's worth of what this policy wrote.
         own = [pair for pair in pairs if stage.hashes["model"] in pair["models"]][: args.batch_size]
-        own_logprobs = logprobs(policy, own, [plan(own, list(range(len(own))), args)] if own else [])
+        own_logprobs = logprobs(
+            policy, own, [plan(own, list(range(len(own))), args)] if own else []
+        )
 
     # 3. Audit, 4. train, 5. save
-    audited = checks.audit(own, own_logprobs, stage.hashes["model"], args.dtype, args.max_logprob_gap)
+    audited = checks.audit(
+        own, own_logprobs, stage.hashes["model"], args.dtype, args.max_logprob_gap
+    )
     figures = train(policy, pairs, reference, plans, args, stage, device)
     weights = fsdp.gather_weights(policy)
     if ranks()[0] == 0:
         with whole(stage.output) as folder:
-            changed = fsdp.export(weights, args.model, DTYPES.get(args.save_dtype), tokenizer, folder)
+            changed = fsdp.export(
+                weights, args.model, DTYPES.get(args.save_dtype), tokenizer, folder
+            )
             with whole(stage.output.with_name("train.jsonl")) as log:
                 log.write_bytes((stage.parts / "train.jsonl").read_bytes())
             stage.write_meta(audit=audited, changed_weights=changed, train=figures)

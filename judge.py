@@ -3,9 +3,9 @@
     python judge.py --candidates candidates.jsonl --output scored.jsonl \\
         --judge_url http://localhost:8000/v1 --judge_model Qwen/Qwen3-32B
 
-Any OpenAI-compatible server will do; its key comes from OPENAI_API_KEY alone. With v(a, b) = 1 where
-the answer shown first wins, 0 where the second does and 1/2 for a tie, an answer's score is its win
-rate, free of the judge's preference for a place:
+Any OpenAI-compatible server will do; its key comes from OPENAI_API_KEY alone. With v(a, b) = 1
+where the answer shown first wins, 0 where the second does and 1/2 for a tie, an answer's score is
+its win rate, free of the judge's preference for a place:
 
     rewards.judge = mean over opponents j of [v(i, j) + 1 - v(j, i)] / 2
     reward       += judge_weight * rewards.judge
@@ -14,18 +14,18 @@ The input may be candidates.jsonl, or a scored.jsonl whose rewards the judge's i
 of 0 watches: the number is written down and decides nothing.
 
 Opponents are all others among up to 5 candidates (a round robin). Above that they are the two
-neighbours on either side in a ring: N candidates have N (N - 1) / 2 pairs, and a ring takes 2 N. The
-ring is dealt at random, because neighbours in the file come from one source (a policy, a temperature)
-and would be compared with their like.
+neighbours on either side in a ring: N candidates have N (N - 1) / 2 pairs, and a ring takes 2 N.
+The ring is dealt at random, because neighbours in the file come from one source (a policy, a
+temperature) and would be compared with their like.
 
 A ring loses something: an answer that beats its four opponents has a win rate of 1, though a better
 one may stand elsewhere. With a judge that never errs and answers from one source, the chosen one is
-the best of N = 8 in 70 % of the prompts, and of N = 16 in 33 %, where a round robin always finds it;
-and in 0.1 % of the pairs at N = 16, in none at N = 8, the chosen answer is worse than the rejected
-one (python -m bench.judge_ring).
+the best of N = 8 in 70 % of the prompts, and of N = 16 in 33 %, where a round robin always finds
+it; and in 0.1 % of the pairs at N = 16, in none at N = 8, the chosen answer is worse than the
+rejected one (python -m bench.judge_ring).
 
-Answers of the same text tie without asking. A pair of which one order has failed is left out: half a
-comparison carries the bias that the other half removes. Replies are kept beside the output, in
+Answers of the same text tie without asking. A pair of which one order has failed is left out: half
+a comparison carries the bias that the other half removes. Replies are kept beside the output, in
 OUTPUT.judge.RANK.jsonl, and none is paid for twice.
 
 The prompt is in the manner of OAIF (arXiv 2402.04792), which reads off the probability of the first
@@ -128,7 +128,9 @@ def check_arguments(args) -> None:
         if value is not None and value < 1:
             raise Stop(f"--{flag} starts at 1.")
     if "@" in args.judge_url:
-        raise Stop("--judge_url holds credentials, which would end up in logs. Put the key into OPENAI_API_KEY.")
+        raise Stop(
+            "--judge_url holds credentials, which would end up in logs. Put the key into OPENAI_API_KEY."
+        )
     if args.judge_concurrency is None:
         args.judge_concurrency = 64 if on_this_machine(args.judge_url) else 16
 
@@ -267,7 +269,9 @@ class Judge:
         """Ask all requests (request -> key), as many at a time as --judge_concurrency says."""
         # A local server wants no key, and the client insists on a word.
         api_key = os.environ.get("OPENAI_API_KEY") or "none"
-        http_client = self.openai.DefaultAsyncHttpxClient(event_hooks={"request": [self.wait_for_turn]})
+        http_client = self.openai.DefaultAsyncHttpxClient(
+            event_hooks={"request": [self.wait_for_turn]}
+        )
         # The client itself repeats what is worth it (429, 5xx, lost connections), ever more slowly.
         client = self.openai.AsyncOpenAI(
             base_url=self.args.judge_url,
@@ -304,7 +308,9 @@ class Judge:
         while True:
             asked = dict(self.parameters)
             try:
-                answer = await client.chat.completions.create(model=self.args.judge_model, messages=messages, **asked)
+                answer = await client.chat.completions.create(
+                    model=self.args.judge_model, messages=messages, **asked
+                )
                 return answer.choices[0].message.content or ""
             except self.openai.BadRequestError as e:
                 if not self.drop_refused_parameter(str(e), asked):
@@ -312,7 +318,9 @@ class Judge:
 
     def drop_refused_parameter(self, message: str, asked: dict) -> bool:
         """Reasoning models know max_tokens by another name, and have their own temperature."""
-        refused = [name for name in ("temperature", "max_tokens") if name in asked and name in message]
+        refused = [
+            name for name in ("temperature", "max_tokens") if name in asked and name in message
+        ]
         if not refused or "support" not in message.lower():
             return False
         self.parameters.pop(refused[0], None)

@@ -1,4 +1,5 @@
-"""Scored candidates -> preference pairs: the answers that a reward ranked become (chosen, rejected).
+"""Scored candidates -> preference pairs: the answers that a reward ranked become (chosen,
+rejected).
 
     python make_pairs.py --scored scored.jsonl --output pairs.jsonl
 
@@ -81,7 +82,9 @@ def arguments():
 # ---- which two answers meet --------------------------------------------------------------------
 
 
-def rank_pairs(scores: list[float], strategy: str, k: int, rng: random.Random) -> list[tuple[int, int]]:
+def rank_pairs(
+    scores: list[float], strategy: str, k: int, rng: random.Random
+) -> list[tuple[int, int]]:
     """Up to k pairs of indices (winner, loser) with scores[winner] >= scores[loser].
 
     rng orders equal scores. By position, the first of two sources would always come first.
@@ -120,7 +123,9 @@ def usable_answers(row: dict, args, where: str) -> list[Answer]:
     """The candidates that may take part in a pair, with their scores."""
     answers = []
     for index, candidate in enumerate(row["candidates"]):
-        reward = finite(candidate["reward"], f'{where}: id "{row["id"]}", candidate {index}, reward')
+        reward = finite(
+            candidate["reward"], f'{where}: id "{row["id"]}", candidate {index}, reward'
+        )
         score = reward - args.length_penalty * len(candidate["token_ids"])
         if candidate["finish_reason"] == "stop" or args.keep_truncated:
             answers.append(Answer(index, candidate, score))

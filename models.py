@@ -4,13 +4,14 @@
     Qwen/Qwen2.5-1.5B-Instruct                 a name: the newest commit of its main branch
     Qwen/Qwen2.5-1.5B-Instruct@989aa79         a branch, a tag or a commit of it
 
-A name is no model yet: whoever owns it may push, and tomorrow it means other weights. So it is resolved to a commit
-first, all files are read from that commit, and the commit stands in the metadata of what was made with it.
+A name is no model yet: whoever owns it may push, and tomorrow it means other weights. So it is
+resolved to a commit first, all files are read from that commit, and the commit stands in the
+metadata of what was made with it.
 
 Three things hold for whatever is loaded here:
 
-  - None of its code runs. A folder may bring Python files along; transformers asks on the terminal whether to run
-    them unless it is told not to.
+  - None of its code runs. A folder may bring Python files along; transformers asks on the terminal
+    whether to run them unless it is told not to.
   - None of its weights are random. transformers fills in what the files lack, and goes on.
   - Whatever fails to load says in one message what it is, why, and what to do.
 
@@ -22,7 +23,8 @@ import os
 import re
 import sys
 
-import transformers  # its classes are imported when they are named, and torch with them: main needs neither
+# its classes are imported when they are named, and torch with them: main needs neither
+import transformers
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from records import Stop
@@ -31,7 +33,9 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@.+)?")  # as in "gpt2", "Q
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """A name and its revision: "Qwen/Qwen3-8B@v1" -> ("Qwen/Qwen3-8B", "v1"). A path that exists stays whole."""
+    """A name and its revision: "Qwen/Qwen3-8B@v1" -> ("Qwen/Qwen3-8B", "v1"). A path that exists
+    stays whole.
+    """
     if os.path.exists(name):
         return name, None
     repository, _, revision = name.partition("@")
@@ -40,14 +44,17 @@ def split(name: str) -> tuple[str, str | None]:
 
 @functools.cache  # within a process a name means one commit, even if the hub moves on
 def locate(name: str) -> tuple[str, str | None]:
-    """What from_pretrained takes as its name and its revision: (folder, None), or (hub name, commit).
+    """What from_pretrained takes as its name and its revision: (folder, None), or (hub name,
+    commit).
 
     Raises Stop where neither a folder here nor the hub, or its cache, has such a model.
     """
     if os.path.exists(name):
         return name, None
     if not HUB_NAME.fullmatch(name):
-        raise Stop(f"{name}: no such file or folder. A model is a folder, or a hub name as in ORG/NAME@REVISION.")
+        raise Stop(
+            f"{name}: no such file or folder. A model is a folder, or a hub name as in ORG/NAME@REVISION."
+        )
     repository, revision = split(name)
     try:
         config = cached_file(repository, "config.json", revision=revision)
@@ -59,7 +66,9 @@ def locate(name: str) -> tuple[str, str | None]:
     # The client keeps a file under …/snapshots/COMMIT/, whatever revision was asked for.
     commit = extract_commit_hash(config, None)
     if commit is None:
-        raise Stop(f"{name}: has no config.json on the hub. Name a model that transformers can load.")
+        raise Stop(
+            f"{name}: has no config.json on the hub. Name a model that transformers can load."
+        )
     return repository, commit
 
 
@@ -78,7 +87,9 @@ def load_config(name: str):
     """The model's config.json, as transformers' class for it."""
     repository, commit = locate(name)
     try:
-        return transformers.AutoConfig.from_pretrained(repository, revision=commit, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(
+            repository, revision=commit, trust_remote_code=False
+        )
     except Exception as error:
         raise cannot_load(name, "config.json", error) from None
 
@@ -86,16 +97,22 @@ def load_config(name: str):
 def load_tokenizer(name: str):
     repository, commit = locate(name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(repository, revision=commit, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            repository, revision=commit, trust_remote_code=False
+        )
     except Exception as error:
         raise cannot_load(name, "tokenizer", error) from None
     if len(tokenizer) == 0:  # what transformers makes of a folder without one
-        raise Stop(f"{name}: has no tokenizer. Save the model's own beside its weights, with save_pretrained.")
+        raise Stop(
+            f"{name}: has no tokenizer. Save the model's own beside its weights, with save_pretrained."
+        )
     return tokenizer
 
 
 def load_generation_config(name: str, config):
-    """generation_config.json, which is optional; without it what `config`, the model's, says of generation."""
+    """generation_config.json, which is optional; without it what `config`, the model's, says of
+    generation.
+    """
     repository, commit = locate(name)
     try:
         return transformers.GenerationConfig.from_pretrained(repository, revision=commit)
@@ -107,7 +124,8 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
     """The network with its weights, on the CPU, in training mode off.
 
     auto_class: AutoModelForCausalLM, say. dtype: a torch.dtype, or "auto" for that of the files.
-    Raises Stop when it cannot be built, and when its files lack a weight or hold it in another shape.
+    Raises Stop when it cannot be built, and when its files lack a weight or hold it in another
+    shape.
     """
     repository, commit = locate(name)
     try:
@@ -124,7 +142,10 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
         raise cannot_load(name, "model", error) from None
     # Tied weights, which stand in the files once, are not among the missing ones.
     lost = sorted(found["missing_keys"])
-    lost += [f"{key} (of shape {want}, not {have})" for key, have, want in sorted(found["mismatched_keys"])]
+    lost += [
+        f"{key} (of shape {want}, not {have})"
+        for key, have, want in sorted(found["mismatched_keys"])
+    ]
     if lost:
         shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         raise Stop(

@@ -142,7 +142,9 @@ def check_turns(turns: list, where: str) -> None:
 def finite(value: float, where: str) -> float:
     """`value`, or Stop naming the place: a NaN in a ranking would poison every later stage."""
     if not math.isfinite(value):
-        raise Stop(f"{where}: the value is {value}. Nothing was written from it; mend its source and run again.")
+        raise Stop(
+            f"{where}: the value is {value}. Nothing was written from it; mend its source and run again."
+        )
     return value
 
 
@@ -159,8 +161,8 @@ class Merged:
 def merge_by_id(paths: list, shape: dict) -> Merged:
     """The rows of one file, or of several joined by id: their candidates stand in one row.
 
-    Only ids and byte offsets are held in memory. The first file's keys win where files disagree; prompts
-    must not, in words or in token ids.
+    Only ids and byte offsets are held in memory. The first file's keys win where files disagree;
+    prompts must not, in words or in token ids.
     """
     totals = [count_rows(path, shape) for path in paths]
     if len(paths) == 1:

@@ -1,4 +1,5 @@
-"""Give every candidate a reward: from reward models, Python functions, an LLM judge, or any mixture of them.
+"""Give every candidate a reward: from reward models, Python functions, an LLM judge, or any mixture
+of them.
 
     python score.py --candidates candidates.jsonl --output scored.jsonl \\
         --reward_model Skywork/Skywork-Reward-V2-Qwen3-8B
@@ -7,26 +8,29 @@
     python score.py … --reward_model rm=PATH --reward_fn gold=demo/gold.py:gold --reward_weights gold=0
     python score.py … --judge_url http://localhost:8000/v1 --judge_model Qwen/Qwen3-32B
 
-Each candidate y of a prompt x gains "rewards", a number from each of them, and "reward", what pairs are made of:
+Each candidate y of a prompt x gains "rewards", a number from each of them, and "reward", what pairs
+are made of:
 
     reward(x, y) = sum_k weight_k * rewards_k(x, y) - missing_eos_penalty * [y was cut off by the token limit]
 
-A weight of 0 watches: the number is written down and decides nothing. With --ref_model, "ref_logprobs" holds
-log p_ref(y | x) at temperature 1, summed over the tokens, from which the KL to that model is estimated. Rows keep
-their order and everything else that is in them.
+A weight of 0 watches: the number is written down and decides nothing. With --ref_model,
+"ref_logprobs" holds log p_ref(y | x) at temperature 1, summed over the tokens, from which the KL to
+that model is estimated. Rows keep their order and everything else that is in them.
 
 What one has to get right, because each was wrong somewhere in the field:
 
-  - The reward model sees its own chat template, tokenised once (no second BOS), and the whole text that is trained
-    on: an answer longer than the model can read is dropped and counted, never cut.
-  - A score is the same alone and in a batch. Answers are packed, not padded, and their prompt, which they have in
-    common, is computed once for all of them. The first batch is checked at every start.
+  - The reward model sees its own chat template, tokenised once (no second BOS), and the whole text
+    that is trained on: an answer longer than the model can read is dropped and counted, never cut.
+  - A score is the same alone and in a batch. Answers are packed, not padded, and their prompt,
+    which they have in common, is computed once for all of them. The first batch is checked at every
+    start.
   - Several candidate files (two policies, say) are joined by id, never by position.
   - NaN and infinity stop the run and name the place. Whatever has no score is dropped under a name.
 
-Memory does not grow with the rows: every model is loaded once and stays, and the rows pass through all of them part
-by part, so that a kill costs one part. Models that do not fit side by side take turns: score the first run's output
-again; its rewards are kept beside the new ones, and "reward" is the sum over the last run's.
+Memory does not grow with the rows: every model is loaded once and stays, and the rows pass through
+all of them part by part, so that a kill costs one part. Models that do not fit side by side take
+turns: score the first run's output again; its rewards are kept beside the new ones, and "reward" is
+the sum over the last run's.
 """
 
 import asyncio
@@ -47,8 +51,11 @@ from itertools import accumulate, combinations, groupby
 from pathlib import Path
 from urllib.parse import urlsplit
 
-# Batches differ in size, and the GPU's free memory would fall into pieces. torch reads this when it is imported.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+# Batches differ in size, and the GPU's free memory would fall into pieces. torch reads this when it
+# is imported.
+os.environ.setdefault(
+    "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+)
 
 import torch
 from torch import nn
@@ -62,21 +69,30 @@ from transformers.modeling_layers import GenericForSequenceClassification
 import chat
 import models
 import records
-from kernels.attention import ATTENTION, attention_implementation, packing_refusal, positions, prefix_layout
+from kernels.attention import (
+    ATTENTION,
+    attention_implementation,
+    packing_refusal,
+    positions,
+    prefix_layout,
+)
 from kernels.logprob import backbone, linear_logprob, lm_head
 from records import CANDIDATES, Stop, dump, finite
 from stage import Stage, key_values, parse, parser, run, seed_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# How far a score may move, absolutely and relatively, when its neighbours in the batch change. Rounding alone moves
-# it by 1e-6 in fp32; in bf16, with 8 bits a number, by some hundredths; a wrong mask as far as two answers differ.
+# How far a score may move, absolutely and relatively, when its neighbours in the batch change.
+# Rounding alone moves it by 1e-6 in fp32; in bf16, with 8 bits a number, by some hundredths; a
+# wrong mask as far as two answers differ.
 TOLERANCE = {"bf16": (0.25, 0.01), "fp32": (1e-3, 1e-5)}
 
 
 def arguments():
     p = parser(__doc__)
     # Files
-    p.add_argument("--candidates", nargs="+", required=True, help="candidates.jsonl; several are merged by id")
+    p.add_argument(
+        "--candidates", nargs="+", required=True, help="candidates.jsonl; several are merged by id"
+    )
     p.add_argument("--output", required=True, help="scored.jsonl")
     # What judges: any of the three, several at once, each with a name in "rewards"
     several = dict(nargs="+", action="extend", default=[])
@@ -88,23 +104,45 @@ def arguments():
         "--reward_fn", **several, metavar="[NAME=]FILE.py:FUNCTION",
         help="function(prompt, response, meta) -> float; prompt as in the file, response a string",
     )  # fmt: skip
-    p.add_argument("--judge_url", help="an OpenAI-compatible endpoint, http://…/v1; its key in OPENAI_API_KEY")
+    p.add_argument(
+        "--judge_url", help="an OpenAI-compatible endpoint, http://…/v1; its key in OPENAI_API_KEY"
+    )
     p.add_argument("--judge_model", help="the model's name at that endpoint")
-    p.add_argument("--judge_prompt", help="text file with {prompt}, {answer_a}, {answer_b}; default: see JUDGE_PROMPT")
-    p.add_argument("--judge_max_tokens", type=int, help="of a reply, thoughts included; default 512: a short reason")
+    p.add_argument(
+        "--judge_prompt",
+        help="text file with {prompt}, {answer_a}, {answer_b}; default: see JUDGE_PROMPT",
+    )
+    p.add_argument(
+        "--judge_max_tokens",
+        type=int,
+        help="of a reply, thoughts included; default 512: a short reason",
+    )
     p.add_argument(
         "--judge_concurrency", type=int,
         help="requests in flight per rank; default 64 for a server on this machine (localhost, "
         "127.0.0.1), which batches them, else 16, to keep within rate limits",
     )  # fmt: skip
-    p.add_argument("--judge_requests_per_minute", type=int, help="of all ranks, repeated ones too; default: no limit")
-    p.add_argument("--judge_max_requests", type=int, help="budget: replies paid for, restarts included; default: none")
+    p.add_argument(
+        "--judge_requests_per_minute",
+        type=int,
+        help="of all ranks, repeated ones too; default: no limit",
+    )
+    p.add_argument(
+        "--judge_max_requests",
+        type=int,
+        help="budget: replies paid for, restarts included; default: none",
+    )
     # What is made of it
     p.add_argument(
         "--reward_weights", nargs="+", action="extend", metavar="[NAME=]WEIGHT",
         help="by name (gold=0), the others 1; or one each in the order models, functions, judge. 0 = watch only",
     )  # fmt: skip
-    p.add_argument("--missing_eos_penalty", type=float, default=0.0, help="taken off a cut-off answer; default 0")
+    p.add_argument(
+        "--missing_eos_penalty",
+        type=float,
+        default=0.0,
+        help="taken off a cut-off answer; default 0",
+    )
     p.add_argument(
         "--strip_reasoning", action="store_true",
         help="show the rewards only what follows </think>; token_ids, and so training, keep all of it",
@@ -114,18 +152,33 @@ def arguments():
         help="adds log p(answer) under it: folder or hub name[@revision]",
     )  # fmt: skip
     # How the models run
-    p.add_argument("--chat_template_kwargs", nargs="+", metavar="KEY=JSON", help="for the reward models' templates")
-    p.add_argument("--max_length", type=int, help="tokens of prompt and answer; default: all that the model can read")
+    p.add_argument(
+        "--chat_template_kwargs",
+        nargs="+",
+        metavar="KEY=JSON",
+        help="for the reward models' templates",
+    )
+    p.add_argument(
+        "--max_length",
+        type=int,
+        help="tokens of prompt and answer; default: all that the model can read",
+    )
     p.add_argument(
         "--tokens_per_batch", type=int,
         help="in a forward pass; default 16384 to fill a GPU, 4096 to stay in a CPU's cache. Halved where memory ends",
     )  # fmt: skip
-    p.add_argument("--dtype", choices=("auto", "bf16", "fp32"), help="default auto: bf16 on a GPU, fp32 without one")
+    p.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        help="default auto: bf16 on a GPU, fp32 without one",
+    )
     return p
 
 
 def resolve(args) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Refuse what contradicts itself, fill in defaults, give names: {name: path} of models, functions, references."""
+    """Refuse what contradicts itself, fill in defaults, give names: {name: path} of models,
+    functions, references.
+    """
     needs = dict.fromkeys([flag for flag in vars(args) if flag.startswith("judge_")], "judge_url")
     needs |= dict.fromkeys(("max_length", "tokens_per_batch", "dtype"), "reward_model or ref_model")
     needs |= {"chat_template_kwargs": "reward_model"}
@@ -136,13 +189,21 @@ def resolve(args) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
         if isinstance(value, int) and value < 1:
             raise Stop(f"--{flag} starts at 1.")
     if args.judge_url and not args.judge_model:
-        raise Stop("--judge_url needs --judge_model, the name under which the server offers its model.")
+        raise Stop(
+            "--judge_url needs --judge_model, the name under which the server offers its model."
+        )
     if "@" in (args.judge_url or ""):
-        raise Stop("--judge_url holds credentials, which would end up in logs. Put the key into OPENAI_API_KEY.")
+        raise Stop(
+            "--judge_url holds credentials, which would end up in logs. Put the key into OPENAI_API_KEY."
+        )
 
-    reward_models = named(args.reward_model, lambda path: "rm" if len(args.reward_model) == 1 else last_name(path))
+    reward_models = named(
+        args.reward_model, lambda path: "rm" if len(args.reward_model) == 1 else last_name(path)
+    )
     functions = named(args.reward_fn, lambda spec: spec.rpartition(":")[2])
-    references = named(args.ref_model, lambda path: "ref" if len(args.ref_model) == 1 else last_name(path))
+    references = named(
+        args.ref_model, lambda path: "ref" if len(args.ref_model) == 1 else last_name(path)
+    )
     names = [*reward_models, *functions, *["judge"] * bool(args.judge_url)]
     if not names:
         raise Stop("nothing to score with: give --reward_model, --reward_fn or --judge_url.")
@@ -159,7 +220,8 @@ def resolve(args) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
         if args.judge_concurrency is None:
             args.judge_concurrency = 64 if on_this_machine(args.judge_url) else 16
 
-    # Models and files are inputs, known by their content; what else of them decides the result is recorded here.
+    # Models and files are inputs, known by their content; what else of them decides the result is
+    # recorded here.
     args.rewards, args.references = names, list(references)
     args.functions = [spec.rpartition(":")[2] for spec in functions.values()]
     return reward_models, functions, references
@@ -175,15 +237,23 @@ def on_this_machine(url: str) -> bool:
 
 
 def weights(given: list[str], names: list[str]) -> list[float]:
-    """--reward_weights as one number a reward: ["gold=0"] or ["1", "0"] of ["rm", "gold"] -> [1.0, 0.0]."""
+    """--reward_weights as one number a reward: ["gold=0"] or ["1", "0"] of ["rm", "gold"] -> [1.0,
+    0.0].
+    """
     try:
-        pairs = [w.split("=") for w in given] if "=" in "".join(given) or not given else zip(names, given, strict=True)
+        pairs = (
+            [w.split("=") for w in given]
+            if "=" in "".join(given) or not given
+            else zip(names, given, strict=True)
+        )
         found = {name: float(weight) for name, weight in pairs}
         if len(found) == len(given) and found.keys() <= set(names):
             return [found.get(name, 1.0) for name in names]
     except ValueError:
         pass
-    raise Stop(f"--reward_weights {' '.join(given)}: NAME=WEIGHT, or one weight for each of {', '.join(names)}.")
+    raise Stop(
+        f"--reward_weights {' '.join(given)}: NAME=WEIGHT, or one weight for each of {', '.join(names)}."
+    )
 
 
 def named(specs: list[str], default: Callable[[str], str]) -> dict[str, str]:
@@ -219,13 +289,15 @@ class Answer:
         return f'row id "{self.row["id"]}", candidate {self.index}'
 
 
-# ----------------------------------------------------------------------------------------------------
-# Models. Each reward, here and below, takes a list of answers; each gets a number, or a word: why it has none
+# --------------------------------------------------------------------------------------------------
+# Models. Each reward, here and below, takes a list of answers; each gets a number, or a word: why
+# it has none
 
 
 @dataclass
 class Model:
-    """What reward models and references have in common: many sequences at once, each as if it were alone.
+    """What reward models and references have in common: many sequences at once, each as if it were
+    alone.
 
     A sequence is token ids, and how many of them are the prompt.
     """
@@ -239,9 +311,16 @@ class Model:
 
     def __call__(self, answers: list[Answer]) -> list[float | str]:
         sequences = [self.sequence(a) for a in answers]
-        keys = [(a.row["id"], prompt, tuple(ids)) for a, (ids, prompt) in zip(answers, sequences, strict=True)]
-        once = dict(zip(keys, sequences, strict=True))  # an answer written twice is computed once, and ties exactly
-        values = dict(zip(once, self.score(list(once.values()), [row for row, *_ in once]), strict=True))
+        keys = [
+            (a.row["id"], prompt, tuple(ids))
+            for a, (ids, prompt) in zip(answers, sequences, strict=True)
+        ]
+        once = dict(
+            zip(keys, sequences, strict=True)
+        )  # an answer written twice is computed once, and ties exactly
+        values = dict(
+            zip(once, self.score(list(once.values()), [row for row, *_ in once]), strict=True)
+        )
         return [values[key] for key in keys]
 
     @torch.inference_mode()
@@ -260,16 +339,26 @@ class Model:
                     results = [self.alone(*sequence) for sequence in batch]
             except torch.OutOfMemoryError:
                 if len(chosen) == 1:
-                    raise Stop(f"{self.path}: {sizes[0]} tokens do not fit into memory. Lower --max_length.") from None
+                    raise Stop(
+                        f"{self.path}: {sizes[0]} tokens do not fit into memory. Lower --max_length."
+                    ) from None
                 self.budget = sizes[len(chosen) - 1] // 2
                 torch.cuda.empty_cache()
-                print(f"{self.path}: out of memory: {self.budget} tokens a batch from here on", file=sys.stderr)
+                print(
+                    f"{self.path}: out of memory: {self.budget} tokens a batch from here on",
+                    file=sys.stderr,
+                )
                 continue
             if self.packs and self.tolerance:
-                k = min(range(len(batch)), key=lambda i: len(batch[i][0]))  # the cheapest to compute again
+                k = min(
+                    range(len(batch)), key=lambda i: len(batch[i][0])
+                )  # the cheapest to compute again
                 one, among = self.alone(*batch[k]), results[k]
                 if abs(one - among) > self.tolerance[0] + self.tolerance[1] * abs(one):
-                    print(f"{self.path}: {one:.6g} alone, {among:.6g} packed: so one by one", file=sys.stderr)
+                    print(
+                        f"{self.path}: {one:.6g} alone, {among:.6g} packed: so one by one",
+                        file=sys.stderr,
+                    )
                     self.packs = False
                     continue
                 self.tolerance = None if len(batch) > 1 else self.tolerance
@@ -279,22 +368,29 @@ class Model:
         return values
 
     def hidden(self, sequences: list[tuple[list[int], int]], rows: list) -> list[torch.Tensor]:
-        """The last layer's states [n, D] of each sequence, from one row of T tokens: [P|A|B|C][P|A|B]...
+        """The last layer's states [n, D] of each sequence, from one row of T tokens:
+        [P|A|B|C][P|A|B]...
 
-        P is what all sequences of a prompt begin with. A's queries see [P|A], B's see [P|B], and so on: the picture in
-        kernels/attention.py, with more than two answers.
+        P is what all sequences of a prompt begin with. A's queries see [P|A], B's see [P|B], and so
+        on: the picture in kernels/attention.py, with more than two answers.
         """
         row, lengths, device = [], [], self.network.device
         for _, group in groupby(zip(rows, sequences, strict=True), key=lambda both: both[0]):
             group = [ids for _, (ids, _) in group]
-            shared = min(len(os.path.commonprefix(group)), min(map(len, group)) - 1)  # each keeps a token of its own
+            shared = min(
+                len(os.path.commonprefix(group)), min(map(len, group)) - 1
+            )  # each keeps a token of its own
             row += group[0][:shared] + [token for ids in group for token in ids[shared:]]
             lengths.append((shared, *(len(ids) - shared for ids in group)))
         positions, layout = prefix_layout(lengths, device)
         row = torch.tensor([row], device=device)  # [1, T]
         decoder = backbone(self.network)
-        states = decoder(input_ids=row, position_ids=positions, layout=layout, use_cache=False)[0][0]
-        return list(states[layout.kv_index].split(layout.k_lengths))  # the states of P once for each of its answers
+        states = decoder(input_ids=row, position_ids=positions, layout=layout, use_cache=False)[0][
+            0
+        ]
+        return list(
+            states[layout.kv_index].split(layout.k_lengths)
+        )  # the states of P once for each of its answers
 
 
 @dataclass
@@ -314,7 +410,8 @@ class RewardModel(Model):
         return self.network(torch.tensor([ids], device=self.network.device)).logits[0, 0].item()
 
     def read(self, hidden: list[torch.Tensor], sequences) -> list[float]:
-        # transformers reads the last token that is not pad_token_id, also where that ends every text
+        # transformers reads the last token that is not pad_token_id, also where that ends every
+        # text
         pad = self.network.config.get_text_config().pad_token_id
         ends = [max((k for k, t in enumerate(ids) if t != pad), default=0) for ids, _ in sequences]
         states = torch.stack([h[end] for h, end in zip(hidden, ends, strict=True)])  # [B, D]
@@ -331,27 +428,42 @@ class Reference(Model):
     def sequence(self, a: Answer) -> tuple[list[int], int]:
         prompt = a.row["prompt_token_ids"]
         if not prompt:
-            raise Stop(f"{a}: prompt_token_ids is empty: nothing precedes the first token of the answer.")
+            raise Stop(
+                f"{a}: prompt_token_ids is empty: nothing precedes the first token of the answer."
+            )
         return prompt + a.candidate["token_ids"], len(prompt)
 
     def alone(self, ids: list[int], prompt: int) -> float:
         """The definition, from the model's own logits."""
         row = torch.tensor([ids], device=self.network.device)  # [1, T]
-        logits = self.network(row).logits[0, prompt - 1 : -1]  # [|y|, V]: the state before a token predicts it
+        logits = self.network(row).logits[
+            0, prompt - 1 : -1
+        ]  # [|y|, V]: the state before a token predicts it
         return logits.float().log_softmax(-1).gather(1, row[0, prompt:, None]).sum().item()
 
     def read(self, hidden: list[torch.Tensor], sequences) -> list[float]:
         answers = [ids[prompt:] for ids, prompt in sequences]
-        states = torch.cat([h[prompt - 1 : -1] for h, (_, prompt) in zip(hidden, sequences, strict=True)])
-        targets = torch.tensor([t for answer in answers for t in answer], dtype=torch.long, device=states.device)
+        states = torch.cat(
+            [h[prompt - 1 : -1] for h, (_, prompt) in zip(hidden, sequences, strict=True)]
+        )
+        targets = torch.tensor(
+            [t for answer in answers for t in answer], dtype=torch.long, device=states.device
+        )
         logprobs = linear_logprob(states, targets=targets, **self.head)  # [sum of |y|] fp32
-        return [part.double().sum().item() for part in logprobs.split([len(answer) for answer in answers])]
+        return [
+            part.double().sum().item()
+            for part in logprobs.split([len(answer) for answer in answers])
+        ]
 
 
 def load(path: str, kind: type, template: dict, args, device) -> Model:
     config = models.load_config(path)
-    if kind is RewardModel and "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
-        raise models.wants_code(path, "reward head")  # in transformers' own class it would be another function
+    if kind is RewardModel and "AutoModelForSequenceClassification" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        raise models.wants_code(
+            path, "reward head"
+        )  # in transformers' own class it would be another function
     if kind is RewardModel and config.num_labels != 1:
         raise Stop(
             f"{path}: has {config.num_labels} labels (a plain language model counts as two); a reward model has "
@@ -359,7 +471,9 @@ def load(path: str, kind: type, template: dict, args, device) -> Model:
         )
     limit = args.max_length or positions(config)
     packs = packing_refusal(config, limit) is None
-    if kind is RewardModel:  # of the last token's state it must make one product, and not what BERT makes of it
+    if (
+        kind is RewardModel
+    ):  # of the last token's state it must make one product, and not what BERT makes of it
         made_by = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), object)
         packs = packs and issubclass(made_by, GenericForSequenceClassification)
     attention = ATTENTION if packs else attention_implementation(config)
@@ -374,12 +488,13 @@ def load(path: str, kind: type, template: dict, args, device) -> Model:
     if kind is RewardModel:
         chat.check_template_kwargs(m.tokenizer, template)
     if kind is RewardModel and isinstance(getattr(network, "score", None), nn.Linear):
-        # The last product in fp32: in bf16 a reward near 10 moves in steps of 1/16, and steps make ties.
+        # The last product in fp32: in bf16 a reward near 10 moves in steps of 1/16, and steps make
+        # ties.
         network.score.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     return m
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Functions
 
 
@@ -387,12 +502,16 @@ def reward_function(spec: str) -> Callable[[list[Answer]], list[float]]:
     file, _, name = spec.rpartition(":")
     if not os.path.isfile(file):
         raise Stop(f"--reward_fn {spec}: no such file. It is written FILE.py:FUNCTION.")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location(Path(file).stem, file)
+    )
     sys.path.append(str(Path(file).resolve().parent))  # so that it may import what stands beside it
     module.__spec__.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        raise Stop(f"{file}: has no function {name}. Write one: {name}(prompt, response, meta) -> float.")
+        raise Stop(
+            f"{file}: has no function {name}. Write one: {name}(prompt, response, meta) -> float."
+        )
 
     def score(answers: list[Answer]) -> list[float]:
         values = []
@@ -400,19 +519,22 @@ def reward_function(spec: str) -> Callable[[list[Answer]], list[float]]:
             try:
                 values.append(float(function(a.row["prompt"], a.text, a.row.get("meta") or {})))
             except Exception as e:
-                e.add_note(f"in --reward_fn {spec} on {a}; it must return one number for every answer")
+                e.add_note(
+                    f"in --reward_fn {spec} on {a}; it must return one number for every answer"
+                )
                 raise
         return values
 
     return score
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The work
 
 
 def merge(paths: list[str], stage: Stage) -> tuple[int, Iterator[dict]]:
-    """(number of rows, the rows). Several files are joined by id; only ids and byte offsets are held in memory.
+    """(number of rows, the rows). Several files are joined by id; only ids and byte offsets are
+    held in memory.
 
     The first file's keys win where files disagree; prompts must not, in words or in token ids.
     """
@@ -441,15 +563,21 @@ def merge(paths: list[str], stage: Stage) -> tuple[int, Iterator[dict]]:
                             f'{path}: id "{id}": {key} differs from that in {found[0][0]}. Candidates of different '
                             "prompts cannot be merged: generate both files from one prompts.jsonl."
                         )
-                row = row | {"candidates": row["candidates"] + other["candidates"]} if row else other
+                row = (
+                    row | {"candidates": row["candidates"] + other["candidates"]} if row else other
+                )
             yield row
 
     return len(places), rows()
 
 
 def score_part(rows: list[dict], scorers: list[tuple[str, str, Callable]], args) -> dict:
-    """Score the candidates of `rows`, in place; what has no score leaves its row. Returns the balance."""
-    answers = [Answer(row, i, c, c["text"]) for row in rows for i, c in enumerate(row["candidates"])]
+    """Score the candidates of `rows`, in place; what has no score leaves its row. Returns the
+    balance.
+    """
+    answers = [
+        Answer(row, i, c, c["text"]) for row in rows for i, c in enumerate(row["candidates"])
+    ]
     if args.strip_reasoning:
         for a in answers:
             a.text = a.text.split("</think>", 1)[-1].lstrip()
@@ -459,13 +587,18 @@ def score_part(rows: list[dict], scorers: list[tuple[str, str, Callable]], args)
             if isinstance(value, str):
                 a.dropped = value
             else:
-                a.candidate[kind] = a.candidate.get(kind, {}) | {name: finite(value, f'{a}, {kind} "{name}"')}
+                a.candidate[kind] = a.candidate.get(kind, {}) | {
+                    name: finite(value, f'{a}, {kind} "{name}"')
+                }
 
     left = [a for a in answers if not a.dropped]
     for row in rows:
         row["candidates"] = [a.candidate for a in left if a.row is row]
     for a in left:
-        total = sum(w * a.candidate["rewards"][name] for name, w in zip(args.rewards, args.reward_weights, strict=True))
+        total = sum(
+            w * a.candidate["rewards"][name]
+            for name, w in zip(args.rewards, args.reward_weights, strict=True)
+        )
         cut_off = a.candidate["finish_reason"] != "stop"
         a.candidate["reward"] = finite(total - args.missing_eos_penalty * cut_off, f"{a}, reward")
     dropped = Counter(a.dropped for a in answers if a.dropped)
@@ -483,7 +616,13 @@ def main():
         "ref_model": list(references.values()),
         "judge_prompt": args.judge_prompt,
     }
-    pace = ("judge_url", "judge_concurrency", "judge_requests_per_minute", "judge_max_requests", "tokens_per_batch")
+    pace = (
+        "judge_url",
+        "judge_concurrency",
+        "judge_requests_per_minute",
+        "judge_max_requests",
+        "tokens_per_batch",
+    )
     stage = Stage(args, inputs, args.output, free=pace)
     if stage.done:
         return
@@ -497,9 +636,13 @@ def main():
     template = key_values("chat_template_kwargs", args.chat_template_kwargs)
     # (key in the candidate, name there, function); the judge is asked last, as it costs most
     scorers = [
-        ("rewards", name, load(path, RewardModel, template, args, device)) for name, path in reward_models.items()
+        ("rewards", name, load(path, RewardModel, template, args, device))
+        for name, path in reward_models.items()
     ]
-    scorers += [("ref_logprobs", name, load(path, Reference, {}, args, device)) for name, path in references.items()]
+    scorers += [
+        ("ref_logprobs", name, load(path, Reference, {}, args, device))
+        for name, path in references.items()
+    ]
     scorers += [("rewards", name, reward_function(spec)) for name, spec in functions.items()]
     scorers += [("rewards", "judge", judge)] if judge else []
 
@@ -514,11 +657,11 @@ def main():
     stage.join(total)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The judge: a language model compares two answers at a time, each pair in both orders
 #
-# With v(a, b) = 1 where the first shown of two answers wins, 0 where the second does and 1/2 for a tie, a candidate's
-# score is its win rate, free of the judge's preference for a place:
+# With v(a, b) = 1 where the first shown of two answers wins, 0 where the second does and 1/2 for a
+# tie, a candidate's score is its win rate, free of the judge's preference for a place:
 #
 #     score_i = mean over opponents j of [v(i, j) + 1 - v(j, i)] / 2
 #
@@ -533,10 +676,10 @@ def main():
 # always finds it; and in 0.1 % of the pairs at N = 16, in none at N = 8, the chosen answer is worse
 # than the rejected one (python -m bench.judge_ring).
 #
-# Answers of the same text tie without asking.
-# A pair of which one order has failed is left out: half a comparison carries the bias that the other half removes.
-# The prompt is in the manner of OAIF (arXiv:2402.04792), which reads off the probability of the first token; a
-# reply in words is what every server can give, so that is what is read here.
+# Answers of the same text tie without asking. A pair of which one order has failed is left out:
+# half a comparison carries the bias that the other half removes. The prompt is in the manner of
+# OAIF (arXiv:2402.04792), which reads off the probability of the first token; a reply in words is
+# what every server can give, so that is what is read here.
 
 JUDGE_PROMPT = """\
 Below are a request and two answers to it. Decide which answer serves the person who asked better: does what was asked,
@@ -573,28 +716,39 @@ def comparisons(answers: list[int], row_id: str) -> list[tuple[int, int]]:
 
 
 class Judge:
-    """Calling it scores answers; `counts` then tells of that call what was asked and whether the order mattered."""
+    """Calling it scores answers; `counts` then tells of that call what was asked and whether the
+    order mattered.
+    """
 
     def __init__(self, args, stage: Stage):
         try:
             import openai
         except ImportError as e:
-            raise Stop(f"--judge_url: {e}. The judge is asked through it: pip install openai") from None
+            raise Stop(
+                f"--judge_url: {e}. The judge is asked through it: pip install openai"
+            ) from None
 
         self.args, self.openai, self.prompt = args, openai, JUDGE_PROMPT
         if args.judge_prompt:
             self.prompt = Path(args.judge_prompt).read_text(encoding="utf-8")
             for name in ("{prompt}", "{answer_a}", "{answer_b}"):
                 if name not in self.prompt:
-                    raise Stop(f"{args.judge_prompt}: {name} does not occur in it, so the judge would not see it.")
+                    raise Stop(
+                        f"{args.judge_prompt}: {name} does not occur in it, so the judge would not see it."
+                    )
         self.parameters = {"temperature": 0, "max_tokens": args.judge_max_tokens}
-        self.pause = 60 / (args.judge_requests_per_minute or math.inf) * stage.world  # seconds between two requests
+        self.pause = (
+            60 / (args.judge_requests_per_minute or math.inf) * stage.world
+        )  # seconds between two requests
         self.next = 0.0  # when the next may leave
         self.counts: dict[str, dict] = {}
         self.last = ""  # the last reply or failure, for the message when nothing works
 
-        # No reply is paid for twice: each rank appends to a file of its own, all ranks read all files at a start.
-        self.verdicts: dict[str, float | None] = {}  # hash of the request -> v(a, b), None where it cannot be read
+        # No reply is paid for twice: each rank appends to a file of its own, all ranks read all
+        # files at a start.
+        self.verdicts: dict[
+            str, float | None
+        ] = {}  # hash of the request -> v(a, b), None where it cannot be read
         own = stage.output.with_name(f"{stage.output.name}.judge.{stage.rank}.jsonl")
         for path in sorted(own.parent.iterdir()):
             if path.name.startswith(f"{stage.output.name}.judge."):
@@ -615,7 +769,9 @@ class Judge:
             pairs += comparisons(indices, answers[indices[0]].row["id"])
         both_ways = [order for pair in pairs for order in (pair, pair[::-1])]
         requests = {
-            (i, j): self.request(answers[i], answers[j]) for i, j in both_ways if answers[i].text != answers[j].text
+            (i, j): self.request(answers[i], answers[j])
+            for i, j in both_ways
+            if answers[i].text != answers[j].text
         }
         verdicts = self.ask(list(requests.values()))
 
@@ -626,7 +782,11 @@ class Judge:
                 v, w = verdicts.get(requests[i, j]), verdicts.get(requests[j, i])
                 if v is None or w is None:
                     continue
-                places[{(1, 1): "first_shown_won_twice", (0, 0): "second_shown_won_twice"}.get((v, w), "out")] += 1
+                places[
+                    {(1, 1): "first_shown_won_twice", (0, 0): "second_shown_won_twice"}.get(
+                        (v, w), "out"
+                    )
+                ] += 1
             points[i].append((v + 1 - w) / 2)
             points[j].append((w + 1 - v) / 2)
 
@@ -634,24 +794,34 @@ class Judge:
         lost = {"failed": read.count("failed"), "unreadable": read.count(None)}
         out = len(read) - sum(lost.values())
         if read and not out:
-            raise Stop(f"{self.args.judge_url}: not one of {len(read)} replies can be read. The last: {self.last!r}")
+            raise Stop(
+                f"{self.args.judge_url}: not one of {len(read)} replies can be read. The last: {self.last!r}"
+            )
         self.counts = {
             "judge_replies": {"in": len(read), "out": out, "dropped": lost},
-            # Position bias: how many pairs went both times to the same place, not to the same answer.
+            # Position bias: how many pairs went both times to the same place, not to the same
+            # answer.
             "judge_pairs": {"in": places.total(), "out": places.pop("out", 0), "dropped": places},
         }
-        return [sum(points[k]) / len(points[k]) if points[k] else "no_judge_verdict" for k in range(len(answers))]
+        return [
+            sum(points[k]) / len(points[k]) if points[k] else "no_judge_verdict"
+            for k in range(len(answers))
+        ]
 
     def request(self, a: Answer, b: Answer) -> str:
         turns = a.row["prompt"]
         if isinstance(turns, list):
             alone = len(turns) == 1
-            turns = "\n\n".join(t["content"] if alone else f"{t['role']}: {t['content']}" for t in turns)
+            turns = "\n\n".join(
+                t["content"] if alone else f"{t['role']}: {t['content']}" for t in turns
+            )
         parts = {"prompt": turns, "answer_a": a.text, "answer_b": b.text}
         return re.sub(r"\{(prompt|answer_a|answer_b)\}", lambda found: parts[found[1]], self.prompt)
 
     def ask(self, requests: list[str]) -> dict[str, float | None]:
-        """The verdict on each request: None where the reply cannot be read, no entry where there was no reply."""
+        """The verdict on each request: None where the reply cannot be read, no entry where there
+        was no reply.
+        """
         url, model, longest = self.args.judge_url, self.args.judge_model, self.args.judge_max_tokens
         keys = {r: hashlib.sha256(repr((model, longest, r)).encode()).hexdigest() for r in requests}
         new = [(r, key) for r, key in keys.items() if key not in self.verdicts]
@@ -671,10 +841,12 @@ class Judge:
         return {r: self.verdicts[key] for r, key in keys.items() if key in self.verdicts}
 
     async def ask_all(self, new: list[tuple[str, str]]) -> None:
-        # The client itself repeats what is worth it (429, 5xx, lost connections), and waits longer each time.
+        # The client itself repeats what is worth it (429, 5xx, lost connections), and waits longer
+        # each time.
         client = self.openai.AsyncOpenAI(
             base_url=self.args.judge_url, max_retries=5,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",  # a local server wants none, the client wants a word
+            # a local server wants none, the client wants a word
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
             http_client=self.openai.DefaultAsyncHttpxClient(event_hooks={"request": [self.wait_for_turn]}),
         )  # fmt: skip
         free = asyncio.Semaphore(self.args.judge_concurrency)
@@ -705,12 +877,19 @@ class Judge:
         while True:
             try:
                 answer = await client.chat.completions.create(
-                    model=self.args.judge_model, messages=messages, **(asked := dict(self.parameters))
+                    model=self.args.judge_model,
+                    messages=messages,
+                    **(asked := dict(self.parameters)),
                 )
                 return answer.choices[0].message.content or ""
             except self.openai.BadRequestError as e:
-                # Reasoning models know max_tokens by another name, and have a temperature of their own.
-                refused = [name for name in ("temperature", "max_tokens") if name in asked and name in str(e)]
+                # Reasoning models know max_tokens by another name, and have a temperature of their
+                # own.
+                refused = [
+                    name
+                    for name in ("temperature", "max_tokens")
+                    if name in asked and name in str(e)
+                ]
                 if not refused or "support" not in str(e).lower():
                     raise
                 self.parameters.pop(refused[0], None)
@@ -720,7 +899,9 @@ class Judge:
 
 def verdict(reply: str) -> float | None:
     """v(a, b) of a reply that ends in "Verdict: A", or is that one word; None when it says neither."""
-    said = re.findall(r"(?:(?i:verdict)\W+|\A\W*)(A|B|(?i:tie))\W*$", reply.split("</think>")[-1], re.MULTILINE)
+    said = re.findall(
+        r"(?:(?i:verdict)\W+|\A\W*)(A|B|(?i:tie))\W*$", reply.split("</think>")[-1], re.MULTILINE
+    )
     return {"A": 1.0, "B": 0.0}.get(said[-1], 0.5) if said else None
 
 

@@ -1,12 +1,15 @@
-"""How any stage runs: its arguments, its place among the ranks, what is done already, and what it leaves behind.
+"""How any stage runs: its arguments, its place among the ranks, what is done already, and what it
+leaves behind.
 
-Beside every output X stands X.meta.json: arguments, sha256 of every input, versions, rows in, rows out, rows dropped by
-reason (in = out + dropped, or the stage fails). A stage whose output exists with the same arguments and inputs says so
-and exits 0; with others it stops and names the difference.
+Beside every output X stands X.meta.json: arguments, sha256 of every input, versions, rows in, rows
+out, rows dropped by reason (in = out + dropped, or the stage fails). A stage whose output exists
+with the same arguments and inputs says so and exits 0; with others it stops and names the
+difference.
 
-A long stage works in parts: rows are cut into parts of a fixed size, part i belongs to rank i % world, and each part is
-a whole file in X.parts/. A restart does the missing parts only, whatever the number of ranks; at the end the parts are
-joined in order. Nothing is ever half written, and memory does not grow with the rows.
+A long stage works in parts: rows are cut into parts of a fixed size, part i belongs to rank i %
+world, and each part is a whole file in X.parts/. A restart does the missing parts only, whatever
+the number of ranks; at the end the parts are joined in order. Nothing is ever half written, and
+memory does not grow with the rows.
 """
 
 import argparse
@@ -32,16 +35,17 @@ from tqdm import tqdm
 
 from records import Stop, dump, remove, whole, write_whole
 
-# Rows per part: small enough that a kill costs little, large enough that sorting a part by length leaves
-# almost no padding (64 prompts x 8 samples = 512 sequences) and that a million rows stay under 16k files.
+# Rows per part: small enough that a kill costs little, large enough that sorting a part by length
+# leaves almost no padding (64 prompts x 8 samples = 512 sequences) and that a million rows stay
+# under 16k files.
 ROWS_PER_PART = 64
 
 
 def hash_path(path) -> str:
     """What a file, a folder or a model is known by: it changes exactly when the content does.
 
-    sha256 of a file; of a folder, that of its sorted lines "name sha256"; "hub:NAME@COMMIT" for a model
-    on the hub. Raises Stop where there is no such thing.
+    sha256 of a file; of a folder, that of its sorted lines "name sha256"; "hub:NAME@COMMIT" for a
+    model on the hub. Raises Stop where there is no such thing.
     """
     name, path = str(path), Path(path)  # Path("./x") forgets the dot that tells a path from a name
     if path.is_file():
@@ -56,7 +60,8 @@ def hash_path(path) -> str:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if path.suffix in (".jsonl", ".py") or name.startswith((".", "/")):
         raise Stop(f"{name}: no such file or folder.")
-    import models  # here, as it imports transformers, which takes seconds, and make_pairs.py needs none
+    # here, as it imports transformers, which takes seconds, and make_pairs.py needs none
+    import models
 
     return models.identity(name)
 
@@ -99,7 +104,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--overwrite", action="store_true", help="redo the stage even where its output exists")
+    p.add_argument(
+        "--overwrite", action="store_true", help="redo the stage even where its output exists"
+    )
     return p
 
 
@@ -450,5 +457,7 @@ def run(main: Callable[[], None]) -> None:
                 "same command again: finished work is kept."
             ) from None
         if e.errno in NOT_WRITABLE:
-            raise Stop(f"{e.filename}: cannot write here ({e.strerror}). Check --output and its permissions.") from None
+            raise Stop(
+                f"{e.filename}: cannot write here ({e.strerror}). Check --output and its permissions."
+            ) from None
         raise

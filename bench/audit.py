@@ -1,17 +1,20 @@
-"""How far generator and trainer are apart when nothing is wrong, and when something is: where the audit's line belongs.
+"""How far generator and trainer are apart when nothing is wrong, and when something is: where the
+audit's line belongs.
 
     python -m bench.audit --max_new_tokens 4 16 64 256 --num_samples 8 --save bench/results/audit_random.txt
     python -m bench.audit --model M --prompts P --stale runs/x/iter_01/policy --save bench/results/audit.txt
 
-dpo_train.py stops when the log-prob that the generator stored with each answer and its own are too far apart. Both add
-n numbers, one a token, that were rounded differently. If such errors were independent, their sum D would grow like the
-root of n; a mistake's (another template, other weights) grows mostly like n. So two measures of an answer are shown,
-|D| / n and |D| / sqrt(n), over answers cut at several lengths.
+dpo_train.py stops when the log-prob that the generator stored with each answer and its own are too
+far apart. Both add n numbers, one a token, that were rounded differently. If such errors were
+independent, their sum D would grow like the root of n; a mistake's (another template, other
+weights) grows mostly like n. So two measures of an answer are shown, |D| / n and |D| / sqrt(n),
+over answers cut at several lengths.
 
-Without --model, it is a network of 24 layers with random weights: rounding errors are of such depth, not of training.
-For each backend and dtype: generate.py answers, and the trainer's own functions compute the log-probs again, as they
-are and with mistakes made on purpose: the first token of the prompt doubled (a second BOS), its last one left out (a
-template cut short), and with --stale the weights of another policy, such as one iteration later.
+Without --model, it is a network of 24 layers with random weights: rounding errors are of such
+depth, not of training. For each backend and dtype: generate.py answers, and the trainer's own
+functions compute the log-probs again, as they are and with mistakes made on purpose: the first
+token of the prompt doubled (a second BOS), its last one left out (a template cut short), and with
+--stale the weights of another policy, such as one iteration later.
 """
 
 import argparse
@@ -37,11 +40,17 @@ from stage import parse
 from training.batches import cost, microbatches
 
 ROOT = Path(__file__).resolve().parent.parent
-MISTAKES = {"none": lambda ids: ids, "bos twice": lambda ids: ids[:1] + ids, "prompt cut": lambda ids: ids[:-1]}
+MISTAKES = {
+    "none": lambda ids: ids,
+    "bos twice": lambda ids: ids[:1] + ids,
+    "prompt cut": lambda ids: ids[:-1],
+}
 
 
 def build_random(folder: Path) -> None:
-    """folder/model, 24 layers of random weights and a tokenizer of bytes; folder/prompts.jsonl, 16 of them."""
+    """folder/model, 24 layers of random weights and a tokenizer of bytes; folder/prompts.jsonl, 16
+    of them.
+    """
     config = LlamaConfig(
         vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.04, tie_word_embeddings=False, max_position_embeddings=2048,
@@ -52,13 +61,23 @@ def build_random(folder: Path) -> None:
     model.lm_head.weight.data *= 3  # else all tokens are about as likely, and no error matters
     model.save_pretrained(folder / "model")
     letters = Tokenizer(models.BPE())
-    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters.pre_tokenizer, letters.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    letters.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", pad_token="<pad>")
+    letters.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, eos_token="<eos>", pad_token="<pad>"
+    )
     tokenizer.save_pretrained(folder / "model")
     rng = random.Random(0)
-    prompts = [{"id": f"p{i}", "prompt": "".join(rng.choices(string.ascii_letters, k=20))} for i in range(16)]
+    prompts = [
+        {"id": f"p{i}", "prompt": "".join(rng.choices(string.ascii_letters, k=20))}
+        for i in range(16)
+    ]
     (folder / "prompts.jsonl").write_text("".join(map(dump, prompts)))
 
 
@@ -82,8 +101,24 @@ def log_probs(model: str, rows: list[dict], mistake, dtype: str) -> list[float]:
 
 def measure(args, backend: str, dtype: str, longest: int, folder: Path) -> list[str]:
     candidates = folder / f"{backend}-{dtype}-{longest}.jsonl"
-    command = [sys.executable, ROOT / "generate.py", "--model", args.model, "--prompts", args.prompts]
-    command += ["--output", candidates, "--backend", backend, "--dtype", dtype, "--num_samples", args.num_samples]
+    command = [
+        sys.executable,
+        ROOT / "generate.py",
+        "--model",
+        args.model,
+        "--prompts",
+        args.prompts,
+    ]
+    command += [
+        "--output",
+        candidates,
+        "--backend",
+        backend,
+        "--dtype",
+        dtype,
+        "--num_samples",
+        args.num_samples,
+    ]
     command += ["--max_new_tokens", longest]
     if backend == "vllm" and args.engine_args:
         command += ["--engine_args", *args.engine_args]
@@ -97,7 +132,9 @@ def measure(args, backend: str, dtype: str, longest: int, folder: Path) -> list[
     runs = [(name, args.model, mistake) for name, mistake in MISTAKES.items()]
     runs += [("stale weights", args.stale, MISTAKES["none"])] * (args.stale is not None)
     for name, model, mistake in runs:
-        d = np.abs([c["logprob"] for c in answers] - np.array(log_probs(model, rows, mistake, dtype)))
+        d = np.abs(
+            [c["logprob"] for c in answers] - np.array(log_probs(model, rows, mistake, dtype))
+        )
         lines.append(
             f"{backend:7} {dtype:5} {name:13} {len(n):7,} {n.mean():6.1f}   {(d / n).mean():7.1e} {(d / n).max():7.1e}"
             f"   {(d / n**0.5).mean():7.1e} {(d / n**0.5).max():7.1e}"
@@ -112,11 +149,17 @@ def measure(args, backend: str, dtype: str, longest: int, folder: Path) -> list[
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", help="default: random weights, and prompts for them")
     p.add_argument("--prompts")
-    p.add_argument("--stale", help="another policy, whose log-probs of the same answers are the mistake")
-    p.add_argument("--backends", nargs="+", default=["hf", *["vllm"] * bool(importlib.util.find_spec("vllm"))])
+    p.add_argument(
+        "--stale", help="another policy, whose log-probs of the same answers are the mistake"
+    )
+    p.add_argument(
+        "--backends", nargs="+", default=["hf", *["vllm"] * bool(importlib.util.find_spec("vllm"))]
+    )
     p.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     p.add_argument("--num_samples", type=int, default=8, help="even: answers are put into pairs")
     p.add_argument("--max_new_tokens", type=int, nargs="+", default=[40])
@@ -125,9 +168,15 @@ def main():
     args = parse(p)
     lines = ["python -m bench.audit " + " ".join(sys.argv[1:])]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
-    lines.append(", ".join(versions) + ", " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"))
+    lines.append(
+        ", ".join(versions)
+        + ", "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
+    )
     lines.append(f"{'':27} {'':7} {'':6}   {'|D| / n':15}   |D| / sqrt(n)")
-    lines.append(f"{'backend dtype mistake':27} answers tokens   {'mean':7} {'max':7}   mean    max")
+    lines.append(
+        f"{'backend dtype mistake':27} answers tokens   {'mean':7} {'max':7}   mean    max"
+    )
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:

@@ -3,9 +3,10 @@
     python -m bench.gemms                                                    a GPU in bf16, four models' heads
     python -m bench.gemms --shapes 256x64x1009 --square 256 --copy_gib 0.01  a CPU
 
-The ceilings: a square product of random numbers (zeros run faster), and a copy that reads and writes each byte once.
-The products are called as kernels/logprob.py calls them: logits a chunk at a time with an fp32 result, dH and dW over
-all rows. Beside each stands the name of the kernel that took most of its time. Times are medians.
+The ceilings: a square product of random numbers (zeros run faster), and a copy that reads and
+writes each byte once. The products are called as kernels/logprob.py calls them: logits a chunk at a
+time with an fp32 result, dH and dW over all rows. Beside each stands the name of the kernel that
+took most of its time. Times are medians.
 """
 
 import argparse
@@ -30,7 +31,9 @@ def median_ms(run, repeats: int) -> float:
 
 
 def slowest_kernel(run) -> str:
-    """The name of the GPU kernel, or of torch's operation on a CPU, that takes most of the time of run()."""
+    """The name of the GPU kernel, or of torch's operation on a CPU, that takes most of the time of
+    run().
+    """
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if CUDA else [ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
         run()
@@ -80,16 +83,32 @@ def three_products(T: int, D: int, V: int, dtype, repeats: int) -> list[str]:
     for name, run in (("logits", forward), ("dH", hidden_gradient), ("dW", weight_gradient)):
         ms = median_ms(run, repeats)
         total += ms
-        lines.append(f"  {name:6} {ms:9.2f} ms {2 * T * D * V / ms / 1e9:7.1f} TFLOP/s  {slowest_kernel(run)[:150]}")
+        lines.append(
+            f"  {name:6} {ms:9.2f} ms {2 * T * D * V / ms / 1e9:7.1f} TFLOP/s  {slowest_kernel(run)[:150]}"
+        )
     lines.append(f"  all    {total:9.2f} ms {6 * T * D * V / total / 1e9:7.1f} TFLOP/s")
     return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=HEADS, help="TxDxV; default: four models' heads, 16384 tokens")
-    parser.add_argument("--square", type=int, default=8192, help="side of the matrices of the ceiling; default 8192")
-    parser.add_argument("--copy_gib", type=float, default=4.0, help="GiB that are copied; default 4, beyond any cache")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=HEADS,
+        help="TxDxV; default: four models' heads, 16384 tokens",
+    )
+    parser.add_argument(
+        "--square", type=int, default=8192, help="side of the matrices of the ceiling; default 8192"
+    )
+    parser.add_argument(
+        "--copy_gib",
+        type=float,
+        default=4.0,
+        help="GiB that are copied; default 4, beyond any cache",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if CUDA else "fp32")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each; default 10")
     args = parser.parse_args()

@@ -1,13 +1,20 @@
-"""Headlines: a benchmark's main numbers, beside what was predicted for one H200 before anything was measured.
+"""Headlines: a benchmark's main numbers, beside what was predicted for one H200 before anything was
+measured.
 
     headline: three GEMMs, 16384x896x151936: 21.3 ms (predicted 20.5: 1.04 times)
 
-bench/gpu.sh gathers these lines in its summary, so that a reader sees at once which prediction missed.
+bench/gpu.sh gathers these lines in its summary, so that a reader sees at once which prediction
+missed.
 """
 
 import torch
 
-HEADS = ("16384x896x151936", "16384x1536x151936", "16384x3584x151936", "16384x4096x128256")  # T x D x V
+HEADS = (
+    "16384x896x151936",
+    "16384x1536x151936",
+    "16384x3584x151936",
+    "16384x4096x128256",
+)  # T x D x V
 GEMMS_MS = (20.5, 32.9, 72.7, 69.9)  # at 620 to 740 TFLOP/s, by shape
 STASHED_MS = (25.3, 37.7, 77.7, 74.4)  # and the row kernel at 90 % of the memory's 4.3 TB/s
 
@@ -21,7 +28,9 @@ PREDICTED = {
 for head, gemms, stashed in zip(HEADS, GEMMS_MS, STASHED_MS, strict=True):
     PREDICTED[f"three GEMMs, {head}"] = gemms
     PREDICTED[f"ours, stash, {head}"] = stashed
-    PREDICTED[f"ours, as the trainer calls it, {head}"] = stashed  # its default keeps all rows of these
+    PREDICTED[f"ours, as the trainer calls it, {head}"] = (
+        stashed  # its default keeps all rows of these
+    )
     PREDICTED[f"row kernel, {head}"] = 3870  # GB/s
 
 

@@ -92,7 +92,9 @@ def main():
             s = shares(sources, each, args.gap, meet, args.prompts)
             setting = f"{sources:7} {n:2}  {name:13} {2 * len(meet(n, '')):9}"
             apart = f"{s['apart']:6.1%}" if sources > 1 else "     -"
-            lines.append(f"{setting} {s['best']:6.1%} {s['worst']:6.1%} {apart} {s['against']:7.2%}")
+            lines.append(
+                f"{setting} {s['best']:6.1%} {s['worst']:6.1%} {apart} {s['against']:7.2%}"
+            )
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if args.save:

@@ -1,14 +1,16 @@
-"""linear_logprob against everything else that takes hidden states to log-probs: time, memory and error in one table.
+"""linear_logprob against everything else that takes hidden states to log-probs: time, memory and
+error in one table.
 
     python -m bench.kernel                            # a GPU in bf16, four models' heads; a CPU in fp32, a small one
     python -m bench.kernel --shapes 2048x256x32000    # T x D x V
     python -m bench.kernel --tune                     # instead: block sizes of the row kernel, rows of a chunk
 
-The upstream gradient is another for every sequence of 256 tokens, as in DPO: rows that take one for all say so. Hidden
-states lean towards their targets (about -0.4 nats a token), as those of a trained model do. Times are the best of
-`--repeats` rounds over all rows, so that a busy moment hits no row alone. Memory is the most that was allocated at once
-during forward and backward, beside the inputs; it includes both gradients. Errors are of the first 256 tokens against
-fp64: the largest of a log-prob in nats, and the larger of dH and dW relative by norm. "x GEMMs" compares with the three
+The upstream gradient is another for every sequence of 256 tokens, as in DPO: rows that take one for
+all say so. Hidden states lean towards their targets (about -0.4 nats a token), as those of a
+trained model do. Times are the best of `--repeats` rounds over all rows, so that a busy moment hits
+no row alone. Memory is the most that was allocated at once during forward and backward, beside the
+inputs; it includes both gradients. Errors are of the first 256 tokens against fp64: the largest of
+a log-prob in nats, and the larger of dH and dW relative by norm. "x GEMMs" compares with the three
 matrix products alone, one call each, which no exact method can beat.
 """
 
@@ -35,7 +37,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GEMMS = "three GEMMs"
 
 
-# ---- the rows: (hidden [T, D], weight [V, D], targets [T]) -> log-probs [T], or their sum ---------------------------
+# ---- the rows: (hidden [T, D], weight [V, D], targets [T]) -> log-probs [T], or their sum ------
 
 
 def plain(hidden, weight, targets):
@@ -47,7 +49,9 @@ def trl():
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as columns
 
-    return lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, columns, None, 1.0, ())[0]
+    return lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, columns, None, 1.0, ())[
+        0
+    ]
 
 
 def liger(reduction):
@@ -78,7 +82,9 @@ def compiled():
 
 
 def as_called():
-    """Word for word as dpo_train.py's Policy does, for a head without bias, scale and soft-cap: with every default."""
+    """Word for word as dpo_train.py's Policy does, for a head without bias, scale and soft-cap:
+    with every default.
+    """
     head = {"bias": None, "scale": 1.0, "softcap": None}
     return lambda h, w, y: linear_logprob(h, targets=y, weight=w, **head)
 
@@ -99,7 +105,7 @@ ROWS = {
 }
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------
 
 
 def inputs(T, D, V, dtype):
@@ -155,10 +161,14 @@ def peak_bytes(run):
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run()
     live = peak = 0
-    for event in profile.profiler.kineto_results.events():  # every allocation (+) and release (-), in order
+    for (
+        event
+    ) in profile.profiler.kineto_results.events():  # every allocation (+) and release (-), in order
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
@@ -166,7 +176,9 @@ def peak_bytes(run):
 
 
 def errors(f, hidden, weight, targets, g):
-    """Largest error of a log-prob in nats, larger relative error of the two gradients, over the first 256 tokens."""
+    """Largest error of a log-prob in nats, larger relative error of the two gradients, over the
+    first 256 tokens.
+    """
     leaves = [hidden[:256].detach().requires_grad_(), weight.detach().requires_grad_()]
     out = f(*leaves, targets[:256])
     if not out.ndim:
@@ -175,7 +187,11 @@ def errors(f, hidden, weight, targets, g):
     wide = [t.detach().double().requires_grad_() for t in leaves]
     exact = (wide[0] @ wide[1].T).log_softmax(-1).gather(1, targets[:256, None])[:, 0]
     expected = torch.autograd.grad(exact, wide, g[:256].double())
-    relative = [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True) if a is not None]
+    relative = [
+        ((a - b).norm() / b.norm()).item()
+        for a, b in zip(got, expected, strict=True)
+        if a is not None
+    ]
     return (out - exact).abs().max().item(), max(relative)
 
 
@@ -202,9 +218,12 @@ def table(T, D, V, dtype, repeats, wanted):
             if wanted in name:
                 functions[name] = make()
                 step(functions[name], *case)  # warm up, compile
-        except Exception as e:  # a peer that is not installed, does not run here or runs out of memory: its row says so
+        # a peer that is not installed, does not run here or runs out of memory: its row says so
+        except Exception as e:
             functions.pop(name, None)
-            lines.append(f"| {name} | {type(e).__name__}: {' '.join(str(e).split())[:90]} |" + " |" * 7)
+            lines.append(
+                f"| {name} | {type(e).__name__}: {' '.join(str(e).split())[:90]} |" + " |" * 7
+            )
             hidden.grad = weight.grad = None
     q = torch.empty(T, V, dtype=dtype, device=DEVICE)
     gemms(hidden, weight, q)
@@ -265,7 +284,9 @@ def tune(T, D, V, dtype, repeats):
     lines.append("")
     if speeds:
         fastest = max(speeds, key=speeds.get)
-        lines.append(headline(f"fastest row kernel, {T}x{D}x{V}, {fastest}", speeds[fastest], "GB/s"))
+        lines.append(
+            headline(f"fastest row kernel, {T}x{D}x{V}, {fastest}", speeds[fastest], "GB/s")
+        )
     fastest = min(times, key=times.get)
     lines.append(headline(f"fastest, {T}x{D}x{V}, {fastest}", times[fastest], "ms"))
     return "\n".join(["| | |", "|---|---|", *lines])
@@ -282,24 +303,47 @@ def versions():
     if CUDA:
         return ", ".join(found) + f", on {torch.cuda.get_device_name()}"
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    processor = next((x.split(":")[1].strip() for x in info.splitlines() if "model name" in x), platform.machine())
+    processor = next(
+        (x.split(":")[1].strip() for x in info.splitlines() if "model name" in x),
+        platform.machine(),
+    )
     return ", ".join(found) + f", on {processor}, threads used: {torch.get_num_threads()}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", help="TxDxV; default: four models, three T; on a CPU 2048x256x32000")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if CUDA else "fp32", help="of hidden and weight")
-    parser.add_argument("--repeats", type=int, default=10 if CUDA else 3, help="rounds over all rows; the best counts")
-    parser.add_argument("--rows", default="", help="only rows whose name contains this, beside the GEMMs")
-    parser.add_argument("--tune", action="store_true", help="measure block and chunk sizes instead of the table")
-    parser.add_argument("--save", help="also write it to this file, such as bench/results/kernel-cpu.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", help="TxDxV; default: four models, three T; on a CPU 2048x256x32000"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16" if CUDA else "fp32", help="of hidden and weight"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=10 if CUDA else 3,
+        help="rounds over all rows; the best counts",
+    )
+    parser.add_argument(
+        "--rows", default="", help="only rows whose name contains this, beside the GEMMs"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="measure block and chunk sizes instead of the table"
+    )
+    parser.add_argument(
+        "--save", help="also write it to this file, such as bench/results/kernel-cpu.md"
+    )
     args = parser.parse_args()
     if args.tune and args.rows:
         parser.error("--rows has no effect on --tune")
 
     named = {f"{m}, T={T}": (T, *MODELS[m]) for m in MODELS for T in (4096, 16384, 32768)}
-    shapes = {s: tuple(map(int, s.split("x"))) for s in args.shapes or ([] if CUDA else ["2048x256x32000"])} or named
+    shapes = {
+        s: tuple(map(int, s.split("x")))
+        for s in args.shapes or ([] if CUDA else ["2048x256x32000"])
+    } or named
     printed = [versions()]
     print(printed[0], flush=True)
     for name, shape in shapes.items():

@@ -1,15 +1,18 @@
-"""kill -9 generate.py and score.py at 20 random moments each, at one and at two ranks: the files of undisturbed runs.
+"""kill -9 generate.py and score.py at 20 random moments each, at one and at two ranks: the files of
+undisturbed runs.
 
     OMP_NUM_THREADS=1 python -m bench.kill_stages --save bench/results/kill_stages.txt
     OMP_NUM_THREADS=1 python -m bench.kill_stages --vllm --kills 4          the same of generate.py's vLLM backend
 
-Small random models on the CPU. Every stage runs as a user runs it, under torchrun where there are two ranks. It and all
-that it started are killed at once, and the same command goes on. One kill in four falls anywhere in a start; the others
-when one to three more parts are there, and up to a part's time later, which is the joining of all where none is left.
-An output that is whole before the kills are used up is compared, removed and begun anew.
+Small random models on the CPU. Every stage runs as a user runs it, under torchrun where there are
+two ranks. It and all that it started are killed at once, and the same command goes on. One kill in
+four falls anywhere in a start; the others when one to three more parts are there, and up to a
+part's time later, which is the joining of all where none is left. An output that is whole before
+the kills are used up is compared, removed and begun anew.
 
-The hf backend and score.py must write the same bytes. Of vLLM only this is asked: every id once, in order, with all its
-samples, each ending as it says (the number of rows whose bytes are the same is printed).
+The hf backend and score.py must write the same bytes. Of vLLM only this is asked: every id once, in
+order, with all its samples, each ending as it says (the number of rows whose bytes are the same is
+printed).
 """
 
 import argparse
@@ -42,19 +45,36 @@ def build(folder: Path) -> None:
     (folder / "reward.py").write_text(REWARD)
     rng, words = random.Random(0), ["please", "three", "fruits", "for", "a", "picnic"]
     turns = (
-        [{"role": "user", "content": " ".join(rng.choices(words, k=rng.randint(1, 30)))}] for _ in itertools.count()
+        [{"role": "user", "content": " ".join(rng.choices(words, k=rng.randint(1, 30)))}]
+        for _ in itertools.count()
     )
     rows = [{"id": f"p{i}", "prompt": next(turns)} for i in range(PARTS * 64 - 7)]
     (folder / "prompts.jsonl").write_text("".join(map(dump, rows)))
 
 
 def command(stage: str, folder: Path, output: Path, ranks: int) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+        if ranks > 1
+        else []
+    )
     if stage == "score":
-        flags = ["--candidates", folder / "generate.jsonl", "--reward_model", folder / "reward_model"]
+        flags = [
+            "--candidates",
+            folder / "generate.jsonl",
+            "--reward_model",
+            folder / "reward_model",
+        ]
         flags += ["--reward_fn", f"{folder}/reward.py:length"]
     else:
-        flags = ["--model", folder / "policy", "--prompts", folder / "prompts.jsonl", "--max_new_tokens", 32]
+        flags = [
+            "--model",
+            folder / "policy",
+            "--prompts",
+            folder / "prompts.jsonl",
+            "--max_new_tokens",
+            32,
+        ]
         flags += ["--num_samples", SAMPLES]
         if stage == "generate vllm":
             flags += ["--backend", "vllm", "--engine_args", "enforce_eager=true", "max_num_seqs=64"]
@@ -63,11 +83,15 @@ def command(stage: str, folder: Path, output: Path, ranks: int) -> list[str]:
 
 
 def family(pid: int) -> set[int]:
-    """The process and all that it started, from /proc: torchrun's ranks and vLLM's engines have groups of their own."""
+    """The process and all that it started, from /proc: torchrun's ranks and vLLM's engines have
+    groups of their own.
+    """
     parents = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            parents[int(entry)] = int(open(f"/proc/{entry}/stat").read().rpartition(")")[2].split()[1])
+            parents[int(entry)] = int(
+                open(f"/proc/{entry}/stat").read().rpartition(")")[2].split()[1]
+            )
         except OSError:  # it has ended meanwhile
             pass
     found = {pid}
@@ -78,7 +102,11 @@ def family(pid: int) -> set[int]:
 
 def finished(output: Path) -> int:
     """Parts that are whole, or all where they have been joined."""
-    return PARTS if output.exists() else len(list(output.with_name(output.name + ".parts").glob("0*.jsonl")))
+    return (
+        PARTS
+        if output.exists()
+        else len(list(output.with_name(output.name + ".parts").glob("0*.jsonl")))
+    )
 
 
 def state(output: Path) -> str:
@@ -87,7 +115,11 @@ def state(output: Path) -> str:
         return "the output is there"
     torn = len(list(output.parent.glob(output.name + ".parts/*.tmp")))
     joining = output.with_name(output.name + ".tmp").exists()
-    return f"{finished(output):2} of {PARTS} parts" + f", {torn} torn" * (torn > 0) + ", half joined" * joining
+    return (
+        f"{finished(output):2} of {PARTS} parts"
+        + f", {torn} torn" * (torn > 0)
+        + ", half joined" * joining
+    )
 
 
 def start(call: list[str], log: Path) -> subprocess.Popen:
@@ -100,15 +132,21 @@ def complete(output: Path) -> None:
     rows = [json.loads(line) for line in open(output, encoding="utf-8")]
     assert [row["id"] for row in rows] == [f"p{i}" for i in range(PARTS * 64 - 7)]
     assert all(len(row["candidates"]) == SAMPLES for row in rows)
-    ends = Counter((c["finish_reason"], len(c["token_ids"]) == 32) for row in rows for c in row["candidates"])
+    ends = Counter(
+        (c["finish_reason"], len(c["token_ids"]) == 32) for row in rows for c in row["candidates"]
+    )
     assert not ends["length", False] and ends["length", True] and ends["stop", False]
 
 
 def disturb(stage: str, ranks: int, folder: Path, kills: int, rng: random.Random, say) -> None:
-    """`kills` kills of one stage at one number of ranks, and every output that came out whole against the quiet one."""
+    """`kills` kills of one stage at one number of ranks, and every output that came out whole
+    against the quiet one.
+    """
     name, log = stage.split()[0], folder / "log"
     quiet, output = folder / f"{name}.jsonl", folder / f"{name}_disturbed_{ranks}.jsonl"
-    if not quiet.exists():  # by one rank: two ranks must write the same, and score.py reads generate.py's
+    if (
+        not quiet.exists()
+    ):  # by one rank: two ranks must write the same, and score.py reads generate.py's
         assert start(command(stage, folder, quiet, 1), log).wait() == 0, log.read_text()
 
     # How long a start and a part take, measured on a run of this many ranks.
@@ -119,7 +157,9 @@ def disturb(stage: str, ranks: int, folder: Path, kills: int, rng: random.Random
     starting = time.time() - began
     assert process.wait() == 0, log.read_text()
     part = (time.time() - began - starting) / max(1, PARTS - first)
-    say(f"{stage}, ranks: {ranks}. Undisturbed: {starting:.1f} s until the first part, {part:.2f} s for each other")
+    say(
+        f"{stage}, ranks: {ranks}. Undisturbed: {starting:.1f} s until the first part, {part:.2f} s for each other"
+    )
 
     done = outputs = 0
     while True:
@@ -130,16 +170,22 @@ def disturb(stage: str, ranks: int, folder: Path, kills: int, rng: random.Random
                 complete(output)
                 lines = [path.read_bytes().splitlines() for path in (output, quiet)]
                 same = sum(a == b for a, b in zip(*lines, strict=True))
-                say(f"  whole: every id once, {SAMPLES} samples each; {same} of {len(lines[0])} rows the same bytes")
+                say(
+                    f"  whole: every id once, {SAMPLES} samples each; {same} of {len(lines[0])} rows the same bytes"
+                )
             else:
                 assert output.read_bytes() == quiet.read_bytes()
-                say(f"  whole: {output.stat().st_size:,} bytes, those of the undisturbed run of one rank")
+                say(
+                    f"  whole: {output.stat().st_size:,} bytes, those of the undisturbed run of one rank"
+                )
             if done == kills:
                 return say(f"  {kills} kills, {outputs} whole outputs")
             remove(output)
             remove(output.with_name(output.name + ".meta.json"))
         process, began = start(command(stage, folder, output, ranks), log), time.time()
-        if done == kills or finished(output) == PARTS:  # or most kills would fall on a start with nothing to do
+        if (
+            done == kills or finished(output) == PARTS
+        ):  # or most kills would fall on a start with nothing to do
             process.wait()
         elif more := rng.randrange(4):
             enough = min(PARTS, finished(output) + more)
@@ -160,10 +206,14 @@ def disturb(stage: str, ranks: int, folder: Path, kills: int, rng: random.Random
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--kills", type=int, default=20, help="of each stage at each number of ranks")
     p.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    p.add_argument("--vllm", action="store_true", help="generate.py with vLLM, instead of hf and score.py")
+    p.add_argument(
+        "--vllm", action="store_true", help="generate.py with vLLM, instead of hf and score.py"
+    )
     p.add_argument("--seed", type=int, default=0, help="of the moments")
     p.add_argument("--save", type=Path, help="write what is printed there, too")
     args = parse(p)
@@ -174,8 +224,12 @@ def main():
         lines.append(line)
 
     began, rng = time.time(), random.Random(args.seed)
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-    say(f"{PARTS} parts of 64 prompts, {SAMPLES} samples each; python {sys.version.split()[0]} {versions}, CPU")
+    versions = " ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")
+    )
+    say(
+        f"{PARTS} parts of 64 prompts, {SAMPLES} samples each; python {sys.version.split()[0]} {versions}, CPU"
+    )
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         for stage in ["generate vllm"] if args.vllm else ["generate", "score"]:
@@ -185,7 +239,8 @@ def main():
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
         args.save.write_text(
-            "\n".join(["$ " + " ".join(["python -m bench.kill_stages", *sys.argv[1:]]), *lines]) + "\n"
+            "\n".join(["$ " + " ".join(["python -m bench.kill_stages", *sys.argv[1:]]), *lines])
+            + "\n"
         )
 
 

@@ -1,12 +1,14 @@
-"""Interrupt one training at 20 random steps, kill -9 and SIGTERM in turn: the weights are those of an undisturbed one.
+"""Interrupt one training at 20 random steps, kill -9 and SIGTERM in turn: the weights are those of
+an undisturbed one.
 
     OMP_NUM_THREADS=1 python -m bench.kill_train --save bench/results/kill_train.txt
 
-A Llama of the demo's size, on the CPU. The trainer runs as a user runs it, in a process of its own, with --save_every;
-this script reads its train.jsonl, and interrupts when the step drawn for this restart has been logged. After kill -9 it
-goes on from the last checkpoint and does up to --save_every - 1 steps again; after SIGTERM it saves first, says so by
-exit code 75, and repeats none. At the end train.jsonl must have a row a step, all of them as in the undisturbed run but
-for the clock, and the weights must be equal in every bit.
+A Llama of the demo's size, on the CPU. The trainer runs as a user runs it, in a process of its own,
+with --save_every; this script reads its train.jsonl, and interrupts when the step drawn for this
+restart has been logged. After kill -9 it goes on from the last checkpoint and does up to
+--save_every - 1 steps again; after SIGTERM it saves first, says so by exit code 75, and repeats
+none. At the end train.jsonl must have a row a step, all of them as in the undisturbed run but for
+the clock, and the weights must be equal in every bit.
 """
 
 import argparse
@@ -33,7 +35,9 @@ STEPS, BATCH, VOCABULARY = 100, 4, 512
 
 
 def build(folder: Path) -> None:
-    """folder/model, random weights and a tokenizer of words; folder/pairs.jsonl, STEPS * BATCH of them."""
+    """folder/model, random weights and a tokenizer of words; folder/pairs.jsonl, STEPS * BATCH of
+    them.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
@@ -42,19 +46,39 @@ def build(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0").save_pretrained(
+        folder / "model"
+    )
     rng, lines = random.Random(0), []
     for i in range(STEPS * BATCH):
         row = {"id": f"p{i}", "prompt": "-", "chosen": "-", "rejected": "-"}
         for key, most in (("prompt", 30), ("chosen", 40), ("rejected", 40)):
-            row[f"{key}_token_ids"] = [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(5, most))]
+            row[f"{key}_token_ids"] = [
+                rng.randrange(2, VOCABULARY) for _ in range(rng.randint(5, most))
+            ]
         lines.append(dump(row))
     (folder / "pairs.jsonl").write_text("".join(lines))
 
 
 def start(folder: Path, output: Path, save_every: int) -> subprocess.Popen:
-    command = [sys.executable, "dpo_train.py", "--model", folder / "model", "--pairs", folder / "pairs.jsonl"]
-    command += ["--output", output, "--batch_size", BATCH, "--learning_rate", 1e-4, "--save_every", save_every]
+    command = [
+        sys.executable,
+        "dpo_train.py",
+        "--model",
+        folder / "model",
+        "--pairs",
+        folder / "pairs.jsonl",
+    ]
+    command += [
+        "--output",
+        output,
+        "--batch_size",
+        BATCH,
+        "--learning_rate",
+        1e-4,
+        "--save_every",
+        save_every,
+    ]
     log = open(folder / f"{output.name}.log", "a")
     return subprocess.Popen([str(x) for x in command], cwd=ROOT, stdout=log, stderr=log)
 
@@ -67,13 +91,22 @@ def logged(output: Path) -> int:
 
 def rows(output: Path) -> list[dict]:
     lines = (output.parent / "train.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines
+    ]
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--interruptions", type=int, default=20)
-    p.add_argument("--save_every", type=int, default=3, help="3: kill -9 falls on, just after and well after a save")
+    p.add_argument(
+        "--save_every",
+        type=int,
+        default=3,
+        help="3: kill -9 falls on, just after and well after a save",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the steps")
     p.add_argument("--save", type=Path, help="write what is printed there, too")
     args = parse(p)
@@ -83,13 +116,22 @@ def main():
         print(line, flush=True)
         lines.append(line)
 
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "safetensors")]
-    say(f"{STEPS} steps, --save_every {args.save_every}, {args.interruptions} interruptions, seed {args.seed}")
+    versions = [
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("torch", "transformers", "safetensors")
+    ]
+    say(
+        f"{STEPS} steps, --save_every {args.save_every}, {args.interruptions} interruptions, seed {args.seed}"
+    )
     say(f"python {sys.version.split()[0]}, {', '.join(versions)}, on a CPU")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(folder)
-        quiet, disturbed, log = folder / "quiet/policy", folder / "disturbed/policy", folder / "policy.log"
+        quiet, disturbed, log = (
+            folder / "quiet/policy",
+            folder / "disturbed/policy",
+            folder / "policy.log",
+        )
         for output in (quiet, disturbed):
             output.parent.mkdir()
         began = time.time()
@@ -99,25 +141,39 @@ def main():
         drawn = sorted(random.Random(args.seed).sample(range(1, STEPS - 5), args.interruptions))
         for i, step in enumerate(drawn):
             number = (signal.SIGKILL, signal.SIGTERM)[i % 2]
-            step = max(step, logged(disturbed) + 1)  # the last signal may have arrived some steps late
+            step = max(
+                step, logged(disturbed) + 1
+            )  # the last signal may have arrived some steps late
             process = start(folder, disturbed, args.save_every)
             while process.poll() is None and logged(disturbed) < step:
                 time.sleep(0.002)
             process.send_signal(number)
             code = process.wait()
-            saved = sorted(int(f.name[-6:]) for f in disturbed.with_name("policy.parts").glob("step_??????"))
-            say(f"{number.name} at step {step:3}: exit {code:3}, {logged(disturbed):3} logged, checkpoint {saved}")
+            saved = sorted(
+                int(f.name[-6:]) for f in disturbed.with_name("policy.parts").glob("step_??????")
+            )
+            say(
+                f"{number.name} at step {step:3}: exit {code:3}, {logged(disturbed):3} logged, checkpoint {saved}"
+            )
             assert code == (75 if number == signal.SIGTERM else -number), log.read_text()
         assert start(folder, disturbed, args.save_every).wait() == 0, log.read_text()
         a, b = (load_file(output / "model.safetensors") for output in (quiet, disturbed))
         assert rows(quiet) == rows(disturbed) and len(rows(quiet)) == STEPS
         before = load_file(folder / "model/model.safetensors")
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        weights, moved = sum(v.numel() for v in a.values()), sum((a[k] != before[k]).sum().item() for k in a)
-        say(f"{STEPS} rows and all {weights:,} weights equal, bit for bit; training moved {moved:,} of them")
+        weights, moved = (
+            sum(v.numel() for v in a.values()),
+            sum((a[k] != before[k]).sum().item() for k in a),
+        )
+        say(
+            f"{STEPS} rows and all {weights:,} weights equal, bit for bit; training moved {moved:,} of them"
+        )
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text("\n".join(["$ " + " ".join(["python -m bench.kill_train", *sys.argv[1:]]), *lines]) + "\n")
+        args.save.write_text(
+            "\n".join(["$ " + " ".join(["python -m bench.kill_train", *sys.argv[1:]]), *lines])
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

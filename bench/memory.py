@@ -1,9 +1,11 @@
-"""Peak memory of a training step beside what `dpo_train.py --dry_run` says of it, and the seconds it takes.
+"""Peak memory of a training step beside what `dpo_train.py --dry_run` says of it, and the seconds
+it takes.
 
     python -m bench.memory --shape Qwen2.5-7B --gradient_checkpointing --tokens_per_batch 4096   one GPU of 141 GB
     python -m bench.memory --shape Qwen2.5-1.5B --cpu_offload                                    weights in host memory
 
-The prediction is for a GPU and bf16. On a CPU this file runs, and the two numbers have nothing to do with each other.
+The prediction is for a GPU and bf16. On a CPU this file runs, and the two numbers have nothing to
+do with each other.
 """
 
 import argparse
@@ -33,11 +35,20 @@ def predicted_gib(model: Path, flags: list[str]) -> float:
 
 def main():
     cuda = torch.cuda.is_available()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--shape", choices=SHAPES, default="Qwen2.5-1.5B" if cuda else "small")
     p.add_argument("--pairs", type=int, default=16, help="of one optimizer step; default 16")
-    p.add_argument("--scale", type=float, default=1.0 if cuda else 0.25, help="of the lengths; 1, CPU 0.25")
-    p.add_argument("--steps", type=int, default=3, help="steps of the run, the first of them not timed; default 3")
+    p.add_argument(
+        "--scale", type=float, default=1.0 if cuda else 0.25, help="of the lengths; 1, CPU 0.25"
+    )
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="steps of the run, the first of them not timed; default 3",
+    )
     p.add_argument("--tokens_per_batch", type=int, default=16384 if cuda else 768)
     p.add_argument("--gradient_checkpointing", action="store_true")
     p.add_argument("--cpu_offload", action="store_true")
@@ -49,7 +60,11 @@ def main():
         model, pairs = Path(name) / "model", Path(name) / "pairs.jsonl"
         build_model(model, args.shape, torch.bfloat16 if cuda else torch.float32)
         predicted = predicted_gib(model, flags)
-        build_pairs(pairs, draw_lengths(args.pairs, args.scale), AutoConfig.from_pretrained(model).vocab_size)
+        build_pairs(
+            pairs,
+            draw_lengths(args.pairs, args.scale),
+            AutoConfig.from_pretrained(model).vocab_size,
+        )
         result = measure({
             "name": args.shape, "side": "ours", "folder": name, "model": str(model), "pairs": str(pairs),
             "count": args.pairs, "steps": args.steps, "dtype": "bf16" if cuda else "fp32", "beta": 0.1,

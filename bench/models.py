@@ -1,11 +1,13 @@
-"""Which models work: each causal language model that transformers knows, small and random, through our own stages.
+"""Which models work: each causal language model that transformers knows, small and random, through
+our own stages.
 
     python -m bench.models --save docs/models.md                       all of them, one after another
     python -m bench.models --only qwen3 gemma3_text                    some; what they print is shown
     python -m bench.models --only qwen3 --save docs/models.md          … and their rows of the table are written anew
 
-A model is made from its configuration class with small sizes (SMALL and OWN below), random weights and a tokenizer
-of bytes. Then it goes the way that a user's model goes, by the same main() functions:
+A model is made from its configuration class with small sizes (SMALL and OWN below), random weights
+and a tokenizer of bytes. Then it goes the way that a user's model goes, by the same main()
+functions:
 
     1. generate.py --backend hf    two prompts, two answers each. A model that is refused there gets answers drawn
                                    at random, as if another engine had written them.
@@ -64,16 +66,24 @@ NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)  # model types: "llama", "qwen
 BETA = 0.1
 VOCAB = 307  # a prime, and more than the tokenizer knows
 
-# ---- small configurations ------------------------------------------------------------------------------------------
+# ---- small configurations ----------------------------------------------------------------------
 
 # Field of a configuration -> its small value, wherever a configuration has such a field.
 SMALL = (
     dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size"), VOCAB)
-    | dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim"), 64)
+    | dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim"), 64
+    )
     | dict.fromkeys(("word_embed_proj_dim", "attention_hidden_size", "input_embedding_size"), 64)
-    | dict.fromkeys(("output_embedding_size", "lru_width", "backbone_hidden_size", "hidden_size_global"), 64)
-    | dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dff", "dim_ff", "d_inner", "n_inner"), 96)
-    | dict.fromkeys(("ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "feed_forward_size"), 96)
+    | dict.fromkeys(
+        ("output_embedding_size", "lru_width", "backbone_hidden_size", "hidden_size_global"), 64
+    )
+    | dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "d_ff", "dff", "dim_ff", "d_inner", "n_inner"), 96
+    )
+    | dict.fromkeys(
+        ("ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "feed_forward_size"), 96
+    )
     | dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size"), 96)
     | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2)
     | dict.fromkeys(("encoder_layers", "num_blocks", "num_layers_per_stack"), 2)
@@ -83,21 +93,35 @@ SMALL = (
     | dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2)
     | dict.fromkeys(("num_query_groups", "linear_num_key_heads"), 2)
     | dict.fromkeys(("head_dim", "d_head", "dim_head", "kv_channels", "attention_head_size"), 16)
-    | dict.fromkeys(("swa_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16)
+    | dict.fromkeys(
+        ("swa_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16
+    )
     | dict.fromkeys(("global_head_dim", "query_pre_attn_scalar"), 16)
-    | dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 256)
-    | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32)
-    | dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size", "router_hidden_size"), 32)
+    | dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 256
+    )
+    | dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32
+    )
+    | dict.fromkeys(
+        ("moe_shared_expert_intermediate_size", "shared_intermediate_size", "router_hidden_size"),
+        32,
+    )
     | dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4)
-    | dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2)
+    | dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2
+    )
     | dict.fromkeys(("n_group", "topk_group"), 1)
     | dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "laurel_rank", "v_head_dim"), 16)
     | dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), 8)
     | dict.fromkeys(("index_head_dim", "hidden_size_per_layer_input"), 16)
-    | dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_n_heads", "mamba_num_heads"), 16)
+    | dict.fromkeys(
+        ("mamba_d_state", "state_size", "ssm_state_size", "mamba_n_heads", "mamba_num_heads"), 16
+    )
     | dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_d_head", "mamba_head_dim"), 8)
     | {"index_n_heads": 2, "mamba_d_ssm": 128}
-    # Far more likely tokens than others, so that a mistake is seen: transformers' 0.02 gives nearly uniform ones.
+    # Far more likely tokens than others, so that a mistake is seen: transformers' 0.02 gives nearly
+    # uniform ones.
     | dict.fromkeys(("initializer_range", "init_std"), 0.1)
     # ChatML's end of a turn is the tokenizer's EOS, see tokenizer().
     | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -105,8 +129,13 @@ SMALL = (
     | {"is_decoder": True, "causal": True}
 )
 
-# Model type -> arguments without which its configuration cannot be made at all: it is put together from others.
-GEMMA4_DRAFT = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+# Model type -> arguments without which its configuration cannot be made at all: it is put together
+# from others.
+GEMMA4_DRAFT = {
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+}
 NEEDED: dict[str, dict] = {
     "gemma4_assistant": {"text_config": GEMMA4_DRAFT},
     "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text"}},
@@ -116,7 +145,9 @@ NEEDED: dict[str, dict] = {
         "decoder": {"model_type": "musicgen_decoder"},
     },
 }
-NEEDED["musicgen_melody"] = NEEDED["musicgen"] | {"decoder": {"model_type": "musicgen_melody_decoder"}}
+NEEDED["musicgen_melody"] = NEEDED["musicgen"] | {
+    "decoder": {"model_type": "musicgen_melody_decoder"}
+}
 
 # Model type -> fields that need another value than SMALL's, and why.
 OWN: dict[str, dict] = {
@@ -124,7 +155,8 @@ OWN: dict[str, dict] = {
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "mamba2": {"num_heads": 8},  # times head_dim it is twice hidden_size
     "cpmant": {"prompt_length": 8},  # of its own, before each sequence
-    "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},  # product: positions; sum: hidden size
+    # product: positions; sum: hidden size
+    "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
     "zaya": {"num_experts_per_tok": 1},  # it knows no other
     # A layer of each kind, where the kinds are no "layer_types"
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -170,10 +202,13 @@ def small_fields(kind: type) -> dict:
         elif isinstance(value, dict) and "model_type" in value and name in default.sub_configs:
             part = small_fields(type(getattr(default, name)))
             fields[name] = {"model_type": value["model_type"]} | part | needed.get(name, {})
-    if "kv_lora_rank" in fields:  # DeepSeek's attention: no groups, and the size of a head follows from its parts
+    if (
+        "kv_lora_rank" in fields
+    ):  # DeepSeek's attention: no groups, and the size of a head follows from its parts
         fields |= {"num_key_value_heads": SMALL["num_attention_heads"]}
         fields.pop("head_dim", None)
-    # A layer of each kind that the default has: derived lists of kinds may not reach the second one in two layers.
+    # A layer of each kind that the default has: derived lists of kinds may not reach the second one
+    # in two layers.
     kinds = list(dict.fromkeys(default.to_dict().get("layer_types") or []))
     if len(kinds) > 1:
         fields["layer_types"] = kinds
@@ -198,8 +233,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     letters = Tokenizer(models.BPE())
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters.decoder = decoders.ByteLevel()
-    letters.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
-    result = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<|im_end|>", pad_token="<|pad|>")
+    letters.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet)
+    )
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=letters, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
     result.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -207,7 +246,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return result
 
 
-# ---- the way of one model ------------------------------------------------------------------------------------------
+# ---- the way of one model ----------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -225,7 +264,9 @@ class Disagreement(Exception):
 
 
 def call(main, script: str, *arguments) -> str:
-    """Run a stage's main() as its command would; what it printed. A refusal is a SystemExit that has its message."""
+    """Run a stage's main() as its command would; what it printed. A refusal is a SystemExit that
+    has its message.
+    """
     sys.argv = [script, *map(str, arguments)]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -239,7 +280,9 @@ def sample(model: Path, folder: Path) -> list[dict]:
     # Of two lengths, so that one row of the batch is padded.
     texts = ["name a fruit", "name three fruits for a picnic"]
     turns = [[{"role": "user", "content": text}] for text in texts]
-    prompts.write_text("".join(dump({"id": f"p{i}", "prompt": turn}) for i, turn in enumerate(turns)))
+    prompts.write_text(
+        "".join(dump({"id": f"p{i}", "prompt": turn}) for i, turn in enumerate(turns))
+    )
     call(
         generate.main, "generate.py", "--model", model, "--prompts", prompts, "--output", candidates,
         "--backend", "hf", "--num_samples", 2, "--max_new_tokens", 8,
@@ -272,13 +315,17 @@ def write_pairs(rows: list[dict], file: Path) -> None:
 
 
 def plain_logprobs(model, rows: list[dict]) -> torch.Tensor:
-    """[n, 2], log-probs of both answers of each row by transformers alone, one plain sequence at a time."""
+    """[n, 2], log-probs of both answers of each row by transformers alone, one plain sequence at a
+    time.
+    """
     sums = []
     for row in rows:
         for candidate in row["candidates"]:
             answer = candidate["token_ids"]
             ids = torch.tensor([row["prompt_token_ids"] + answer])  # [1, L]
-            logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]  # [|answer|, V]
+            logits = model(input_ids=ids, use_cache=False).logits[
+                0, -len(answer) - 1 : -1
+            ]  # [|answer|, V]
             sums.append(logprob_from_logits(logits, ids[0, -len(answer) :]).sum())
     return torch.stack(sums).view(-1, 2)
 
@@ -295,8 +342,12 @@ def agree(what: str, gap: float, limit: float) -> float:
 
 
 def load_plain(folder: Path, **options):
-    """The model as transformers loads it, in fp32 and with the attention that computes all that its class means."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
+    """The model as transformers loads it, in fp32 and with the attention that computes all that its
+    class means.
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **options
+    )
 
 
 def examine(name: str, folder: Path) -> Row:
@@ -366,7 +417,8 @@ def train(model: Path, folder: Path) -> str:
 def first_gradient(plain, logprobs: torch.Tensor) -> float:
     """The norm of DPO's gradient at the first step, where the policy is its own reference.
 
-    The loss is -log sigmoid(beta d) with d = 0, so its derivative to d is -beta / 2. logprobs: [n, 2] of `plain`.
+    The loss is -log sigmoid(beta d) with d = 0, so its derivative to d is -beta / 2. logprobs: [n,
+    2] of `plain`.
     """
     margins = logprobs[:, 0] - logprobs[:, 1]  # [n]
     (-BETA / 2 * margins).mean().backward()
@@ -386,7 +438,7 @@ def one_line(text) -> str:
     return re.sub(r"\s+", " ", kind + str(text)).strip().replace("|", "/")
 
 
-# ---- all of them, and the table ------------------------------------------------------------------------------------
+# ---- all of them, and the table ----------------------------------------------------------------
 
 
 def guarded(name: str, seconds: float) -> Row:
@@ -397,7 +449,11 @@ def guarded(name: str, seconds: float) -> Row:
     process.start()
     sender.close()
     try:
-        row = receiver.recv() if receiver.poll(seconds) else failed(name, f"no end after {seconds:g} s")
+        row = (
+            receiver.recv()
+            if receiver.poll(seconds)
+            else failed(name, f"no end after {seconds:g} s")
+        )
     except EOFError:
         process.join()
         row = failed(name, f"the process died, exit code {process.exitcode}")
@@ -468,9 +524,15 @@ Sequences are short here. A window of attention that is shorter than prompt + an
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help="these model types; default: all")
-    p.add_argument("--save", type=Path, help="write the table; rows of models that are not asked for stay")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--only", nargs="+", choices=NAMES, metavar="NAME", help="these model types; default: all"
+    )
+    p.add_argument(
+        "--save", type=Path, help="write the table; rows of models that are not asked for stay"
+    )
     p.add_argument("--timeout", type=float, default=120, help="seconds per model")
     args = stage.parse(p)
     if not args.only:  # of hundreds of models no one reads warnings

@@ -1,10 +1,11 @@
-"""Where the time of one optimizer step goes: GPU kernels by their kind, and the time in which none ran.
+"""Where the time of one optimizer step goes: GPU kernels by their kind, and the time in which none
+ran.
 
     python -m bench.step_profile --shape Qwen2.5-1.5B            a GPU
     python -m bench.step_profile --shape Qwen2.5-1.5B --compile  with torch.compile of the layers
 
-The second step of dpo_train.py's own main() runs under torch.profiler. On a CPU torch's operations are counted instead
-of kernels.
+The second step of dpo_train.py's own main() runs under torch.profiler. On a CPU torch's operations
+are counted instead of kernels.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from bench.headline import headline
 from bench.train import SHAPES, Meter, build_model, build_pairs, draw_lengths, run_ours
 from stage import parse
 
-# The first that is found in a kernel's name, or in that of one of torch's operations on a CPU, is its kind.
+# The first that is found in a kernel's name, or in that of one of torch's operations on a CPU, is
+# its kind.
 KINDS = {
     "row kernel": r"row_kernel",
     "compiled layers": r"triton_",
@@ -67,12 +69,16 @@ class Profiler(Meter):
 
 
 def table(events, ms: float, cuda: bool) -> list[str]:
-    """Lines: milliseconds, share of the step and calls of each kind, then the ten slowest. events: key_averages()."""
+    """Lines: milliseconds, share of the step and calls of each kind, then the ten slowest. events:
+    key_averages().
+    """
     kinds, calls = Counter(), Counter()
     slowest = []
     for event in events:
         if event.is_user_annotation or (cuda and event.device_type != DeviceType.CUDA):
-            continue  # a named region, which holds kernels that are counted themselves, or the call of a kernel
+            # a named region, which holds kernels that are counted themselves, or the call of a
+            # kernel
+            continue
         own_ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
         kinds[kind_of(event.key)] += own_ms
         calls[kind_of(event.key)] += event.count
@@ -81,7 +87,9 @@ def table(events, ms: float, cuda: bool) -> list[str]:
     for kind, own_ms in kinds.most_common():
         lines.append(f"{kind:24} {own_ms:9.1f} {own_ms / ms:6.1%} {calls[kind]:7}")
     idle = ms - sum(kinds.values())
-    lines.append(f"{'none of them' if not cuda else 'the GPU waits':24} {idle:9.1f} {idle / ms:6.1%}")
+    lines.append(
+        f"{'none of them' if not cuda else 'the GPU waits':24} {idle:9.1f} {idle / ms:6.1%}"
+    )
     lines += ["", "the slowest:"]
     for own_ms, count, name in sorted(slowest, reverse=True)[:10]:
         lines.append(f"{own_ms:9.1f} ms {count:6} calls  {kind_of(name):20} {name[:110]}")
@@ -94,10 +102,14 @@ def table(events, ms: float, cuda: bool) -> list[str]:
 
 def main():
     cuda = torch.cuda.is_available()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--shape", choices=SHAPES, default="Qwen2.5-1.5B" if cuda else "small")
     p.add_argument("--pairs", type=int, default=64 if cuda else 4, help="of the step; 64, CPU 4")
-    p.add_argument("--scale", type=float, default=1.0 if cuda else 0.25, help="of the lengths; 1, CPU 0.25")
+    p.add_argument(
+        "--scale", type=float, default=1.0 if cuda else 0.25, help="of the lengths; 1, CPU 0.25"
+    )
     p.add_argument("--tokens_per_batch", type=int, default=16384 if cuda else 768)
     p.add_argument("--gradient_checkpointing", action="store_true")
     p.add_argument("--compile", action="store_true", help="torch.compile of the layers")
@@ -106,7 +118,11 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         model, pairs = Path(name) / "model", Path(name) / "pairs.jsonl"
         build_model(model, args.shape, torch.bfloat16 if cuda else torch.float32)
-        build_pairs(pairs, draw_lengths(args.pairs, args.scale), AutoConfig.from_pretrained(model).vocab_size)
+        build_pairs(
+            pairs,
+            draw_lengths(args.pairs, args.scale),
+            AutoConfig.from_pretrained(model).vocab_size,
+        )
         task = {
             "model": str(model), "pairs": str(pairs), "count": args.pairs, "steps": 2, "packing": "prefix",
             "tokens_per_batch": args.tokens_per_batch, "dtype": "bf16" if cuda else "fp32", "beta": 0.1,

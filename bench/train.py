@@ -1,9 +1,11 @@
-"""One optimizer step of DPO, ours against TRL 1.16's DPOTrainer: pairs and answer tokens a second, MFU, peak memory.
+"""One optimizer step of DPO, ours against TRL 1.16's DPOTrainer: pairs and answer tokens a second,
+MFU, peak memory.
 
     OMP_NUM_THREADS=1 python -m bench.train --rounds 2 --steps 4 --save bench/results/train_cpu.txt   a small model, CPU
     python -m bench.train --shapes Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-7B --save bench/results/train_gpu.txt   a GPU
 
-Without trl in the environment it measures our side alone. What is compared, and how it is kept fair:
+Without trl in the environment it measures our side alone. What is compared, and how it is kept
+fair:
 
   pairs    one file for both, UltraFeedback-like: log-normal lengths, mean 200 (prompt) and 350 (answers), heavy tails,
            the two answers to a prompt alike in length (correlation 0.5 of the logs); on a CPU a quarter of that. The
@@ -54,7 +56,8 @@ from stage import parse
 from training import footprint
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {  # of the published config.json files; "small" has 0.5B's proportions, head and layers, at a fiftieth
+# of the published config.json files; "small" has 0.5B's proportions, head and layers, at a fiftieth
+SHAPES = {
     "Qwen2.5-0.5B": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                          num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
     "Qwen2.5-1.5B": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
@@ -66,11 +69,13 @@ SHAPES = {  # of the published config.json files; "small" has 0.5B's proportions
 }  # fmt: skip
 
 
-# ---- the task ------------------------------------------------------------------------------------------------------
+# ---- the task ----------------------------------------------------------------------------------
 
 
 def build_model(folder: Path, shape: str, dtype: torch.dtype) -> None:
-    """Random weights, and a tokenizer for which every word "w17" is token 17: text and token ids are the same thing."""
+    """Random weights, and a tokenizer for which every word "w17" is token 17: text and token ids
+    are the same thing.
+    """
     config = Qwen2Config(
         **SHAPES[shape], max_position_embeddings=32768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
@@ -84,11 +89,15 @@ def build_model(folder: Path, shape: str, dtype: torch.dtype) -> None:
     vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, config.vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
 
 
 def draw_lengths(n: int, scale: float, seed: int = 0) -> list[tuple[int, int, int]]:
-    """(prompt, chosen, rejected) tokens of n pairs; at scale 1 the means are about 200, 350 and 350."""
+    """(prompt, chosen, rejected) tokens of n pairs; at scale 1 the means are about 200, 350 and
+    350.
+    """
     rng = random.Random(seed)
 
     def tokens(median: float, z: float) -> int:
@@ -101,7 +110,9 @@ def draw_lengths(n: int, scale: float, seed: int = 0) -> list[tuple[int, int, in
     return rows
 
 
-def build_pairs(path: Path, lengths: list[tuple[int, int, int]], vocabulary: int, seed: int = 0) -> None:
+def build_pairs(
+    path: Path, lengths: list[tuple[int, int, int]], vocabulary: int, seed: int = 0
+) -> None:
     """pairs.jsonl with random words of those lengths (EOS included), as text and as token ids."""
     rng, rows = random.Random(seed), []
     for i, (p, c, r) in enumerate(lengths):
@@ -122,11 +133,13 @@ def useful_flops(config, lengths: list[tuple[int, int, int]]) -> float:
     return footprint.flops(footprint.matmul_weights(model.model.layers, config), config, lengths)
 
 
-# ---- one contender, in a process of its own ------------------------------------------------------------------------
+# ---- one contender, in a process of its own ----------------------------------------------------
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in /proc/self/status: VmHWM is the most since the last reset, RssAnon leaves out files."""
+    """Bytes of this process in /proc/self/status: VmHWM is the most since the last reset, RssAnon
+    leaves out files.
+    """
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
@@ -134,7 +147,12 @@ class Meter:
     """Times of the steps after the first, and their peak memory."""
 
     def __init__(self):
-        self.cuda, self.losses, self.times, self.baseline = torch.cuda.is_available(), [], [], resident("RssAnon")
+        self.cuda, self.losses, self.times, self.baseline = (
+            torch.cuda.is_available(),
+            [],
+            [],
+            resident("RssAnon"),
+        )
         self.steps = 0
 
     def now(self) -> tuple[float, float]:
@@ -188,9 +206,30 @@ def run_ours(task: dict, folder: Path, meter=None) -> dict:
     meter.begin()
     dpo_train.open_log = lambda *_: log
     flags = ["--model", task["model"], "--pairs", task["pairs"], "--output", folder / "policy"]
-    flags += ["--batch_size", task["count"], "--num_train_epochs", task["steps"], "--packing", task["packing"]]
-    flags += ["--tokens_per_batch", task["tokens_per_batch"], "--dtype", task["dtype"], "--beta", task["beta"]]
-    flags += ["--learning_rate", task["learning_rate"], "--lr_scheduler", "constant", "--warmup_ratio", 0]
+    flags += [
+        "--batch_size",
+        task["count"],
+        "--num_train_epochs",
+        task["steps"],
+        "--packing",
+        task["packing"],
+    ]
+    flags += [
+        "--tokens_per_batch",
+        task["tokens_per_batch"],
+        "--dtype",
+        task["dtype"],
+        "--beta",
+        task["beta"],
+    ]
+    flags += [
+        "--learning_rate",
+        task["learning_rate"],
+        "--lr_scheduler",
+        "constant",
+        "--warmup_ratio",
+        0,
+    ]
     flags += ["--gradient_checkpointing"] * task["checkpointing"] + task["ours_args"]
     sys.argv = ["dpo_train.py", *map(str, flags)]
     try:
@@ -206,10 +245,14 @@ def run_trl(task: dict, folder: Path) -> dict:
 
     meter = Meter()  # behind the imports: its baseline holds them
     if task["answers_only"]:
-        trl.trainer.utils._use_triton = lambda device: True  # the name there decides this and nothing else
+        trl.trainer.utils._use_triton = lambda device: (
+            True
+        )  # the name there decides this and nothing else
 
     class Clock(TrainerCallback):
-        def on_epoch_begin(self, *_, **__):  # an epoch is a step, and its first batch is not collated yet
+        def on_epoch_begin(
+            self, *_, **__
+        ):  # an epoch is a step, and its first batch is not collated yet
             meter.begin()
 
         def on_step_end(self, *_, **__):
@@ -219,12 +262,15 @@ def run_trl(task: dict, folder: Path) -> dict:
         task["model"], task["pairs"], folder, task["steps"], task["microbatch"], beta=task["beta"],
         learning_rate=task["learning_rate"], bf16=task["dtype"] == "bf16", checkpointing=task["checkpointing"],
         sampling=task["sampling"], liger=task["liger"], attention=task["attention"], callbacks=[Clock()],
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(task["model"]),  # AutoTokenizer makes any of a Qwen2 Qwen's
+        # AutoTokenizer makes any of a Qwen2 Qwen's
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(task["model"]),
     )  # fmt: skip
     for row, line in zip(trainer.train_dataset, open(task["pairs"]), strict=True):
         pair = json.loads(line)
         for k in ("prompt", "chosen", "rejected"):
-            assert row[f"{k}_ids"] == pair[f"{k}_token_ids"], f"TRL tokenised {pair['id']} into other ids than ours"
+            assert row[f"{k}_ids"] == pair[f"{k}_token_ids"], (
+                f"TRL tokenised {pair['id']} into other ids than ours"
+            )
     trainer.train()
     meter.losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return meter.result()
@@ -233,17 +279,25 @@ def run_trl(task: dict, folder: Path) -> dict:
 def measure(task: dict) -> dict:
     """Run the contender in a process of its own; its result, or {"failed": why}."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "bench.train", "--worker", json.dumps(task | {"folder": folder})]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.train",
+            "--worker",
+            json.dumps(task | {"folder": folder}),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads((Path(folder) / "result.json").read_text())
     if "out of memory" in done.stderr.lower() or done.returncode == -9:
         return {"failed": "out of memory"}
     print(f"{task['name']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
-    return {"failed": f"failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1][:100]}"}
+    return {
+        "failed": f"failed: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1][:100]}"
+    }
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------
+# ---- all of them -------------------------------------------------------------------------------
 
 
 def contenders(args, common: dict) -> list[dict]:
@@ -260,21 +314,40 @@ def contenders(args, common: dict) -> list[dict]:
         if not importlib.util.find_spec("trl"):
             continue
         liger = args.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-        base |= {"side": "trl", "liger": liger, "attention": args.trl_attention, "answers_only": False}
+        base |= {
+            "side": "trl",
+            "liger": liger,
+            "attention": args.trl_attention,
+            "answers_only": False,
+        }
         sizes = [n for n in args.trl_batch_sizes if args.pairs % n == 0]
         peers = [
-            base | {"name": f"TRL, {n} pairs" + ", liger" * liger, "microbatch": n, "sampling": "group_by_length"}
+            base
+            | {
+                "name": f"TRL, {n} pairs" + ", liger" * liger,
+                "microbatch": n,
+                "sampling": "group_by_length",
+            }
             for n in sizes
         ]
         middle = {"microbatch": sizes[len(sizes) // 2], "sampling": "batch_rebalance"}
-        tasks += [*peers, base | middle | {"name": f"TRL, {middle['microbatch']} pairs, rebalanced"}]
+        tasks += [
+            *peers,
+            base | middle | {"name": f"TRL, {middle['microbatch']} pairs, rebalanced"},
+        ]
         if args.device == "cpu":
-            tasks.append(peers[0] | {"name": peers[0]["name"] + ", answers only", "answers_only": True})
+            tasks.append(
+                peers[0] | {"name": peers[0]["name"] + ", answers only", "answers_only": True}
+            )
     return tasks
 
 
-def table(tasks: list[dict], lengths, config, peak_flops: float | None, tolerance: float) -> list[str]:
-    """Lines of the table, and the verdicts below it. tasks carry "runs", a list of measure()'s results."""
+def table(
+    tasks: list[dict], lengths, config, peak_flops: float | None, tolerance: float
+) -> list[str]:
+    """Lines of the table, and the verdicts below it. tasks carry "runs", a list of measure()'s
+    results.
+    """
     answers, flops = sum(c + r for _, c, r in lengths), useful_flops(config, lengths)
     reference = next((t["runs"][0]["losses"] for t in tasks if "losses" in t["runs"][0]), None)
     lines = [
@@ -289,7 +362,9 @@ def table(tasks: list[dict], lengths, config, peak_flops: float | None, toleranc
         t["median"] = statistics.median(s for r in t["runs"] for s in r["seconds"])
         t["mfu"] = flops / t["median"] / peak_flops if peak_flops else None
         t["peak"] = statistics.median(r["peak"] for r in t["runs"])
-        t["gap"] = max(abs(a - b) for r in t["runs"] for a, b in zip(r["losses"], reference, strict=True))
+        t["gap"] = max(
+            abs(a - b) for r in t["runs"] for a, b in zip(r["losses"], reference, strict=True)
+        )
         mfu = f"{t['mfu']:6.1%}" if t["mfu"] else f"{'':>6}"
         lines.append(
             f"{t['name']:38} {ckpt:4} {t['median']:8.2f} {len(lengths) / t['median']:8.2f} "
@@ -305,7 +380,9 @@ def table(tasks: list[dict], lengths, config, peak_flops: float | None, toleranc
         if not theirs or not ours:
             continue
         peer = min(theirs, key=lambda t: t["median"])
-        best = min((t for t in ours if t["peak"] <= peer["peak"]), key=lambda t: t["median"], default=None)
+        best = min(
+            (t for t in ours if t["peak"] <= peer["peak"]), key=lambda t: t["median"], default=None
+        )
         lines.append(
             f"checkpointing {'on' if checkpointing else 'off'}, {peer['name']} (its fastest at equal loss"
             f"{', changed' * changed}): "
@@ -321,7 +398,10 @@ def headlines(shape: str, task: dict) -> list[str]:
     name = f"{shape}, {task['name']}" + ", checkpointing" * task["checkpointing"]
     if "median" not in task:
         return [f"headline: {name}: {task['runs'][-1]['failed']}"]
-    found = [headline(name, task["median"], "s/step"), headline(f"peak, {name}", task["peak"] / 2**30, "GiB")]
+    found = [
+        headline(name, task["median"], "s/step"),
+        headline(f"peak, {name}", task["peak"] / 2**30, "GiB"),
+    ]
     if task["mfu"]:
         plain = task["side"] == "ours" and not task["compile"] and not task["checkpointing"]
         found.append(headline(f"MFU, {shape if plain else name}", 100 * task["mfu"], "%"))
@@ -330,21 +410,50 @@ def headlines(shape: str, task: dict) -> list[str]:
 
 def main():
     cuda = torch.cuda.is_available()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shapes", nargs="+", choices=SHAPES, default=["Qwen2.5-1.5B" if cuda else "small"])
-    p.add_argument("--pairs", type=int, default=128 if cuda else 16, help="of one optimizer step; 128, CPU 16")
-    p.add_argument("--scale", type=float, default=1.0 if cuda else 0.25, help="of the lengths; 1, CPU 0.25")
-    p.add_argument("--steps", type=int, default=5, help="steps of a run, the first of them not timed")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=["Qwen2.5-1.5B" if cuda else "small"]
+    )
+    p.add_argument(
+        "--pairs", type=int, default=128 if cuda else 16, help="of one optimizer step; 128, CPU 16"
+    )
+    p.add_argument(
+        "--scale", type=float, default=1.0 if cuda else 0.25, help="of the lengths; 1, CPU 0.25"
+    )
+    p.add_argument(
+        "--steps", type=int, default=5, help="steps of a run, the first of them not timed"
+    )
     p.add_argument("--rounds", type=int, default=1, help="runs of each contender, in alternation")
     p.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
-    p.add_argument("--packing", nargs="+", default=["padded", "packed", "prefix"], help="ours; dpo_train.py --help")
-    p.add_argument("--tokens_per_batch", type=int, nargs="+", default=[16384 if cuda else 768], help="ours")
-    p.add_argument("--compile", action="store_true", help="ours with torch.compile of the layers as well")
-    p.add_argument("--ours_args", default="", help="more flags for dpo_train.py, as one string: '--cpu_offload'")
+    p.add_argument(
+        "--packing",
+        nargs="+",
+        default=["padded", "packed", "prefix"],
+        help="ours; dpo_train.py --help",
+    )
+    p.add_argument(
+        "--tokens_per_batch", type=int, nargs="+", default=[16384 if cuda else 768], help="ours"
+    )
+    p.add_argument(
+        "--compile", action="store_true", help="ours with torch.compile of the layers as well"
+    )
+    p.add_argument(
+        "--ours_args",
+        default="",
+        help="more flags for dpo_train.py, as one string: '--cpu_offload'",
+    )
     p.add_argument("--trl_batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16] if cuda else [1, 4],
                    help="pairs of a microbatch; those that divide --pairs")  # fmt: skip
-    p.add_argument("--trl_attention", default="sdpa", help="attn_implementation: flash_attention_2 if you have it")
-    p.add_argument("--peak_tflops", type=float, help="dense bf16, for the MFU; default: by the GPU's name")
+    p.add_argument(
+        "--trl_attention",
+        default="sdpa",
+        help="attn_implementation: flash_attention_2 if you have it",
+    )
+    p.add_argument(
+        "--peak_tflops", type=float, help="dense bf16, for the MFU; default: by the GPU's name"
+    )
     p.add_argument("--save", type=Path, help="write the tables to this file, too")
     p.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parse(p)
@@ -357,11 +466,17 @@ def main():
     args.device = "cuda" if cuda else "cpu"
     dtype = "bf16" if cuda else "fp32"
     gpu = torch.cuda.get_device_name() if cuda else None
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else footprint.peak_flops(torch.device(args.device))
+    peak = (
+        args.peak_tflops * 1e12
+        if args.peak_tflops
+        else footprint.peak_flops(torch.device(args.device))
+    )
     lengths = draw_lengths(args.pairs, args.scale)
     p_, c_, r_ = (statistics.mean(x) for x in zip(*lengths, strict=True))
     longest = max(p + max(c, r) for p, c, r in lengths)
-    names = [n for n in ("torch", "transformers", "trl", "liger_kernel") if importlib.util.find_spec(n)]
+    names = [
+        n for n in ("torch", "transformers", "trl", "liger_kernel") if importlib.util.find_spec(n)
+    ]
     out = [
         "python -m bench.train " + " ".join(sys.argv[1:]),
         ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
@@ -384,18 +499,32 @@ def main():
                 for task in tasks:
                     last = measure({k: v for k, v in task.items() if k != "runs"})
                     if task.get("liger") and last.get("failed", "out of memory") != "out of memory":
-                        task |= {"liger": False, "name": task["name"].replace(", liger", "")}  # TRL as it runs here
+                        task |= {
+                            "liger": False,
+                            "name": task["name"].replace(", liger", ""),
+                        }  # TRL as it runs here
                         last = measure({k: v for k, v in task.items() if k != "runs"})
                     task.setdefault("runs", []).append(last)
                     says = last.get("failed") or f"{statistics.median(last['seconds']):.2f} s/step"
-                    print(f"  round {round + 1}: {task['name']}: {says}", file=sys.stderr, flush=True)
+                    print(
+                        f"  round {round + 1}: {task['name']}: {says}", file=sys.stderr, flush=True
+                    )
                     measured = [t for t in tasks if "runs" in t]
-                    lines = ["", shape, *table(measured, lengths, config, peak, 2e-2 if cuda else 1e-4)]
+                    lines = [
+                        "",
+                        shape,
+                        *table(measured, lengths, config, peak, 2e-2 if cuda else 1e-4),
+                    ]
                     print("\n".join(headlines(shape, task)), flush=True)
-                    if args.save:  # each time: what is measured is kept if the next one is cut short
+                    if (
+                        args.save
+                    ):  # each time: what is measured is kept if the next one is cut short
                         args.save.write_text("\n".join(out + lines) + "\n")
         print("\n".join(lines), flush=True)
-        print("\n".join(f"headline: {shape}, {x}" for x in lines if x.startswith("checkpointing")), flush=True)
+        print(
+            "\n".join(f"headline: {shape}, {x}" for x in lines if x.startswith("checkpointing")),
+            flush=True,
+        )
         out += lines
 
 

@@ -1,19 +1,23 @@
-"""Do we and TRL's DPOTrainer compute the same thing? Five steps on the same pairs.jsonl, in fp32, side by side.
+"""Do we and TRL's DPOTrainer compute the same thing? Five steps on the same pairs.jsonl, in fp32,
+side by side.
 
     python -m bench.trl_dpo                                             with trl==1.16.0 beside requirements.txt
     python -m bench.trl_dpo --model runs/demo/iter_01/policy --pairs runs/demo/iter_02/pairs.jsonl --limit 64
 
-Both train the same weights on the whole file as one batch: sigmoid loss, the same beta, AdamW (0.9, 0.95), no decay,
-constant learning rate without warm-up, gradient clipped at 1, no dropout, and the reference log-probs computed once.
-Each runs in a process of its own: ours is `python dpo_train.py`, theirs `trl.DPOTrainer` as a user would call it.
+Both train the same weights on the whole file as one batch: sigmoid loss, the same beta, AdamW (0.9,
+0.95), no decay, constant learning rate without warm-up, gradient clipped at 1, no dropout, and the
+reference log-probs computed once. Each runs in a process of its own: ours is `python dpo_train.py`,
+theirs `trl.DPOTrainer` as a user would call it.
 
-TRL reads the file unchanged, but only its text: it renders and tokenises that itself. We train on the generator's token
-ids. The two are the same sequences only where tokenising the text gives back the ids, so this is checked pair by pair
-before anything is compared. If it fails somewhere (a template that writes "\\n" behind EOS is enough: TRL trains it,
-and the generator stops at EOS), we get the ids that TRL trains on, and the output says so.
+TRL reads the file unchanged, but only its text: it renders and tokenises that itself. We train on
+the generator's token ids. The two are the same sequences only where tokenising the text gives back
+the ids, so this is checked pair by pair before anything is compared. If it fails somewhere (a
+template that writes "\\n" behind EOS is enough: TRL trains it, and the generator stops at EOS), we
+get the ids that TRL trains on, and the output says so.
 
-Without --model it builds a Llama of two layers with Llama 3's kind of template, and 24 pairs of random words with all
-keys of the data contract. Exit code 1 when the curves differ by more than --tolerance, or the first loss is not ln 2.
+Without --model it builds a Llama of two layers with Llama 3's kind of template, and 24 pairs of
+random words with all keys of the data contract. Exit code 1 when the curves differ by more than
+--tolerance, or the first loss is not ln 2.
 """
 
 import argparse
@@ -30,7 +34,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from chat import encode_pair
 from records import dump
@@ -47,19 +57,24 @@ TEMPLATE = (
 WORDS = "plum fig pear apple kiwi for a picnic please name three fruits the user asks and answers".split()
 
 
-# ---- a small policy and pairs --------------------------------------------------------------------------------------
+# ---- a small policy and pairs ------------------------------------------------------------------
 
 
 def build_model(folder: Path, seed: int = 0) -> None:
-    """A random Llama with a byte-level BPE that adds a BOS, as its template does: whoever does both gets two."""
+    """A random Llama with a byte-level BPE that adds a BOS, as its template does: whoever does both
+    gets two.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        [" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+        [" ".join(WORDS)] * 4,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet),
     )
-    bpe.post_processor = processors.TemplateProcessing(single=f"{SPECIAL[1]} $A", special_tokens=[(SPECIAL[1], 1)])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL[1]} $A", special_tokens=[(SPECIAL[1], 1)]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=SPECIAL[1], eos_token=SPECIAL[4], pad_token=SPECIAL[0]
     )
@@ -75,7 +90,9 @@ def build_model(folder: Path, seed: int = 0) -> None:
 
 
 def build_pairs(path: Path, model_folder: Path, n: int = 24, seed: int = 0) -> None:
-    """n rows as make_pairs.py writes them: text, the token ids a generator would have sampled, their log-probs."""
+    """n rows as make_pairs.py writes them: text, the token ids a generator would have sampled,
+    their log-probs.
+    """
     rng, model_hash = random.Random(seed), hash_path(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -83,10 +100,18 @@ def build_pairs(path: Path, model_folder: Path, n: int = 24, seed: int = 0) -> N
     for i in range(n):
         text = {k: " ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for k in PARTS}
         prompt = [{"role": "user", "content": text["prompt"]}]
-        ids = {"prompt": tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)}
+        ids = {
+            "prompt": tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=False
+            )
+        }
         for k in PARTS[1:]:
-            ids[k] = tokenizer(text[k], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        logprobs = own_logprobs(model, {k: np.asarray(v, np.int32) for k, v in ids.items()}).tolist()
+            ids[k] = tokenizer(text[k], add_special_tokens=False)["input_ids"] + [
+                tokenizer.eos_token_id
+            ]
+        logprobs = own_logprobs(
+            model, {k: np.asarray(v, np.int32) for k, v in ids.items()}
+        ).tolist()
         rows.append(
             {"id": f"p{i:06d}", "iteration": 1, "prompt": prompt}
             | {k: [{"role": "assistant", "content": text[k]}] for k in PARTS[1:]}
@@ -100,7 +125,10 @@ def build_pairs(path: Path, model_folder: Path, n: int = 24, seed: int = 0) -> N
 
 def text_only(rows: list[dict]) -> list[dict]:
     """The rows as anyone's preference data would be: without what only the generator knows."""
-    return [{k: v for k, v in row.items() if not k.endswith(("_token_ids", "_logprob", "_model"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.endswith(("_token_ids", "_logprob", "_model"))}
+        for row in rows
+    ]
 
 
 def canonical(rows: list[dict], tokenizer) -> int:
@@ -112,7 +140,7 @@ def canonical(rows: list[dict], tokenizer) -> int:
     return same
 
 
-# ---- theirs --------------------------------------------------------------------------------------------------------
+# ---- theirs ------------------------------------------------------------------------------------
 
 
 def trl_trainer(
@@ -120,17 +148,23 @@ def trl_trainer(
     checkpointing=False, sampling="sequential", liger=False, attention="sdpa", callbacks=(),
     tokenizer=None,
 ):  # fmt: skip
-    """A DPOTrainer that takes all pairs in each of `steps` optimizer steps, `microbatch` pairs at a time.
+    """A DPOTrainer that takes all pairs in each of `steps` optimizer steps, `microbatch` pairs at a
+    time.
 
-    An epoch is a step, so that no shuffle changes what a step is made of. TRL's log-probs are chunked without asking.
+    An epoch is a step, so that no shuffle changes what a step is made of. TRL's log-probs are
+    chunked without asking.
     """
     import datasets
     import trl
 
-    data = datasets.load_dataset("json", data_files=str(pairs), split="train", cache_dir=str(folder / "cache"))
+    data = datasets.load_dataset(
+        "json", data_files=str(pairs), split="train", cache_dir=str(folder / "cache")
+    )
     count = len(data)
     if count % microbatch:
-        raise SystemExit(f"error: TRL weighs microbatches alike: {microbatch} must divide the {count} pairs of a step")
+        raise SystemExit(
+            f"error: TRL weighs microbatches alike: {microbatch} must divide the {count} pairs of a step"
+        )
     config = trl.DPOConfig(
         output_dir=str(folder / "out"), num_train_epochs=steps, per_device_train_batch_size=microbatch,
         gradient_accumulation_steps=count // microbatch, precompute_ref_log_probs=True, max_length=None, beta=beta,
@@ -138,9 +172,16 @@ def trl_trainer(
         adam_beta2=0.95, max_grad_norm=1.0, bf16=bf16, gradient_checkpointing=checkpointing, use_liger_kernel=liger,
         train_sampling_strategy=sampling, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_steps=1,
         report_to="none", disable_tqdm=True, seed=0, model_init_kwargs={"attn_implementation": attention},
-        remove_unused_columns=sampling == "sequential",  # it removes "length" as well, by which the others sort
+        # it removes "length" as well, by which the others sort
+        remove_unused_columns=sampling == "sequential",
     )  # fmt: skip
-    return trl.DPOTrainer(model, args=config, train_dataset=data, callbacks=list(callbacks), processing_class=tokenizer)
+    return trl.DPOTrainer(
+        model,
+        args=config,
+        train_dataset=data,
+        callbacks=list(callbacks),
+        processing_class=tokenizer,
+    )
 
 
 def trl_side(args, folder: Path) -> None:
@@ -155,14 +196,47 @@ def trl_side(args, folder: Path) -> None:
     (folder / "trl.json").write_text(json.dumps({"losses": losses, "ids": ids}))
 
 
-# ---- side by side --------------------------------------------------------------------------------------------------
+# ---- side by side ------------------------------------------------------------------------------
 
 
 def ours(args, pairs: Path, count: int, folder: Path) -> list[float]:
-    command = [sys.executable, ROOT / "dpo_train.py", "--model", args.model, "--pairs", pairs, "--dtype", "fp32"]
-    command += ["--output", folder / "policy", "--batch_size", count, "--num_train_epochs", args.steps]
-    command += ["--beta", args.beta, "--learning_rate", args.learning_rate, "--lr_scheduler", "constant"]
-    command += ["--warmup_ratio", 0, "--weight_decay", 0, "--adam_betas", 0.9, 0.95, "--max_grad_norm", 1.0]
+    command = [
+        sys.executable,
+        ROOT / "dpo_train.py",
+        "--model",
+        args.model,
+        "--pairs",
+        pairs,
+        "--dtype",
+        "fp32",
+    ]
+    command += [
+        "--output",
+        folder / "policy",
+        "--batch_size",
+        count,
+        "--num_train_epochs",
+        args.steps,
+    ]
+    command += [
+        "--beta",
+        args.beta,
+        "--learning_rate",
+        args.learning_rate,
+        "--lr_scheduler",
+        "constant",
+    ]
+    command += [
+        "--warmup_ratio",
+        0,
+        "--weight_decay",
+        0,
+        "--adam_betas",
+        0.9,
+        0.95,
+        "--max_grad_norm",
+        1.0,
+    ]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=sys.stderr)
     return [json.loads(line)["loss"] for line in open(folder / "train.jsonl")]
 
@@ -174,7 +248,9 @@ def compare(args, folder: Path) -> float:
     rows = [json.loads(line) for line in open(args.pairs)]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     same, pairs = canonical(rows, tokenizer), args.pairs
-    print(f"{len(rows)} pairs, one batch; token ids are what the text tokenises to in {same} of them, so")
+    print(
+        f"{len(rows)} pairs, one batch; token ids are what the text tokenises to in {same} of them, so"
+    )
     if same == len(rows):
         print("  both read the same file, unchanged: we its ids, TRL its text")
     else:
@@ -188,7 +264,9 @@ def compare(args, folder: Path) -> float:
         pairs = folder / "trl_ids.jsonl"
         keys = [f"{k}_token_ids" for k in PARTS]
         retold = zip(text_only(rows), theirs["ids"], strict=True)
-        pairs.write_text("".join(dump(row | dict(zip(keys, ids, strict=True))) for row, ids in retold))
+        pairs.write_text(
+            "".join(dump(row | dict(zip(keys, ids, strict=True))) for row, ids in retold)
+        )
     curve = ours(args, pairs, len(rows), folder)
 
     print(f"\n{'step':>4} {'ours':>12} {'TRL':>12} {'difference':>12}")
@@ -196,18 +274,27 @@ def compare(args, folder: Path) -> float:
         print(f"{step:4} {a:12.8f} {b:12.8f} {abs(a - b):12.1e}")
     largest = max(abs(a - b) for a, b in zip(curve, theirs["losses"], strict=True))
     start = max(abs(x - math.log(2)) for x in (curve[0], theirs["losses"][0]))
-    print(f"\nlargest difference {largest:.1e} (tolerance {args.tolerance:g}); first losses are ln 2 to {start:.1e}")
+    print(
+        f"\nlargest difference {largest:.1e} (tolerance {args.tolerance:g}); first losses are ln 2 to {start:.1e}"
+    )
     return max(largest, start)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", help="folder of a policy; default: a small random Llama")
     p.add_argument("--pairs", type=Path, help="its pairs.jsonl; default: random words")
     p.add_argument("--limit", type=int, help="take the first pairs of the file only; default: all")
     p.add_argument("--steps", type=int, default=5)
     p.add_argument("--beta", type=float, default=0.1)
-    p.add_argument("--learning_rate", type=float, default=1e-4, help="high enough for the curve to move in five steps")
+    p.add_argument(
+        "--learning_rate",
+        type=float,
+        default=1e-4,
+        help="high enough for the curve to move in five steps",
+    )
     p.add_argument("--tolerance", type=float, default=1e-4)
     p.add_argument("--trl_side", type=Path, help=argparse.SUPPRESS)
     args = parse(p)
@@ -223,7 +310,9 @@ def main():
             build_model(folder / "model")
             build_pairs(args.pairs, folder / "model")
         lines = open(args.pairs).readlines()[: args.limit]
-        args.pairs = folder / "pairs.jsonl"  # a copy: dpo_train.py leaves a cache beside the file it reads
+        args.pairs = (
+            folder / "pairs.jsonl"
+        )  # a copy: dpo_train.py leaves a cache beside the file it reads
         args.pairs.write_text("".join(lines))
         sys.exit(compare(args, folder) > args.tolerance)
 

@@ -8,7 +8,17 @@ import subprocess
 
 import torch
 
-NAMES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy", "vllm", "kernels")
+NAMES = (
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "vllm",
+    "kernels",
+)
 
 
 def main():

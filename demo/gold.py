@@ -1,15 +1,16 @@
 """The gold reward: the truth of the demo, which no training sees.
 
-A prompt asks for COUNT words of a CATEGORY: "please list three fruits for a game". With S the set of distinct words of
-that category in the answer,
+A prompt asks for COUNT words of a CATEGORY: "please list three fruits for a game". With S the set
+of distinct words of that category in the answer,
 
     gold = min(|S|, COUNT) / max(COUNT, number of items in the answer)
 
 so "plum, fig, pear" is 1.0, and every missing, surplus, repeated or foreign item costs its share.
 
-The demo's reward model has learned from noisy comparisons (train_reward_model.py) and is only a proxy of this number.
-The loop climbs the proxy and the report shows both, because they part ways when one climbs too far: over-optimisation
-(Gao et al. 2022, arXiv:2210.10760). To watch without deciding anything, give it the weight 0:
+The demo's reward model has learned from noisy comparisons (train_reward_model.py) and is only a
+proxy of this number. The loop climbs the proxy and the report shows both, because they part ways
+when one climbs too far: over-optimisation (Gao et al. 2022, arXiv:2210.10760). To watch without
+deciding anything, give it the weight 0:
 
     python score.py --candidates C --output S --reward_model rm=demo/build/seed_0/reward_model \\
         --reward_fn gold=demo/gold.py:gold --reward_weights gold=0
@@ -28,9 +29,13 @@ CATEGORIES = {
 
 
 def gold(prompt, response: str, meta: dict) -> float:
-    """How much of what was asked for `response` holds, in [0, 1]. The signature is that of score.py's --reward_fn."""
+    """How much of what was asked for `response` holds, in [0, 1]. The signature is that of
+    score.py's --reward_fn.
+    """
     if meta.get("category") not in CATEGORIES or not isinstance(meta.get("count"), int):
-        raise ValueError(f'gold needs a prompt of the demo, with "category" and "count" in its meta; this is {meta}')
+        raise ValueError(
+            f'gold needs a prompt of the demo, with "category" and "count" in its meta; this is {meta}'
+        )
     items = re.split(r"\s*(?:,|\n|\band\b)\s*", response.lower().strip(" \n."))
     right = set(items) & set(CATEGORIES[meta["category"]])
     return min(len(right), meta["count"]) / max(meta["count"], len(items))

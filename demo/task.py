@@ -2,9 +2,9 @@
 
     please list three fruits for a game  ->  plum, fig, pear
 
-6 categories x 4 counts x 96 phrasings = 2,304 prompts: enough for 200 held out and three iterations of 512 that never
-repeat one. A held-out prompt is a new sentence of known parts, so it measures whether the policy has learned the
-request, and not the sentence.
+6 categories x 4 counts x 96 phrasings = 2,304 prompts: enough for 200 held out and three iterations
+of 512 that never repeat one. A held-out prompt is a new sentence of known parts, so it measures
+whether the policy has learned the request, and not the sentence.
 """
 
 import itertools
@@ -13,18 +13,38 @@ import random
 from demo.gold import CATEGORIES
 
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
-OPENERS = ["please list", "name", "give me", "tell me", "write down", "i need", "can you list", "think of"]
-CLOSERS = ["", " for a game", " for my class", " in one line", " that you know", " for a quiz", " for a child"]
+OPENERS = [
+    "please list",
+    "name",
+    "give me",
+    "tell me",
+    "write down",
+    "i need",
+    "can you list",
+    "think of",
+]
+CLOSERS = [
+    "",
+    " for a game",
+    " for my class",
+    " in one line",
+    " that you know",
+    " for a quiz",
+    " for a child",
+]
 CLOSERS += [" for a poem", " right now", " for my friend", " as a list", " today"]
 
-# How careful the writer is whom the policy imitates. So careless that most answers fail (gold 0.37 on average, one in
-# six exact), and so varied that the best of eight answers is mostly a good one: what there is to learn from pairs.
+# How careful the writer is whom the policy imitates. So careless that most answers fail (gold 0.37
+# on average, one in six exact), and so varied that the best of eight answers is mostly a good one:
+# what there is to learn from pairs.
 RIGHT_CATEGORY = 0.5
 RIGHT_COUNT = 0.6
 
 
 def make_prompts(seed: int, heldout: int = 200) -> tuple[list[dict], list[dict]]:
-    """Every prompt once, shuffled and split: (training rows, held-out rows), as records.py describes them."""
+    """Every prompt once, shuffled and split: (training rows, held-out rows), as records.py
+    describes them.
+    """
     parts = list(itertools.product(OPENERS, COUNTS, CATEGORIES, CLOSERS))
     random.Random(seed).shuffle(parts)
     rows = [
@@ -39,7 +59,9 @@ def make_prompts(seed: int, heldout: int = 200) -> tuple[list[dict], list[dict]]
 
 
 def sloppy_answer(meta: dict, rng: random.Random) -> str:
-    """An answer that often misses: another category, another count, words twice (drawn with replacement)."""
+    """An answer that often misses: another category, another count, words twice (drawn with
+    replacement).
+    """
     category, count = meta["category"], meta["count"]
     if rng.random() > RIGHT_CATEGORY:
         category = rng.choice([c for c in CATEGORIES if c != category])

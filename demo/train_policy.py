@@ -1,11 +1,13 @@
-"""The initial policy: a byte-level BPE tokenizer and a Llama of 0.4 M parameters, pre-trained on sloppy answers.
+"""The initial policy: a byte-level BPE tokenizer and a Llama of 0.4 M parameters, pre-trained on
+sloppy answers.
 
 Maximum likelihood on the tokens of the answer y, given the prompt x,
 
     L = - sum_t log p(y_t | x, y_<t) / number of answer tokens in the batch
 
-on an endless stream: every step draws prompts and writes new answers to them, so there is nothing to overfit, and the
-policy ends as a faithful copy of the sloppy writer (task.py). Whatever it does better it must learn from preferences.
+on an endless stream: every step draws prompts and writes new answers to them, so there is nothing
+to overfit, and the policy ends as a faithful copy of the sloppy writer (task.py). Whatever it does
+better it must learn from preferences.
 """
 
 import random
@@ -18,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo.task import sloppy_answer
 
-# ChatML, as Qwen uses it: no BOS anywhere, and every turn ends with <|im_end|>, which is therefore the EOS.
+# ChatML, as Qwen uses it: no BOS anywhere, and every turn ends with <|im_end|>, which is therefore
+# the EOS.
 CHAT_TEMPLATE = """\
 {% for message in messages %}<|im_start|>{{ message['role'] }}
 {{ message['content'] }}<|im_end|>
@@ -27,9 +30,12 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: 3 special tokens, 256 bytes and as many merges as fit into 512. Any text can be encoded."""
+    """Byte-level BPE: 3 special tokens, 256 bytes and as many merges as fit into 512. Any text can
+    be encoded.
+    """
     bpe = Tokenizer(models.BPE())
-    # ", " is a piece of its own, so that a word is the same token at the start of an answer and within it.
+    # ", " is a piece of its own, so that a word is the same token at the start of an answer and
+    # within it.
     pieces = pre_tokenizers.Split(Regex(r", | ?\w+|\s+|[^\s\w]+"), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
@@ -43,7 +49,8 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        pad_token="<|pad|>",  # not the EOS: a pad that can also be a real token is where masks go wrong
+        # not the EOS: a pad that can also be a real token is where masks go wrong
+        pad_token="<|pad|>",
         eos_token="<|im_end|>",
         chat_template=CHAT_TEMPLATE,
         padding_side="left",  # a batch of prompts must end where the answers begin
@@ -61,33 +68,45 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         intermediate_size=256,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        initializer_range=0.08,  # near 1 / sqrt(96); a model so narrow learns far slower from the usual 0.02
+        # near 1 / sqrt(96); a model so narrow learns far slower from the usual 0.02
+        initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
     model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # what generate() and vLLM stop at
+    model.generation_config.eos_token_id = (
+        tokenizer.eos_token_id
+    )  # what generate() and vLLM stop at
     return model
 
 
-def train_policy(prompts: list[dict], seed: int, steps: int, batch_size: int = 32, learning_rate=3e-3):
+def train_policy(
+    prompts: list[dict], seed: int, steps: int, batch_size: int = 32, learning_rate=3e-3
+):
     """Return (model, tokenizer)."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    words = [row["prompt"][0]["content"] for row in prompts] + [sloppy_answer(row["meta"], rng) for row in prompts]
+    words = [row["prompt"][0]["content"] for row in prompts] + [
+        sloppy_answer(row["meta"], rng) for row in prompts
+    ]
     tokenizer = make_tokenizer(words + ["user", "assistant"] * len(prompts))
     model = make_model(tokenizer)
 
-    contexts = [tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True).input_ids for r in prompts]
+    contexts = [
+        tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True).input_ids
+        for r in prompts
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
     for step in range(steps):
         ids, targets = [], []
         for i in rng.choices(range(len(prompts)), k=batch_size):
-            answer = tokenizer.encode(sloppy_answer(prompts[i]["meta"], rng)) + [tokenizer.eos_token_id]
+            answer = tokenizer.encode(sloppy_answer(prompts[i]["meta"], rng)) + [
+                tokenizer.eos_token_id
+            ]
             ids.append(torch.tensor(contexts[i] + answer))
             targets.append(torch.tensor([-100] * len(contexts[i]) + answer))
         # Padding stands on the right and attention looks to the left, so no mask is needed.
@@ -102,5 +121,7 @@ def train_policy(prompts: list[dict], seed: int, steps: int, batch_size: int = 3
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            print(f"policy        step {step:4d}  loss {loss.item():.3f} nats per token", flush=True)
+            print(
+                f"policy        step {step:4d}  loss {loss.item():.3f} nats per token", flush=True
+            )
     return model.eval(), tokenizer

@@ -1,4 +1,6 @@
-"""What every test file shares: stages are run as a user runs them, as processes with arguments and exit codes."""
+"""What every test file shares: stages are run as a user runs them, as processes with arguments and
+exit codes.
+"""
 
 import os
 import subprocess
@@ -30,18 +32,33 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def stage():
-    """stage("make_pairs.py", "--scored", path, …) -> CompletedProcess; `nproc=2` goes through torchrun."""
+    """stage("make_pairs.py", "--scored", path, …) -> CompletedProcess; `nproc=2` goes through
+    torchrun.
+    """
 
     def call(script, *arguments, nproc=1, check=True, env=None, timeout=300):
         launcher = [sys.executable]
         if nproc > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+            launcher += [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(nproc),
+            ]
         command = [*launcher, str(ROOT / script), *map(str, arguments)]
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **(env or {})}, timeout=timeout
+            command,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            timeout=timeout,
         )
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(
+                f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
     return call

@@ -1,4 +1,5 @@
-"""Small random models of real architectures and a real tokenizer, as folders that transformers and vLLM load.
+"""Small random models of real architectures and a real tokenizer, as folders that transformers and
+vLLM load.
 
 tokenizer(folder, template="chatml")      byte-level BPE of 300 tokens and a chat template
 causal_lm(folder, arch="llama")           + config, generation config and weights: a policy
@@ -15,7 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-VOCAB = 307  # a prime, so no multiple of any block (PITFALLS 33), and 7 more than the tokenizer knows, as in Qwen's
+# a prime, so no multiple of any block (PITFALLS 33), and 7 more than the tokenizer knows, as in
+# Qwen's
+VOCAB = 307
 
 TEMPLATES = {
     # Qwen's shape: no BOS, and the end of a turn is EOS.
@@ -26,7 +29,8 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}no thoughts\n{% endif %}"
         "{% endif %}",
     ),
-    # Llama 3's shape: template and tokenizer both add a BOS (PITFALLS 1), and a turn's end is not EOS (PITFALLS 5).
+    # Llama 3's shape: template and tokenizer both add a BOS (PITFALLS 1), and a turn's end is not
+    # EOS (PITFALLS 5).
     "bos": dict(
         bos="<|bos|>",
         eos="<|eos|>",
@@ -37,7 +41,11 @@ TEMPLATES = {
     "none": dict(bos="<|bos|>", eos="<|eos|>", template=None),
 }
 SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
-CORPUS = ["please name three fruits for a picnic", "plum, fig, pear", "the user asks and the assistant answers"] * 4
+CORPUS = [
+    "please name three fruits for a picnic",
+    "plum, fig, pear",
+    "the user asks and the assistant answers",
+] * 4
 
 
 def tokenizer(folder, template: str = "chatml"):
@@ -48,10 +56,13 @@ def tokenizer(folder, template: str = "chatml"):
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet),
     )
     if kind["bos"]:
-        bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+        bpe.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", 1)]
+        )
     tok = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=kind["bos"], eos_token=kind["eos"], pad_token="<|pad|>",
         additional_special_tokens=[s for s in SPECIAL[3:] if s != kind["eos"]],
@@ -67,7 +78,8 @@ def config(arch: str = "llama", **overrides):
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32,  # vLLM on a CPU knows no smaller one
         max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.1,  # transformers' 0.02 gives nearly uniform tokens, and so tests that would see no mistake
+        # transformers' 0.02 gives nearly uniform tokens, and so tests that would see no mistake
+        initializer_range=0.1,
     )  # fmt: skip
     if arch in ("gemma2", "gemma3"):
         small["query_pre_attn_scalar"] = 32
@@ -78,25 +90,44 @@ def config(arch: str = "llama", **overrides):
 
 
 # What Llama 4's text model has beside the sizes above
-LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96, attention_chunk_size=64)
+LLAMA4 = dict(
+    num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96, attention_chunk_size=64
+)
 
 
-def causal_lm(folder, arch="llama", tie=False, seed=0, template="chatml", dtype=torch.float32, eos=None, **overrides):
-    """Save a random policy with its tokenizer (template=None: without). `eos` goes into the generation config."""
+def causal_lm(
+    folder,
+    arch="llama",
+    tie=False,
+    seed=0,
+    template="chatml",
+    dtype=torch.float32,
+    eos=None,
+    **overrides,
+):
+    """Save a random policy with its tokenizer (template=None: without). `eos` goes into the
+    generation config.
+    """
     c = config(arch, tie_word_embeddings=tie, **overrides)
     if template:
         c.eos_token_id = tokenizer(folder, template).eos_token_id
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(c, dtype=dtype)
     model.generation_config = GenerationConfig(
-        eos_token_id=c.eos_token_id if eos is None else eos, bos_token_id=c.bos_token_id, pad_token_id=c.pad_token_id
+        eos_token_id=c.eos_token_id if eos is None else eos,
+        bos_token_id=c.bos_token_id,
+        pad_token_id=c.pad_token_id,
     )
     model.save_pretrained(folder)
     return model.eval()
 
 
-def reward_model(folder, arch="llama", labels=1, seed=0, template="bos", dtype=torch.float32, **overrides):
-    """Save a random sequence classification model with a tokenizer whose template is not the policies'."""
+def reward_model(
+    folder, arch="llama", labels=1, seed=0, template="bos", dtype=torch.float32, **overrides
+):
+    """Save a random sequence classification model with a tokenizer whose template is not the
+    policies'.
+    """
     c = config(arch, num_labels=labels, **overrides)
     tokenizer(folder, template)
     torch.manual_seed(seed)

@@ -1,4 +1,6 @@
-"""bench/gpu.sh runs where nobody can mend it: its commands are understood, it ends in time, nothing stops the rest."""
+"""bench/gpu.sh runs where nobody can mend it: its commands are understood, it ends in time, nothing
+stops the rest.
+"""
 
 import argparse
 import importlib
@@ -22,7 +24,9 @@ def listed(phase):
     """[name, seconds with the grace to be killed, words of the command] of each step."""
     command = ["bash", "bench/gpu.sh", phase, "--list"]
     environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     return [(name, int(seconds), shlex.split(command)) for name, seconds, command in rows]
 
@@ -78,7 +82,13 @@ def test_a_flag_that_no_module_has_would_be_seen(monkeypatch):
 
 
 def test_other_commands_exist():
-    files = [word for phase in PHASES for _, _, command in listed(phase) for word in command if word.endswith(".sh")]
+    files = [
+        word
+        for phase in PHASES
+        for _, _, command in listed(phase)
+        for word in command
+        if word.endswith(".sh")
+    ]
     assert files
     for file in files:
         assert (ROOT / file).exists()
@@ -101,7 +111,9 @@ finish
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(tmp_path):
     began = time.time()
-    done = subprocess.run(["bash", "-c", STEPS, "-", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", STEPS, "-", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
     assert time.time() - began < 40
     assert done.returncode == 1  # something failed
     lines = (tmp_path / "summary.txt").read_text().splitlines()
@@ -125,12 +137,19 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(tmp_path):
 
 def test_all_well_is_exit_0(tmp_path):
     code = ". bench/steps.sh; summary=$1/s log=$1/l; step fine 20 true; finish"
-    assert subprocess.run(["bash", "-c", code, "-", tmp_path], cwd=ROOT, capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            ["bash", "-c", code, "-", tmp_path], cwd=ROOT, capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["D"], ["A", "--fast"], ["A", "--list", "B"]])
 def test_what_it_does_not_know_is_refused(arguments):
-    done = subprocess.run(["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "A|B|C [--rehearse|--list]" in done.stderr
 
@@ -138,13 +157,24 @@ def test_what_it_does_not_know_is_refused(arguments):
 def test_a_headline_stands_beside_its_prediction(monkeypatch):
     name = "three GEMMs, 16384x896x151936"
     assert headline.headline("x", 3.0, "ms", 2) == "headline: x: 3 ms (predicted 2: 1.50 times)"
-    assert headline.headline("x", 7.0, "ms", (2, 8)) == "headline: x: 7 ms (predicted 2 to 8: 1.00 times)"
-    assert headline.headline("x", 1.0, "ms", (2, 8)) == "headline: x: 1 ms (predicted 2 to 8: 0.50 times)"
+    assert (
+        headline.headline("x", 7.0, "ms", (2, 8))
+        == "headline: x: 7 ms (predicted 2 to 8: 1.00 times)"
+    )
+    assert (
+        headline.headline("x", 1.0, "ms", (2, 8))
+        == "headline: x: 1 ms (predicted 2 to 8: 0.50 times)"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert headline.headline(name, 41.0, "ms") == f"headline: {name}: 41 ms"  # predicted for another machine
+    assert (
+        headline.headline(name, 41.0, "ms") == f"headline: {name}: 41 ms"
+    )  # predicted for another machine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
-    assert headline.headline(name, 41.0, "ms") == f"headline: {name}: 41 ms (predicted 20.5: 2.00 times)"
+    assert (
+        headline.headline(name, 41.0, "ms")
+        == f"headline: {name}: 41 ms (predicted 20.5: 2.00 times)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,8 +185,14 @@ def test_a_headline_stands_beside_its_prediction(monkeypatch):
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "attention"),
         ("row_kernel", "row kernel"),
         ("triton_poi_fused_cat_mul_silu_3", "compiled layers"),
-        ("void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<float>>", "elementwise"),
-        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copy and cast"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<float>>",
+            "elementwise",
+        ),
+        (
+            "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>",
+            "copy and cast",
+        ),
         ("Memcpy HtoD (Pageable -> Device)", "copy and cast"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("void at::native::reduce_kernel<512, 1>", "reduction"),

@@ -1,4 +1,6 @@
-"""The comparisons with TRL: that what both sides are given is what it is said to be, and that our side runs."""
+"""The comparisons with TRL: that what both sides are given is what it is said to be, and that our
+side runs.
+"""
 
 import json
 import re
@@ -20,27 +22,39 @@ def read(path):
 
 
 def test_pairs_for_trl_hold_the_contract_and_canonical_ids(tmp_path):
-    """Token ids = what the text tokenises to, one BOS (PITFALLS 1), one EOS at the end, log-probs of the very model."""
+    """Token ids = what the text tokenises to, one BOS (PITFALLS 1), one EOS at the end, log-probs
+    of the very model.
+    """
     trl_dpo.build_model(tmp_path / "model")
     trl_dpo.build_pairs(tmp_path / "pairs.jsonl", tmp_path / "model", n=6)
-    rows, tokenizer = read(tmp_path / "pairs.jsonl"), AutoTokenizer.from_pretrained(tmp_path / "model")
+    rows, tokenizer = (
+        read(tmp_path / "pairs.jsonl"),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert trl_dpo.canonical(rows, tokenizer) == 6
     for row in rows:
         ids = {k: np.asarray(row[f"{k}_token_ids"]) for k in trl_dpo.PARTS}
-        assert (ids["prompt"] == tokenizer.bos_token_id).sum() == 1 and tokenizer.bos_token_id not in ids["chosen"]
+        assert (
+            ids["prompt"] == tokenizer.bos_token_id
+        ).sum() == 1 and tokenizer.bos_token_id not in ids["chosen"]
         for k in ("chosen", "rejected"):
             assert (ids[k] == tokenizer.eos_token_id).nonzero()[0].tolist() == [len(ids[k]) - 1]
         expected = [row["chosen_logprob"], row["rejected_logprob"]]
         assert own_logprobs(model, ids).tolist() == pytest.approx(expected, abs=1e-4)
-    rows[2]["chosen_token_ids"].insert(1, 7)  # ids that the text does not tell of, as a generator may sample
+    rows[2]["chosen_token_ids"].insert(
+        1, 7
+    )  # ids that the text does not tell of, as a generator may sample
     assert trl_dpo.canonical(rows, tokenizer) == 5
 
 
 def test_text_only_pairs_render_to_the_same_ids(tmp_path):
     trl_dpo.build_model(tmp_path / "model")
     trl_dpo.build_pairs(tmp_path / "pairs.jsonl", tmp_path / "model", n=3)
-    rows, tokenizer = read(tmp_path / "pairs.jsonl"), AutoTokenizer.from_pretrained(tmp_path / "model")
+    rows, tokenizer = (
+        read(tmp_path / "pairs.jsonl"),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
     for row, text in zip(rows, trl_dpo.text_only(rows), strict=True):
         assert not [k for k in text if "token_ids" in k or "logprob" in k]
         ids = encode_pair(tokenizer, text, "", [tokenizer.eos_token_id])
@@ -49,19 +63,25 @@ def test_text_only_pairs_render_to_the_same_ids(tmp_path):
 
 def test_words_of_the_benchmark_are_its_token_ids(tmp_path):
     """So TRL, which takes text, trains on the ids that we train on."""
-    train.SHAPES["tiny"] = train.SHAPES["small"] | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    train.SHAPES["tiny"] = train.SHAPES["small"] | dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1
+    )
     train.build_model(tmp_path / "model", "tiny", torch.float32)
     train.build_pairs(tmp_path / "pairs.jsonl", [(9, 4, 7), (1, 2, 2)], 8192)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     for row, lengths in zip(read(tmp_path / "pairs.jsonl"), [(9, 4, 7), (1, 2, 2)], strict=True):
         ids = [row[f"{k}_token_ids"] for k in ("prompt", "chosen", "rejected")]
-        assert tuple(map(len, ids)) == lengths and ids[1][-1] == ids[2][-1] == tokenizer.eos_token_id
+        assert (
+            tuple(map(len, ids)) == lengths and ids[1][-1] == ids[2][-1] == tokenizer.eos_token_id
+        )
         assert tokenizer(row["prompt"] + row["chosen"])["input_ids"] == ids[0] + ids[1]
         assert tokenizer(row["prompt"] + row["rejected"])["input_ids"] == ids[0] + ids[2]
 
 
 def test_lengths_are_those_of_the_docstring():
-    """Means about 200 and 350, heavy tails, answers to a prompt alike (correlation of the logs 0.5), a fixed seed."""
+    """Means about 200 and 350, heavy tails, answers to a prompt alike (correlation of the logs
+    0.5), a fixed seed.
+    """
     rows = train.draw_lengths(4000, 1.0)
     p, c, r = (np.array(x) for x in zip(*rows, strict=True))
     assert 180 < p.mean() < 215 and 320 < c.mean() < 370 and c.max() == 1500
@@ -72,7 +92,9 @@ def test_lengths_are_those_of_the_docstring():
 
 
 def test_useful_flops_are_those_of_a_plain_model():
-    """Against torch's own count of the matrix products of a forward and backward pass, attention apart."""
+    """Against torch's own count of the matrix products of a forward and backward pass, attention
+    apart.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     shape = train.SHAPES["small"] | dict(vocab_size=512, num_hidden_layers=2)
@@ -83,7 +105,8 @@ def test_useful_flops_are_those_of_a_plain_model():
         model(input_ids=torch.arange(n)[None], use_cache=False).logits.sum().backward()
     products = counter.get_flop_counts()["Global"]
     attention = [v for k, v in products.items() if k == torch.ops.aten.bmm]
-    # One "answer" of n tokens behind no prompt, and no second one. Eager attention computes the masked half, too.
+    # One "answer" of n tokens behind no prompt, and no second one. Eager attention computes the
+    # masked half, too.
     visible = 12 * 2 * config.hidden_size * n * (n + 1) / 2
     linear = train.useful_flops(config, [(0, n, 0)]) - visible
     assert linear == pytest.approx(sum(products.values()) - sum(attention), rel=1e-6)
@@ -91,11 +114,19 @@ def test_useful_flops_are_those_of_a_plain_model():
 
 
 def test_only_equal_losses_and_no_more_memory_win():
-    """The verdict is against TRL's fastest that computes the same loss, by our fastest that fits into its memory."""
+    """The verdict is against TRL's fastest that computes the same loss, by our fastest that fits
+    into its memory.
+    """
 
     def task(name, side, seconds, peak, loss):
         runs = [{"losses": [0.7, loss], "seconds": [seconds], "wall": [seconds], "peak": peak}]
-        return {"name": name, "side": side, "checkpointing": False, "answers_only": False, "runs": runs}
+        return {
+            "name": name,
+            "side": side,
+            "checkpointing": False,
+            "answers_only": False,
+            "runs": runs,
+        }
 
     tasks = [
         task("small", "ours", 2.0, 100, 0.6), task("large", "ours", 1.0, 300, 0.6), task("wrong", "ours", 0.5, 50, 0.5),
@@ -110,13 +141,23 @@ def test_only_equal_losses_and_no_more_memory_win():
 
 
 def test_our_side_runs_and_prints_its_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)  # as where TRL is not installed
+    monkeypatch.setattr(
+        train.importlib.util, "find_spec", lambda name: None
+    )  # as where TRL is not installed
     monkeypatch.setattr(train.importlib.metadata, "version", lambda name: "?")
-    flags = "--pairs 3 --scale 0.05 --steps 2 --checkpointing on --packing prefix --tokens_per_batch 96"
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--save", str(tmp_path / "table.txt")])
+    flags = (
+        "--pairs 3 --scale 0.05 --steps 2 --checkpointing on --packing prefix --tokens_per_batch 96"
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *flags.split(), "--save", str(tmp_path / "table.txt")]
+    )
     train.main()
     printed = capsys.readouterr().out
-    rows = re.findall(r"^ours, (\w+), 96 tokens +yes +([\d.]+) +([\d.]+) +([\d,]+) +([\d,]+) +(\S+) ", printed, re.M)
+    rows = re.findall(
+        r"^ours, (\w+), 96 tokens +yes +([\d.]+) +([\d.]+) +([\d,]+) +([\d,]+) +(\S+) ",
+        printed,
+        re.M,
+    )
     assert [row[0] for row in rows] == ["prefix"]
     assert all(float(row[1]) > 0 and float(row[5]) < 1e-4 for row in rows), printed
     assert (tmp_path / "table.txt").read_text().splitlines()[-1] in printed

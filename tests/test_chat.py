@@ -1,4 +1,6 @@
-"""chat.py: one BOS, every stop id, an answer that ends where it ends, and templates that fail in one line."""
+"""chat.py: one BOS, every stop id, an answer that ends where it ends, and templates that fail in
+one line.
+"""
 
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
@@ -7,7 +9,9 @@ import chat
 import small_models
 from records import Stop
 
-BOS, EOS, END, EOT = (small_models.SPECIAL.index(s) for s in ("<|bos|>", "<|eos|>", "<|im_end|>", "<|eot|>"))
+BOS, EOS, END, EOT = (
+    small_models.SPECIAL.index(s) for s in ("<|bos|>", "<|eos|>", "<|im_end|>", "<|eot|>")
+)
 ASK = [{"role": "user", "content": "name a fig"}]
 
 
@@ -27,7 +31,7 @@ def pair(prompt=ASK, chosen="plum", rejected="pear"):
     return {"prompt": prompt, **turns}
 
 
-# ---- templates that fail ---------------------------------------------------------------------------
+# ---- templates that fail -----------------------------------------------------------------------
 
 FAILING = {
     "its own refusal": "{{ raise_exception('no such role') }}",
@@ -49,18 +53,22 @@ def test_whatever_a_template_raises_is_one_line_with_its_place(tmp_path, jinja):
         lambda: chat.encode_pair(tokenizer, pair(), "p.jsonl:7", [END]),
     )
     for call in calls:
-        with pytest.raises(Stop, match="^error: p.jsonl:7: the chat template of .* refuses it: ") as stop:
+        with pytest.raises(
+            Stop, match="^error: p.jsonl:7: the chat template of .* refuses it: "
+        ) as stop:
             call()
         assert "\n" not in str(stop.value)
 
 
 def test_a_conversation_without_chat_template_is_refused_with_a_remedy(tmp_path):
     tokenizer = saved(tmp_path, "none")
-    with pytest.raises(Stop, match="p.jsonl:7: the prompt is a conversation, but .* add the model's"):
+    with pytest.raises(
+        Stop, match="p.jsonl:7: the prompt is a conversation, but .* add the model's"
+    ):
         chat.encode_pair(tokenizer, pair(), "p.jsonl:7", [EOS])
 
 
-# ---- BOS -------------------------------------------------------------------------------------------
+# ---- BOS ---------------------------------------------------------------------------------------
 
 
 def test_pitfalls_1_a_doubled_bos_is_refused_or_another_models(tmp_path):
@@ -94,7 +102,7 @@ def test_a_missing_bos_is_the_policys_mistake_and_may_be_the_reward_models_way(t
     assert BOS not in chat.encode_for_reward(tokenizer, ASK, "plum", "here", {})
 
 
-# ---- where an answer ends --------------------------------------------------------------------------
+# ---- where an answer ends ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("behind", ["\n", "<|eot|>", "<|eot|>\n", ""])

@@ -1,4 +1,6 @@
-"""The demo: its truth is the truth, its files are what the contract says, and building it is repeatable and whole."""
+"""The demo: its truth is the truth, its files are what the contract says, and building it is
+repeatable and whole.
+"""
 
 import json
 import subprocess
@@ -48,7 +50,9 @@ def built(stage, tmp_path_factory):
 def test_gold(answer, expected):
     """gold = min(distinct right words, count) / max(count, items), whatever the text."""
     assert gold("three fruits", answer, THREE_FRUITS) == pytest.approx(expected)
-    assert gold([{"role": "user", "content": "three fruits"}], answer, THREE_FRUITS) == pytest.approx(expected)
+    assert gold(
+        [{"role": "user", "content": "three fruits"}], answer, THREE_FRUITS
+    ) == pytest.approx(expected)
 
 
 def test_gold_refuses_a_prompt_of_another_game():
@@ -63,7 +67,9 @@ def test_no_word_belongs_to_two_categories():
 
 
 def test_prompts_are_split_once_and_for_all():
-    """PITFALLS 15: training and held-out prompts share neither id nor text; another seed is another split."""
+    """PITFALLS 15: training and held-out prompts share neither id nor text; another seed is another
+    split.
+    """
     prompts, heldout = make_prompts(seed=0)
     assert (len(prompts), len(heldout)) == (2104, 200)
     for key in (lambda row: row["id"], lambda row: row["prompt"][0]["content"]):
@@ -84,11 +90,16 @@ def test_files_follow_the_contract(built):
 
 
 def test_models_load_as_any_other(built):
-    """Policy, reward model and tokenizers through transformers' Auto classes; the reward head has one label."""
+    """Policy, reward model and tokenizers through transformers' Auto classes; the reward head has
+    one label.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    for name, kind in (("policy", AutoModelForCausalLM), ("reward_model", AutoModelForSequenceClassification)):
+    for name, kind in (
+        ("policy", AutoModelForCausalLM),
+        ("reward_model", AutoModelForSequenceClassification),
+    ):
         tokenizer = AutoTokenizer.from_pretrained(built / name)
         model = kind.from_pretrained(built / name).eval()
         assert model.dtype == torch.float32
@@ -96,24 +107,34 @@ def test_models_load_as_any_other(built):
         assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
         # A tensor that is missing would be filled at random, and two loads would differ.
         again = kind.from_pretrained(built / name)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+        )
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 1)
 
 
 def test_template_has_no_bos_and_every_turn_ends_in_eos(built):
-    """PITFALLS 1 and 5: no BOS, rendered and encoded or in one go; the stop id of generation is the template's."""
+    """PITFALLS 1 and 5: no BOS, rendered and encoded or in one go; the stop id of generation is the
+    template's.
+    """
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(built / "policy")
-    conversation = [{"role": "user", "content": "name two trees"}, {"role": "assistant", "content": "oak, fir"}]
+    conversation = [
+        {"role": "user", "content": "name two trees"},
+        {"role": "assistant", "content": "oak, fir"},
+    ]
     text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    assert text == ("<|im_start|>user\nname two trees<|im_end|>\n<|im_start|>assistant\noak, fir<|im_end|>\n")
+    assert text == (
+        "<|im_start|>user\nname two trees<|im_end|>\n<|im_start|>assistant\noak, fir<|im_end|>\n"
+    )
     ids = tokenizer.apply_chat_template(conversation).input_ids
     assert tokenizer.bos_token_id is None
     assert ids == tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=False)
     assert ids.count(tokenizer.eos_token_id) == 2
     assert GenerationConfig.from_pretrained(built / "policy").eos_token_id == tokenizer.eos_token_id
-    # What stands before the answer is a prefix of the whole: nothing merges at the boundary (PITFALLS 3).
+    # What stands before the answer is a prefix of the whole: nothing merges at the boundary
+    # (PITFALLS 3).
     prompt = tokenizer.apply_chat_template(conversation[:1], add_generation_prompt=True).input_ids
     assert ids[: len(prompt)] == prompt
     assert ids[len(prompt) : -1] == tokenizer.encode("oak, fir") + [tokenizer.eos_token_id]
@@ -129,14 +150,23 @@ def test_any_text_survives_the_tokenizer(built):
 
 
 def test_another_seed_is_another_demo(built, stage, tmp_path):
-    """PITFALLS 14: split, tokenizer and weights are a function of the seed (the same seed: the last test here)."""
+    """PITFALLS 14: split, tokenizer and weights are a function of the seed (the same seed: the last
+    test here).
+    """
     stage("demo/build.py", "--output", tmp_path / "other", "--seed", "1", *TINY)
-    for name in ("prompts.jsonl", "heldout.jsonl", "policy/model.safetensors", "reward_model/model.safetensors"):
+    for name in (
+        "prompts.jsonl",
+        "heldout.jsonl",
+        "policy/model.safetensors",
+        "reward_model/model.safetensors",
+    ):
         assert hash_path(tmp_path / "other" / name) != hash_path(built / name)
 
 
 def test_built_once(built, stage):
-    """The same command does nothing; another seed for the same folder stops and names it (PITFALLS 13)."""
+    """The same command does nothing; another seed for the same folder stops and names it (PITFALLS
+    13).
+    """
     before = hash_path(built)
     assert "already done" in stage("demo/build.py", "--output", built, *TINY).stdout
     refused = stage("demo/build.py", "--output", built, "--seed", "7", *TINY, check=False)
@@ -145,7 +175,9 @@ def test_built_once(built, stage):
 
 
 def test_killed_build_leaves_nothing_that_looks_finished(built, stage, tmp_path):
-    """PITFALLS 36 and 14: killed between the first file of the folder and the last, then built: the same bytes."""
+    """PITFALLS 36 and 14: killed between the first file of the folder and the last, then built: the
+    same bytes.
+    """
     folder = tmp_path / "build"
     command = [sys.executable, str(ROOT / "demo/build.py"), "--output", str(folder), *TINY]
     building = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)

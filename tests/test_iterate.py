@@ -1,4 +1,6 @@
-"""The loop: iterate.sh on a small random model and a python reward, killed, stopped, resumed, refused."""
+"""The loop: iterate.sh on a small random model and a python reward, killed, stopped, resumed,
+refused.
+"""
 
 import fcntl
 import json
@@ -20,7 +22,9 @@ from records import dump
 from small_models import causal_lm, tokenizer
 from stage import hash_path
 
-REWARD = "def reward(prompt, response, meta):\n    return response.count('e') - 0.01 * len(response)\n"
+REWARD = (
+    "def reward(prompt, response, meta):\n    return response.count('e') - 0.01 * len(response)\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,10 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     causal_lm(folder / "model", tie=True)
     (folder / "reward.py").write_text(REWARD)
-    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"name fruit {i}"}]} for i in range(60)]
+    rows = [
+        {"id": f"p{i}", "prompt": [{"role": "user", "content": f"name fruit {i}"}]}
+        for i in range(60)
+    ]
     (folder / "prompts.jsonl").write_text("".join(map(dump, rows[:52])))
     (folder / "heldout.jsonl").write_text("".join(map(dump, rows[52:])))
     return folder
@@ -37,7 +44,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """Settings for a tiny chat model that was taught to say "Verdict: A" to everything: position bias at its worst."""
+    """Settings for a tiny chat model that was taught to say "Verdict: A" to everything: position
+    bias at its worst.
+    """
     folder = tmp_path_factory.mktemp("judge")
     (folder / "prompt.txt").write_text("<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?")
     model, tok, rng = (
@@ -48,9 +57,13 @@ def judge(tmp_path_factory):
     reply = tok("Verdict: A")["input_ids"] + [tok.eos_token_id]
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
     for _ in range(80):
-        words = ["".join(chr(rng.randint(32, 126)) for _ in range(rng.randint(1, 40))) for _ in range(3)]
+        words = [
+            "".join(chr(rng.randint(32, 126)) for _ in range(rng.randint(1, 40))) for _ in range(3)
+        ]
         ask = [{"role": "user", "content": "<{}> A: <{}> B: <{}> Which?".format(*words)}]
-        prompt = tok.apply_chat_template(ask, add_generation_prompt=True, return_dict=True)["input_ids"]
+        prompt = tok.apply_chat_template(ask, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         labels = torch.tensor([[-100] * len(prompt) + reply])
         model(torch.tensor([prompt + reply]), labels=labels).loss.backward()
         optimizer.step()
@@ -70,14 +83,23 @@ def settings(world, run, **more):
         "GENERATE_ARGS": "--max_new_tokens 12 --backend hf", "PAIRS_ARGS": "--keep_truncated",
         "TRAIN_ARGS": "--learning_rate 1e-3 --batch_size 2 --save_every 4",
     }  # fmt: skip
-    leaks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VLLM_")  # VLLM_: from tests with an engine in this process
+    leaks = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "VLLM_",
+    )  # VLLM_: from tests with an engine in this process
     clean = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
     return clean | {k: str(v) for k, v in (given | more).items()}
 
 
 def iterate(world, run, timeout=600, **more):
     return subprocess.run(
-        ["bash", ROOT / "iterate.sh"], env=settings(world, run, **more), capture_output=True, text=True, timeout=timeout
+        ["bash", ROOT / "iterate.sh"],
+        env=settings(world, run, **more),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -90,7 +112,13 @@ def whole(world, tmp_path_factory):
     return run, done.stdout
 
 
-RESULTS = ("pairs.jsonl", "policy/model.safetensors", "candidates.jsonl", "scored.jsonl", "eval/scored.jsonl")
+RESULTS = (
+    "pairs.jsonl",
+    "policy/model.safetensors",
+    "candidates.jsonl",
+    "scored.jsonl",
+    "eval/scored.jsonl",
+)
 
 
 def results(run):
@@ -99,7 +127,14 @@ def results(run):
 
 def test_one_command_leaves_everything_a_reader_looks_for(world, whole):
     run, printed = whole
-    names = [*RESULTS, "prompts.jsonl", "train.jsonl", "policy/config.json", "policy/tokenizer.json", "logs/train.log"]
+    names = [
+        *RESULTS,
+        "prompts.jsonl",
+        "train.jsonl",
+        "policy/config.json",
+        "policy/tokenizer.json",
+        "logs/train.log",
+    ]
     for name in names:
         assert (run / "iter_01" / name).exists(), name
     for name in (
@@ -115,7 +150,9 @@ def test_one_command_leaves_everything_a_reader_looks_for(world, whole):
     assert len((run / "summary.jsonl").read_text().splitlines()) == 2
     assert not list(run.rglob("*.parts")) and not list(run.rglob("*.tmp"))
     meta = json.loads((run / "iter_01/policy.meta.json").read_text())
-    assert meta["audit"]["answers"] == 80 and meta["audit"]["mean"] < 1e-4  # law 2: what was sampled is what is trained
+    assert (
+        meta["audit"]["answers"] == 80 and meta["audit"]["mean"] < 1e-4
+    )  # law 2: what was sampled is what is trained
     assert meta["inputs"]["pairs"] == [hash_path(run / "iter_01/pairs.jsonl")]
 
 
@@ -130,7 +167,9 @@ def test_rows_in_are_rows_out_and_named_drops_at_every_stage(whole):
 
 
 def test_law_1_what_was_sampled_is_what_is_scored_is_what_is_trained(world, whole):
-    """PITFALLS 2, 4: the generator's ids reach the pairs unchanged; EOS ends them exactly where the model stopped."""
+    """PITFALLS 2, 4: the generator's ids reach the pairs unchanged; EOS ends them exactly where the
+    model stopped.
+    """
     run, _ = whole
     candidates = {r["id"]: r for r in map(json.loads, open(run / "iter_01/candidates.jsonl"))}
     pairs = [json.loads(line) for line in open(run / "iter_01/pairs.jsonl")]
@@ -140,7 +179,10 @@ def test_law_1_what_was_sampled_is_what_is_scored_is_what_is_trained(world, whol
         assert pair["prompt_token_ids"] == source["prompt_token_ids"]
         for k in ("chosen", "rejected"):
             written = source["candidates"][pair[f"{k}_index"]]
-            assert pair[f"{k}_token_ids"] == written["token_ids"] and pair[k][0]["content"] == written["text"]
+            assert (
+                pair[f"{k}_token_ids"] == written["token_ids"]
+                and pair[k][0]["content"] == written["text"]
+            )
             assert (written["token_ids"][-1] == 4) == (written["finish_reason"] == "stop")
             assert written["model"] == hash_path(world / "model")
 
@@ -156,9 +198,11 @@ def test_the_printed_commands_can_be_run_by_hand(whole):
 
 
 def kill_at_random(world, run, kills, expected):
-    """Start the loop, kill -9 its whole process group at a random moment, and again; at last let it end.
+    """Start the loop, kill -9 its whole process group at a random moment, and again; at last let it
+    end.
 
-    What it has done when it ends is compared. If it ends before its moment, it begins anew: kills fall on all stages.
+    What it has done when it ends is compared. If it ends before its moment, it begins anew: kills
+    fall on all stages.
     """
     rng = random.Random(time.time())
     while True:
@@ -180,7 +224,9 @@ def kill_at_random(world, run, kills, expected):
         shutil.rmtree(run)
 
 
-def test_pitfalls_36_killed_at_random_moments_the_end_is_the_same_to_the_byte(world, whole, tmp_path):
+def test_pitfalls_36_killed_at_random_moments_the_end_is_the_same_to_the_byte(
+    world, whole, tmp_path
+):
     kill_at_random(world, tmp_path / "run", 2, results(whole[0]))
 
 
@@ -192,19 +238,28 @@ def test_twenty_kills(world, whole, tmp_path):
 def test_pitfalls_13_a_changed_setting_stops_the_loop_and_is_named(world, whole):
     run, _ = whole
     done = iterate(world, run, SEED=1)
-    assert done.returncode == 1 and "--seed: was 0, is 1" in done.stdout and "iter_00/logs/generate.log" in done.stderr
+    assert (
+        done.returncode == 1
+        and "--seed: was 0, is 1" in done.stdout
+        and "iter_00/logs/generate.log" in done.stderr
+    )
     assert results(run)
 
 
 def test_pitfalls_35_a_failing_stage_stops_the_loop_and_names_its_log(world, tmp_path):
-    (tmp_path / "bad.py").write_text("def reward(prompt, response, meta):\n    return float('nan')\n")
+    (tmp_path / "bad.py").write_text(
+        "def reward(prompt, response, meta):\n    return float('nan')\n"
+    )
     done = iterate(world, tmp_path / "run", REWARD_FN=f"{tmp_path}/bad.py:reward")
     log = tmp_path / "run/iter_00/logs/score.log"
     assert done.returncode == 1 and str(log) in done.stderr and "nan" in log.read_text()
     assert not (tmp_path / "run/iter_01").exists()
     # The cause mended, the same command goes on.
     (tmp_path / "bad.py").write_text(REWARD)
-    assert iterate(world, tmp_path / "run", REWARD_FN=f"{tmp_path}/bad.py:reward", ITERS=0).returncode == 0
+    assert (
+        iterate(world, tmp_path / "run", REWARD_FN=f"{tmp_path}/bad.py:reward", ITERS=0).returncode
+        == 0
+    )
 
 
 def test_two_loops_never_share_a_run(world, tmp_path):
@@ -224,9 +279,15 @@ def test_a_stage_that_was_just_killed_may_take_a_moment_to_go(world, tmp_path):
 
 
 def alive(session):
-    """Processes of the session that still run; one that has ended and waits to be reaped (state Z) does not."""
-    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
-    return [s for s in stats if int(s[3]) == session and s[0] != "Z"]  # state, parent, group, session, …
+    """Processes of the session that still run; one that has ended and waits to be reaped (state Z)
+    does not.
+    """
+    stats = [
+        path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")
+    ]
+    return [
+        s for s in stats if int(s[3]) == session and s[0] != "Z"
+    ]  # state, parent, group, session, …
 
 
 def all_gone(session, seconds):
@@ -256,7 +317,9 @@ def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_path, sent):
-    """As a terminal's Ctrl-C does it: the process that keeps the log gets the signal, too, and must not go first."""
+    """As a terminal's Ctrl-C does it: the process that keeps the log gets the signal, too, and must
+    not go first.
+    """
     more = {"TRAIN_ARGS": "--learning_rate 1e-4 --batch_size 1 --num_train_epochs 50"}
     process = subprocess.Popen(
         ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **more), start_new_session=True,
@@ -268,12 +331,17 @@ def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_pat
     os.killpg(process.pid, sent)
     assert process.wait(60) == 75
     assert list(rows.parent.glob("step_*"))
-    assert "the same command goes on from there" in (tmp_path / "run/iter_01/logs/train.log").read_text()
+    assert (
+        "the same command goes on from there"
+        in (tmp_path / "run/iter_01/logs/train.log").read_text()
+    )
 
 
 @pytest.mark.slow
 def test_two_machines_are_one_loop(world, whole, tmp_path):
-    """Two loops with a shared RUN that meet through torchrun, here on one machine: the same answers and pairs."""
+    """Two loops with a shared RUN that meet through torchrun, here on one machine: the same answers
+    and pairs.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -282,7 +350,9 @@ def test_two_machines_are_one_loop(world, whole, tmp_path):
     for node in (0, 1):
         more = settings(world, tmp_path / "run", TORCHRUN_ARGS=meet, NODE_RANK=node)
         log = open(tmp_path / f"node{node}.log", "w")
-        machines.append(subprocess.Popen(["bash", ROOT / "iterate.sh"], env=more, stdout=log, stderr=log))
+        machines.append(
+            subprocess.Popen(["bash", ROOT / "iterate.sh"], env=more, stdout=log, stderr=log)
+        )
     for node, machine in enumerate(machines):
         assert machine.wait(300) == 0, (tmp_path / f"node{node}.log").read_text()[-3000:]
     for name in ("iter_01/candidates.jsonl", "iter_01/scored.jsonl", "iter_01/pairs.jsonl"):
@@ -306,9 +376,13 @@ def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_pa
     printed = process.communicate(timeout=600)[0]
     assert process.returncode == 0, printed
     all_gone(process.pid, 5)
-    counts = json.loads((tmp_path / "run/iter_00/eval/scored.jsonl.meta.json").read_text())["counts"]
+    counts = json.loads((tmp_path / "run/iter_00/eval/scored.jsonl.meta.json").read_text())[
+        "counts"
+    ]
     different = counts["judge_pairs"]["in"]
-    assert 4 < different <= 8  # 8 prompts, 2 answers each; the same answer twice is a tie without asking
+    assert (
+        4 < different <= 8
+    )  # 8 prompts, 2 answers each; the same answer twice is a tie without asking
     assert counts["judge_replies"] == {"in": 2 * different, "out": 2 * different, "dropped": {}}
     assert counts["judge_pairs"]["dropped"] == {"first_shown_won_twice": different}
     scored = [json.loads(line) for line in open(tmp_path / "run/iter_00/eval/scored.jsonl")]
@@ -319,7 +393,9 @@ def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_pa
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge, tmp_path, sent):
     process = subprocess.Popen(
         ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **judge), start_new_session=True,
@@ -339,7 +415,9 @@ def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge,
 def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, judge, tmp_path):
     done = iterate(world, tmp_path / "run", **judge | {"JUDGE_ARGS": "--no-such-argument"})
     log = tmp_path / "run/iter_00/logs/judge.log"
-    assert done.returncode == 1 and str(log) in done.stderr and "no-such-argument" in log.read_text()
+    assert (
+        done.returncode == 1 and str(log) in done.stderr and "no-such-argument" in log.read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -350,7 +428,10 @@ def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, j
         ({"HELDOUT": ""}, "held-out prompts"),
         ({"REWARD_FN": ""}, "no reward"),
         ({"JUDGE_ARGS": "--enforce-eager"}, "no effect without JUDGE"),
-        ({"JUDGE": "m", "JUDGE_ARGS": "--enforce-eager", "JUDGE_URL": "http://localhost:1/v1"}, "runs already"),
+        (
+            {"JUDGE": "m", "JUDGE_ARGS": "--enforce-eager", "JUDGE_URL": "http://localhost:1/v1"},
+            "runs already",
+        ),
         ({"JUDGE": "m", "JUDGE_URL": "http://me:secret@host/v1"}, "holds credentials"),
         ({"HELDOUT": "none.jsonl"}, "none.jsonl: no such file"),
         ({"PYTHON": "/no/such/python"}, "/no/such/python"),
@@ -365,21 +446,41 @@ def test_pitfalls_15_heldout_prompts_that_are_trained_on_stop_the_run(world, tmp
     stolen = json.loads((world / "prompts.jsonl").read_text().splitlines()[3])
     (tmp_path / "heldout.jsonl").write_text(dump({**stolen, "id": "another id"}))
     done = iterate(world, tmp_path / "run", HELDOUT=tmp_path / "heldout.jsonl")
-    assert done.returncode == 1 and "p3" in done.stdout and not (tmp_path / "run/iter_01/policy").exists()
+    assert (
+        done.returncode == 1
+        and "p3" in done.stdout
+        and not (tmp_path / "run/iter_01/policy").exists()
+    )
 
 
 def test_ref_init_history_enhancer_and_keep_last(world, tmp_path):
     """The settings that change what is compared with what, in one run; then the same command again."""
-    more = {"ITERS": 2, "REF": "init", "HISTORY": 1, "ENHANCER": "init", "KEEP": "last", "PROMPTS_PER_ITER": 16}
+    more = {
+        "ITERS": 2,
+        "REF": "init",
+        "HISTORY": 1,
+        "ENHANCER": "init",
+        "KEEP": "last",
+        "PROMPTS_PER_ITER": 16,
+    }
     done = iterate(world, tmp_path / "run", **more)
     assert done.returncode == 0, done.stdout + done.stderr
     meta = json.loads((tmp_path / "run/iter_02/policy.meta.json").read_text())
-    assert meta["inputs"]["ref_model"] == hash_path(world / "model") and len(meta["inputs"]["pairs"]) == 2
+    assert (
+        meta["inputs"]["ref_model"] == hash_path(world / "model")
+        and len(meta["inputs"]["pairs"]) == 2
+    )
     assert meta["audit"]["answers"] > 0
     scored = [json.loads(line) for line in open(tmp_path / "run/iter_02/scored.jsonl")]
-    assert all(len(row["candidates"]) == 8 and len({c["model"] for c in row["candidates"]}) == 2 for row in scored)
+    assert all(
+        len(row["candidates"]) == 8 and len({c["model"] for c in row["candidates"]}) == 2
+        for row in scored
+    )
     evaluated = json.loads((tmp_path / "run/iter_02/eval/scored.jsonl").read_text().splitlines()[0])
     assert evaluated["candidates"][0]["ref_logprobs"].keys() == {"init", "prev"}
-    assert not (tmp_path / "run/iter_01/policy").exists() and (tmp_path / "run/iter_02/policy").exists()
+    assert (
+        not (tmp_path / "run/iter_01/policy").exists()
+        and (tmp_path / "run/iter_02/policy").exists()
+    )
     again = iterate(world, tmp_path / "run", **more)
     assert again.returncode == 0 and "iter_02: done" in again.stdout

@@ -1,4 +1,6 @@
-"""The judge of score.py, against a server that answers over HTTP by a rule. test_iterate.py has the real vLLM."""
+"""The judge of score.py, against a server that answers over HTTP by a rule. test_iterate.py has the
+real vLLM.
+"""
 
 import json
 import math
@@ -26,7 +28,8 @@ PROMPT = "<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?"
 
 
 class Server(ThreadingHTTPServer):
-    """A chat completions endpoint. `reply` is called with the two answers shown; text, a status, or status and message.
+    """A chat completions endpoint. `reply` is called with the two answers shown; text, a status, or
+    status and message.
 
     Parameters in `refuses` get the 400 of OpenAI's reasoning models.
     """
@@ -49,7 +52,11 @@ class Handler(BaseHTTPRequestHandler):
             r"### Answer A\n(.*?)\n\n### Answer B\n(.*?)\n\n### Your", content, re.S
         )
         with server.lock:
-            head = {"key": self.headers["Authorization"], "path": self.path, "time": time.monotonic()}
+            head = {
+                "key": self.headers["Authorization"],
+                "path": self.path,
+                "time": time.monotonic(),
+            }
             server.requests.append({"body": body, **head})
             server.busy += 1
             server.busiest = max(server.busiest, server.busy)
@@ -59,9 +66,20 @@ class Handler(BaseHTTPRequestHandler):
             server.busy -= 1
         if refused := [name for name in server.refuses if name in body]:
             message = f"Unsupported parameter: '{refused[0]}' is not supported with this model."
-            status, answer = 400, {"error": {"message": message, "param": refused[0], "code": "unsupported_parameter"}}
+            status, answer = (
+                400,
+                {
+                    "error": {
+                        "message": message,
+                        "param": refused[0],
+                        "code": "unsupported_parameter",
+                    }
+                },
+            )
         elif not isinstance(reply, str):
-            status, message = reply if isinstance(reply, tuple) else (reply, f"the server says {reply}")
+            status, message = (
+                reply if isinstance(reply, tuple) else (reply, f"the server says {reply}")
+            )
             answer = {"error": {"message": message}}
         else:
             message = {"role": "assistant", "content": reply}
@@ -83,7 +101,9 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
-    """judge(rows, reply, *flags) -> (scored rows, counts, server); reply may be the URL of a running server."""
+    """judge(rows, reply, *flags) -> (scored rows, counts, server); reply may be the URL of a
+    running server.
+    """
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     (tmp_path / "prompt.txt").write_text(PROMPT)
     servers = []
@@ -117,7 +137,14 @@ def rows(*answers):
             "prompt": [{"role": "user", "content": f"request {i}"}],
             "prompt_token_ids": [1],
             "candidates": [
-                {"text": t, "token_ids": [7, 2], "logprob": -1.0, "finish_reason": "stop", "model": "m"} for t in texts
+                {
+                    "text": t,
+                    "token_ids": [7, 2],
+                    "logprob": -1.0,
+                    "finish_reason": "stop",
+                    "model": "m",
+                }
+                for t in texts
             ],
         }
         for i, texts in enumerate(answers)
@@ -125,7 +152,9 @@ def rows(*answers):
 
 
 def longer(a, b):
-    return "Both are fine.\nVerdict: " + ("TIE" if len(a) == len(b) else "A" if len(a) > len(b) else "B")
+    return "Both are fine.\nVerdict: " + (
+        "TIE" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
+    )
 
 
 def larger(a, b):
@@ -137,7 +166,9 @@ def wins(scored):
 
 
 def test_win_rates_over_all_pairs_in_both_orders(judge):
-    scored, counts, server = judge(rows(["a", "bb", "ccc", "dddd"], ["x", "y", "zz"], ["same", "same"]), longer)
+    scored, counts, server = judge(
+        rows(["a", "bb", "ccc", "dddd"], ["x", "y", "zz"], ["same", "same"]), longer
+    )
     assert wins(scored) == [[0, 1 / 3, 2 / 3, 1], [0.25, 0.25, 1], [0.5, 0.5]]
     assert [c["reward"] for c in scored[0]["candidates"]] == [0, 1 / 3, 2 / 3, 1]
     assert len(server.requests) == 2 * (6 + 3)  # the same text twice is not worth asking
@@ -153,7 +184,9 @@ def test_the_default_prompt_shows_everything_and_cannot_be_broken_out_of(judge):
     scored, _, server = judge(rows(texts), longer, prompt=False)
     assert wins(scored) == [[0, 1]]
     shown = [r["body"]["messages"][0]["content"] for r in server.requests]
-    assert all(text.count("request 0") == 1 and texts[0] in text and texts[1] in text for text in shown)
+    assert all(
+        text.count("request 0") == 1 and texts[0] in text and texts[1] in text for text in shown
+    )
 
 
 def test_a_ring_of_four_opponents_beyond_five_candidates(judge):
@@ -194,7 +227,8 @@ def test_pitfalls_42_two_sources_are_compared_with_each_other(judge):
     texts = [[f"{value:.6f}" for value in row] for row in worth]
     scored, _, server = judge(rows(*texts), larger)
 
-    # Of all pairs of 16 answers 64 in 120 are of two sources; of the ring in file order 6 in 32 were.
+    # Of all pairs of 16 answers 64 in 120 are of two sources; of the ring in file order 6 in 32
+    # were.
     second = {text for row in texts for text in row[8:]}
     across = 0
     for request in server.requests:
@@ -229,7 +263,9 @@ def test_a_server_on_this_machine_is_asked_more_at_once(url, expected):
 
 
 def test_a_judge_that_prefers_a_place_decides_nothing_and_is_reported(judge):
-    scored, counts, _ = judge(rows(["a", "bb", "ccc"]), lambda a, b: "**Verdict: A**" if "bb" not in a + b else "B")
+    scored, counts, _ = judge(
+        rows(["a", "bb", "ccc"]), lambda a, b: "**Verdict: A**" if "bb" not in a + b else "B"
+    )
     assert wins(scored) == [[0.5, 0.5, 0.5]]
     lost = {"first_shown_won_twice": 1, "second_shown_won_twice": 2}
     assert counts["judge_pairs"] == {"in": 3, "out": 0, "dropped": lost}
@@ -249,7 +285,9 @@ def test_retries_until_the_server_recovers(judge):
 
 
 def test_failures_are_counted_and_never_guessed(judge):
-    """A pair of which one order failed is left out; who has no pair left is dropped under a name (PITFALLS 12)."""
+    """A pair of which one order failed is left out; who has no pair left is dropped under a name
+    (PITFALLS 12).
+    """
 
     def broken(a, b):
         if "ccc" in (a, b) or (a, b) == ("a", "bb"):
@@ -259,14 +297,20 @@ def test_failures_are_counted_and_never_guessed(judge):
     scored, counts, _ = judge(rows(["a", "bb", "ccc", "dddd"], ["alone"]), broken)
     assert [[c["text"] for c in row["candidates"]] for row in scored] == [["bb", "dddd"], []]
     assert wins(scored) == [[0, 1], []]
-    assert counts["judge_replies"] == {"in": 12, "out": 4, "dropped": {"failed": 7, "unreadable": 1}}
+    assert counts["judge_replies"] == {
+        "in": 12,
+        "out": 4,
+        "dropped": {"failed": 7, "unreadable": 1},
+    }
     assert counts["judge_pairs"]["in"] == 1
     assert counts["candidates"] == {"in": 5, "out": 2, "dropped": {"no_judge_verdict": 3}}
     assert counts["rows"] == {"in": 2, "out": 2, "dropped": {}}
 
 
 def test_no_reply_is_paid_for_twice(judge, tmp_path):
-    """The replies outlive the run, a torn line of a kill included; another prompt is another question."""
+    """The replies outlive the run, a torn line of a kill included; another prompt is another
+    question.
+    """
     data = rows(["a", "bb", "ccc"], ["x", "yy"])
     first, counts, server = judge(data, longer)
     n = len(server.requests)
@@ -289,7 +333,9 @@ def test_no_reply_is_paid_for_twice(judge, tmp_path):
 def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(judge, monkeypatch):
     monkeypatch.setattr("stage.ROWS_PER_PART", 1)
     data = rows(["a", "bb"], ["c", "dd"], ["e", "ff"])
-    with pytest.raises(records.Stop, match="--judge_max_requests 5: 4 replies are paid for.* 2 more"):
+    with pytest.raises(
+        records.Stop, match="--judge_max_requests 5: 4 replies are paid for.* 2 more"
+    ):
         judge(data, longer, "--judge_max_requests", 5)
     scored, _, server = judge(data, longer, "--judge_max_requests", 6)
     assert wins(scored) == [[0, 1]] * 3 and len(server.requests) == 2
@@ -302,8 +348,12 @@ def test_concurrency_is_the_limit(judge):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_requests_a_minute_are_those_of_all_ranks_and_of_all_attempts(tmp_path, stage, ranks):
-    """1,200 a minute is one in 50 ms, or in 100 ms for each of two ranks; every first answer is a 503."""
-    data = rows(*[[f"a{i}", f"bb{i}", f"ccc{i}"] if i in (0, 64) else [] for i in range(65)])  # 64 rows a part
+    """1,200 a minute is one in 50 ms, or in 100 ms for each of two ranks; every first answer is a
+    503.
+    """
+    data = rows(
+        *[[f"a{i}", f"bb{i}", f"ccc{i}"] if i in (0, 64) else [] for i in range(65)]
+    )  # 64 rows a part
     (tmp_path / "c.jsonl").write_text("".join(map(records.dump, data)))
     seen = set()
 
@@ -321,11 +371,17 @@ def test_requests_a_minute_are_those_of_all_ranks_and_of_all_attempts(tmp_path, 
     counts = json.loads((tmp_path / "s.jsonl.meta.json").read_text())["counts"]
     assert counts["judge_replies"] == {"in": 12, "out": 12, "dropped": {}}
     for row in (0, 64):
-        of_row = [r["time"] for r in server.requests if f"request {row}\n" in r["body"]["messages"][0]["content"]]
+        of_row = [
+            r["time"]
+            for r in server.requests
+            if f"request {row}\n" in r["body"]["messages"][0]["content"]
+        ]
         assert len(of_row) == 12 and max(of_row) - min(of_row) > 11 * 0.05 * ranks - 0.1
 
 
-@pytest.mark.parametrize("refuses", [["temperature"], ["max_tokens"], ["max_tokens", "temperature"]])
+@pytest.mark.parametrize(
+    "refuses", [["temperature"], ["max_tokens"], ["max_tokens", "temperature"]]
+)
 def test_a_server_that_refuses_a_parameter_gets_what_it_wants(judge, refuses):
     """OpenAI's reasoning models. Found out once: later requests carry no refused parameter."""
 
@@ -334,7 +390,9 @@ def test_a_server_that_refuses_a_parameter_gets_what_it_wants(judge, refuses):
 
     reasoning.refuses = refuses
     data = rows(["a", "bb", "ccc"], ["d", "ee", "fff"])
-    scored, counts, server = judge(data, reasoning, "--judge_concurrency", 1, "--judge_max_tokens", 77)
+    scored, counts, server = judge(
+        data, reasoning, "--judge_concurrency", 1, "--judge_max_tokens", 77
+    )
     assert wins(scored) == [[0, 0.5, 1]] * 2 and counts["judge_replies"]["dropped"] == {}
     assert len(server.requests) == 12 + len(refuses)
     for r in server.requests[len(refuses) :]:
@@ -345,11 +403,20 @@ def test_a_server_that_refuses_a_parameter_gets_what_it_wants(judge, refuses):
 
 
 def test_a_request_that_is_too_long_is_no_refused_parameter(judge):
-    """vLLM's words name max_tokens, too; it is the request that fails, and the next one asks as before."""
-    too_long = (400, "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's context is 128 tokens.")
-    _, counts, server = judge(rows(["a", "bb"], ["c", "dd"]), lambda a, b: too_long if "a" in (a, b) else longer(a, b))
+    """vLLM's words name max_tokens, too; it is the request that fails, and the next one asks as
+    before.
+    """
+    too_long = (
+        400,
+        "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's context is 128 tokens.",
+    )
+    _, counts, server = judge(
+        rows(["a", "bb"], ["c", "dd"]), lambda a, b: too_long if "a" in (a, b) else longer(a, b)
+    )
     assert counts["judge_replies"]["dropped"] == {"failed": 2}
-    assert len(server.requests) == 4 and all(r["body"]["max_tokens"] == 512 for r in server.requests)
+    assert len(server.requests) == 4 and all(
+        r["body"]["max_tokens"] == 512 for r in server.requests
+    )
 
 
 def test_a_stopped_run_does_not_wait_for_a_server_that_hangs(tmp_path):
@@ -374,7 +441,9 @@ def test_a_stopped_run_does_not_wait_for_a_server_that_hangs(tmp_path):
     server.shutdown()
 
 
-def test_the_key_comes_from_the_environment_and_goes_nowhere_else(judge, tmp_path, monkeypatch, capfd):
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
+    judge, tmp_path, monkeypatch, capfd
+):
     _, _, server = judge(rows(["a", "bb"]), longer)
     assert server.requests[0]["key"] == "Bearer none"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
@@ -383,10 +452,14 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(judge, tmp_pat
     _, _, server = judge(rows(["a", "bbb"]), longer, output="u.jsonl")
     assert server.requests[0]["key"] == "Bearer sk-very-secret"
     written = [p.read_text() for p in tmp_path.rglob("*") if p.is_file()]
-    assert not any("very-secret" in text for text in [*written, str(stop.value), *capfd.readouterr()])
+    assert not any(
+        "very-secret" in text for text in [*written, str(stop.value), *capfd.readouterr()]
+    )
 
 
-@pytest.mark.parametrize("reply, match", [(404, "no model m "), (500, "says 500"), ("who knows", "who knows")])
+@pytest.mark.parametrize(
+    "reply, match", [(404, "no model m "), (500, "says 500"), ("who knows", "who knows")]
+)
 def test_a_judge_that_never_helps_stops_the_run(judge, tmp_path, reply, match):
     with pytest.raises(records.Stop, match=match):
         judge(rows(["a", "bb"]), lambda a, b: reply)

@@ -1,7 +1,9 @@
-"""Hugging Face's package `kernels` may be installed beside ours of the same name, as a user's own environment has it.
+"""Hugging Face's package `kernels` may be installed beside ours of the same name, as a user's own
+environment has it.
 
-transformers imports it where it finds it in a version that it knows. Here a stand-in lies behind the repository on
-Python's path, as site-packages does: the repository's folder hides it, and kernels-0.dist-info tells transformers so.
+transformers imports it where it finds it in a version that it knows. Here a stand-in lies behind
+the repository on Python's path, as site-packages does: the repository's folder hides it, and
+kernels-0.dist-info tells transformers so.
 """
 
 import os
@@ -69,7 +71,9 @@ def installed(tmp_path_factory):
 
 def run(code, *arguments, cwd, env):
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -87,19 +91,35 @@ def test_pitfalls_53_every_file_of_ours_imports_ours(installed):
         files += ROOT.glob(f"{folder}/*.py")
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     assert {"generate", "score", "dpo_train", "bench.train", "demo.build"} <= set(names)
-    assert run(EVERYTHING, *names, cwd=ROOT, env=installed).strip() == str(ROOT / "kernels/logprob.py")
+    assert run(EVERYTHING, *names, cwd=ROOT, env=installed).strip() == str(
+        ROOT / "kernels/logprob.py"
+    )
 
 
 def test_pitfalls_53_every_stage_runs(installed, stage, tmp_path):
     models.causal_lm(tmp_path / "policy")
     models.reward_model(tmp_path / "reward")
-    prompts = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"name {i} fruits"}]} for i in range(4)]
+    prompts = [
+        {"id": f"p{i}", "prompt": [{"role": "user", "content": f"name {i} fruits"}]}
+        for i in range(4)
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(map(dump, prompts)))
     policy, reward, trained = tmp_path / "policy", tmp_path / "reward", tmp_path / "trained"
-    candidates, scored, pairs = (tmp_path / f"{name}.jsonl" for name in ("candidates", "scored", "pairs"))
+    candidates, scored, pairs = (
+        tmp_path / f"{name}.jsonl" for name in ("candidates", "scored", "pairs")
+    )
     sampling = "--backend hf --num_samples 4 --max_new_tokens 8".split()
     commands = [
-        ["generate.py", "--model", policy, "--prompts", tmp_path / "prompts.jsonl", "--output", candidates, *sampling],
+        [
+            "generate.py",
+            "--model",
+            policy,
+            "--prompts",
+            tmp_path / "prompts.jsonl",
+            "--output",
+            candidates,
+            *sampling,
+        ],
         ["score.py", "--reward_model", reward, "--candidates", candidates, "--output", scored],
         ["make_pairs.py", "--scored", scored, "--output", pairs, "--keep_truncated"],
         ["dpo_train.py", "--model", policy, "--pairs", pairs, "--output", trained],

@@ -1,5 +1,7 @@
-"""Law 6: the kernel equals the fp64 reference, forward and backward, whatever the vocabulary. Here with the torch rows,
-which are the specification; test_logprob_triton.py holds the Triton rows to the same."""
+"""Law 6: the kernel equals the fp64 reference, forward and backward, whatever the vocabulary. Here
+with the torch rows, which are the specification; test_logprob_triton.py holds the Triton rows to
+the same.
+"""
 
 import os
 import subprocess
@@ -17,8 +19,17 @@ from kernels.logprob import linear_logprob, lm_head, logprob_from_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 # of the value, of the gradients; relative, by norm
-TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 4e-3)}
-HEADS = {"plain": {}, "scale": {"scale": 0.3}, "softcap": {"softcap": 5.0}, "both": {"scale": 2.5, "softcap": 3.0}}
+TOLERANCE = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (1e-5, 4e-3),
+}
+HEADS = {
+    "plain": {},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 5.0},
+    "both": {"scale": 2.5, "softcap": 3.0},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +39,9 @@ def small_chunks(monkeypatch):
 
 
 def inputs(T, D, V, dtype=torch.float32, bias=False, seed=0):
-    """hidden, weight, bias (or None), targets with 0 and V-1 among them, and g, another for every token."""
+    """hidden, weight, bias (or None), targets with 0 and V-1 among them, and g, another for every
+    token.
+    """
     torch.manual_seed(seed)
     hidden, weight = torch.randn(T, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
     targets = torch.randint(V, (T,))
@@ -71,14 +84,16 @@ def check(case, dtype, **options):
         assert ours_.dtype == dtype and error(ours_, theirs) < TOLERANCE[dtype][1]
 
 
-# ---- values and gradients ------------------------------------------------------------------------------------------
+# ---- values and gradients ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_equals_fp64(dtype, bias, head):
-    """Law 6, and PITFALLS 33: 5003 is prime. Stash, recompute, and a budget of two chunks and a bit."""
+    """Law 6, and PITFALLS 33: 5003 is prime. Stash, recompute, and a budget of two chunks and a
+    bit.
+    """
     case = inputs(37, 24, 5003, dtype, bias)
     for stash_bytes in (None, 0, 16 * 5003 * case[0].element_size()):
         check(case, dtype, stash_bytes=stash_bytes, **HEADS[head])
@@ -87,7 +102,9 @@ def test_equals_fp64(dtype, bias, head):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T", [0, 1, 3])
 def test_real_vocabulary(T, dtype):
-    """Qwen's vocabulary; no tokens, one, an odd number. (At D = 8 the BLAS, and so plain torch, is off by 5e-5.)"""
+    """Qwen's vocabulary; no tokens, one, an odd number. (At D = 8 the BLAS, and so plain torch, is
+    off by 5e-5.)
+    """
     check(inputs(T, 64, 151936, dtype), dtype)
 
 
@@ -97,19 +114,26 @@ def test_gradcheck():
     for stash_bytes, options in product((0, 1 << 20), HEADS.values()):
         options = options | {"stash_bytes": stash_bytes}
         assert torch.autograd.gradcheck(
-            lambda h, w, b, o=options: linear_logprob(h, w, targets, bias=b, **o), (hidden, weight, bias)
+            lambda h, w, b, o=options: linear_logprob(h, w, targets, bias=b, **o),
+            (hidden, weight, bias),
         )
 
 
 @pytest.mark.parametrize("needs", list(product([False, True], repeat=3)), ids=str)
 def test_every_combination_of_needed_gradients(needs):
-    """hidden, weight, bias: what needs no gradient gets none, and what does gets the same. (True, False, False) is the
-    frozen head, which keeps no stash."""
+    """hidden, weight, bias: what needs no gradient gets none, and what does gets the same. (True,
+    False, False) is the frozen head, which keeps no stash.
+    """
     hidden, weight, bias, targets, g = inputs(20, 8, 101, bias=True)
     _, expected = reference(hidden, weight, bias, targets, g, scale=0.7)
-    leaves = [t.detach().requires_grad_(need) for t, need in zip((hidden, weight, bias), needs, strict=True)]
+    leaves = [
+        t.detach().requires_grad_(need)
+        for t, need in zip((hidden, weight, bias), needs, strict=True)
+    ]
     for stash_bytes in (0, 1 << 20):
-        logprobs = linear_logprob(*leaves[:2], targets, bias=leaves[2], scale=0.7, stash_bytes=stash_bytes)
+        logprobs = linear_logprob(
+            *leaves[:2], targets, bias=leaves[2], scale=0.7, stash_bytes=stash_bytes
+        )
         assert logprobs.requires_grad == any(needs)
         if any(needs):
             logprobs.backward(g.float())
@@ -129,25 +153,41 @@ def test_stash_equals_recompute_bit_for_bit_in_value():
 
 
 def test_one_gradient_a_sequence():
-    """PITFALLS 34: DPO's g is constant within an answer, and of opposite sign for chosen and rejected."""
+    """PITFALLS 34: DPO's g is constant within an answer, and of opposite sign for chosen and
+    rejected.
+    """
     hidden, weight, _, targets, _ = inputs(30, 16, 503)
     lengths, scales = torch.tensor([4, 11, 1, 14]), torch.tensor([0.5, -0.5, 2.0, -1e-4])
     logprobs = linear_logprob(hidden, weight, targets)
-    loss = sum(s * part.sum() for s, part in zip(scales, logprobs.split(lengths.tolist()), strict=True))
+    loss = sum(
+        s * part.sum() for s, part in zip(scales, logprobs.split(lengths.tolist()), strict=True)
+    )
     got = torch.autograd.grad(loss, [hidden, weight])
-    _, expected = reference(hidden, weight, None, targets, scales.repeat_interleave(lengths).double())
+    _, expected = reference(
+        hidden, weight, None, targets, scales.repeat_interleave(lengths).double()
+    )
     assert all(error(a, b) < 1e-5 for a, b in zip(got, expected, strict=True))
-    (tail,) = torch.autograd.grad(logprobs_tail := linear_logprob(hidden, weight, targets)[16:].sum() * -1e-4, hidden)
-    assert error(tail[16:], expected[0][16:]) < 1e-5 and logprobs_tail < 1  # small next to large: no shared scale
+    (tail,) = torch.autograd.grad(
+        logprobs_tail := linear_logprob(hidden, weight, targets)[16:].sum() * -1e-4, hidden
+    )
+    assert (
+        error(tail[16:], expected[0][16:]) < 1e-5 and logprobs_tail < 1
+    )  # small next to large: no shared scale
 
 
-# ---- extremes ------------------------------------------------------------------------------------------------------
+# ---- extremes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_of_ten_thousand(dtype):
-    """Finite everywhere and equal to fp64, targets likely and hopeless, and far apart by more than exp can hold."""
-    weight = torch.tensor([[1e4, 0.0], [-1e4, 0.0], [0.0, 1.0], [0.0, -1.0], [50.0, 0.0]]).to(dtype).requires_grad_()
+    """Finite everywhere and equal to fp64, targets likely and hopeless, and far apart by more than
+    exp can hold.
+    """
+    weight = (
+        torch.tensor([[1e4, 0.0], [-1e4, 0.0], [0.0, 1.0], [0.0, -1.0], [50.0, 0.0]])
+        .to(dtype)
+        .requires_grad_()
+    )
     hidden = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 2.0], [1e-3, 1.0], [1.0, 1.0]]).to(dtype)
     hidden = hidden.repeat_interleave(5, 0).requires_grad_()  # [25, 2]
     case = hidden, weight, None, torch.arange(5).repeat(5), torch.linspace(-1, 1, 25).double()
@@ -158,23 +198,39 @@ def test_logits_of_ten_thousand(dtype):
 
 
 def test_hopeless_targets_keep_a_gradient_in_range():
-    """Across S = FAR, where the reference point of a row changes, values and gradients go on smoothly."""
+    """Across S = FAR, where the reference point of a row changes, values and gradients go on
+    smoothly.
+    """
     V = 97
     for gap in (20.0, 40.0, 41.5, 42.0, 60.0, 300.0):
         weight = torch.zeros(V, 1).requires_grad_()
         hidden = torch.ones(3, 1).requires_grad_()
         bias = torch.zeros(V)
         bias[5] = gap
-        case = hidden, weight, bias.requires_grad_(), torch.tensor([0, 5, 96]), torch.tensor([1.0, 1.0, -1.0]).double()
+        case = (
+            hidden,
+            weight,
+            bias.requires_grad_(),
+            torch.tensor([0, 5, 96]),
+            torch.tensor([1.0, 1.0, -1.0]).double(),
+        )
         check(case, torch.float32)
         case = tuple(t.detach().bfloat16().requires_grad_() for t in case[:3]) + case[3:]
         assert all(x.isfinite().all() for x in ours(*case)[1])
 
 
 def test_sure_targets_keep_their_precision():
-    """log p of a nearly certain token is -S, tiny. Plain log softmax in fp32 has nothing left of it."""
+    """log p of a nearly certain token is -S, tiny. Plain log softmax in fp32 has nothing left of
+    it.
+    """
     bias = torch.tensor([0.0, 25.0, 3.0]).requires_grad_()
-    case = torch.ones(1, 1).requires_grad_(), torch.zeros(3, 1), bias, torch.tensor([1]), torch.ones(1).double()
+    case = (
+        torch.ones(1, 1).requires_grad_(),
+        torch.zeros(3, 1),
+        bias,
+        torch.tensor([1]),
+        torch.ones(1).double(),
+    )
     exact = -torch.log1p(torch.exp(torch.tensor([-25.0, -22.0]).double()).sum())
     logprob = linear_logprob(*case[:2], case[3], bias=bias)
     assert error(logprob.detach()[0], exact) < 1e-6
@@ -191,14 +247,22 @@ def test_a_log_prob_is_never_positive():
 
 
 def test_ignored_and_impossible_targets():
-    """-100 is torch's ignore_index: no log-prob and no gradient. Any other target outside is a mistake, and NaN."""
+    """-100 is torch's ignore_index: no log-prob and no gradient. Any other target outside is a
+    mistake, and NaN.
+    """
     hidden, weight, _, targets, g = inputs(12, 8, 53)
     keep = torch.tensor([True, False, True] * 4)
     for stash_bytes in (0, 1 << 20):
-        value, (dh, dw) = ours(hidden, weight, None, targets.where(keep, -100), g, stash_bytes=stash_bytes)
+        value, (dh, dw) = ours(
+            hidden, weight, None, targets.where(keep, -100), g, stash_bytes=stash_bytes
+        )
         only, expected = reference(hidden, weight, None, targets, g * keep)
         assert (value[~keep] == 0).all() and error(value[keep], only[keep]) < 1e-5
-        assert (dh[~keep] == 0).all() and error(dh, expected[0]) < 1e-5 and error(dw, expected[1]) < 1e-5
+        assert (
+            (dh[~keep] == 0).all()
+            and error(dh, expected[0]) < 1e-5
+            and error(dw, expected[1]) < 1e-5
+        )
     value = linear_logprob(hidden, weight, targets.where(keep, 53))
     assert value[~keep].isnan().all() and value[keep].isfinite().all()
     assert linear_logprob(hidden, weight, targets.where(keep, -1))[~keep].isnan().all()
@@ -207,7 +271,9 @@ def test_ignored_and_impossible_targets():
 
 
 def test_nan_and_masked_logits():
-    """NaN stays NaN, in its own row. A vocabulary entry masked by a bias of -inf has no probability and no gradient."""
+    """NaN stays NaN, in its own row. A vocabulary entry masked by a bias of -inf has no probability
+    and no gradient.
+    """
     hidden, weight, _, targets, _ = inputs(9, 4, 31)
     with torch.no_grad():
         hidden[4, 0] = float("nan")
@@ -216,15 +282,19 @@ def test_nan_and_masked_logits():
     hidden, weight, _, targets, g = inputs(9, 4, 31)
     mask = torch.zeros(31)
     mask[7] = -float("inf")
-    value, (_, dw, _) = ours(hidden, weight, mask.requires_grad_(), targets.where(targets != 7, 8), g)
+    value, (_, dw, _) = ours(
+        hidden, weight, mask.requires_grad_(), targets.where(targets != 7, 8), g
+    )
     assert value.isfinite().all() and (dw[7] == 0).all()
 
 
-# ---- how it is used ------------------------------------------------------------------------------------------------
+# ---- how it is used ----------------------------------------------------------------------------
 
 
 def test_layout_does_not_matter():
-    """Transposed, strided, expanded and misaligned inputs, and a gradient that is one number expanded (from sum())."""
+    """Transposed, strided, expanded and misaligned inputs, and a gradient that is one number
+    expanded (from sum()).
+    """
     hidden, weight, _, targets, _ = inputs(23, 12, 211)
     expected = torch.autograd.grad(linear_logprob(hidden, weight, targets).sum(), [hidden, weight])
     wide = torch.randn(23, 40)
@@ -233,7 +303,11 @@ def test_layout_does_not_matter():
     strided = torch.stack([targets, targets], 1)[:, 0]
     for h, w, y in [
         (hidden.detach().T.contiguous().T, weight.detach().T.contiguous().T, strided),
-        (wide[:, 3:27:2], torch.cat([torch.zeros(1), weight.detach().flatten()])[1:].view(211, 12), flat[1:]),
+        (
+            wide[:, 3:27:2],
+            torch.cat([torch.zeros(1), weight.detach().flatten()])[1:].view(211, 12),
+            flat[1:],
+        ),
     ]:
         h, w = h.requires_grad_(), w.requires_grad_()
         got = torch.autograd.grad(linear_logprob(h, w, y).sum(), [h, w])
@@ -241,7 +315,9 @@ def test_layout_does_not_matter():
     one = hidden[:1].detach().expand(23, 12).requires_grad_()
     (got,) = torch.autograd.grad(linear_logprob(one, weight.detach(), targets).sum(), one)
     assert error(got, reference(one, weight, None, targets, torch.ones(23).double())[1][0]) < 1e-5
-    assert torch.equal(linear_logprob(hidden, weight, targets.int()), linear_logprob(hidden, weight, targets))
+    assert torch.equal(
+        linear_logprob(hidden, weight, targets.int()), linear_logprob(hidden, weight, targets)
+    )
 
 
 def test_same_bits_twice():
@@ -257,7 +333,9 @@ def test_alone_equals_batched():
     together, (dh, _) = ours(hidden, weight, None, targets, g)
     for i in range(0, 20, 6):
         row = slice(i, i + 1)
-        alone, (dh1, _) = ours(hidden[row].detach().requires_grad_(), weight, None, targets[row], g[row])
+        alone, (dh1, _) = ours(
+            hidden[row].detach().requires_grad_(), weight, None, targets[row], g[row]
+        )
         assert error(alone, together[row].double()) < 1e-6 and error(dh1, dh[row].double()) < 1e-5
 
 
@@ -275,26 +353,37 @@ def saved_bytes(run) -> int:
 
 
 def test_memory_is_what_was_promised():
-    """PITFALLS 24. Kept: Q as far as the budget reaches, in the inputs' dtype; with a frozen weight one [T, D]; else
-    nothing of size V beside the weight."""
+    """PITFALLS 24. Kept: Q as far as the budget reaches, in the inputs' dtype; with a frozen weight
+    one [T, D]; else nothing of size V beside the weight.
+    """
     T, D, V = 70, 8, 1024
     hidden, weight, _, targets, _ = inputs(T, D, V, torch.bfloat16)
     small = 4 * T * D + 2 * V * D + 32 * T
-    assert 2 * T * V <= saved_bytes(lambda: linear_logprob(hidden, weight, targets)) <= 2 * T * V + small
+    assert (
+        2 * T * V
+        <= saved_bytes(lambda: linear_logprob(hidden, weight, targets))
+        <= 2 * T * V + small
+    )
     budget = 2 * V * 30  # rows; whole chunks of 7: 28
     partial = saved_bytes(lambda: linear_logprob(hidden, weight, targets, stash_bytes=budget))
     assert 2 * 28 * V <= partial <= 2 * 28 * V + small
     assert saved_bytes(lambda: linear_logprob(hidden, weight, targets, stash_bytes=0)) <= small
-    assert saved_bytes(lambda: linear_logprob(hidden, weight.detach(), targets)) <= small + 4 * T * D
+    assert (
+        saved_bytes(lambda: linear_logprob(hidden, weight.detach(), targets)) <= small + 4 * T * D
+    )
     with torch.no_grad():
         assert saved_bytes(lambda: linear_logprob(hidden, weight, targets)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_memory_held_before_does_not_matter(dtype, monkeypatch):
-    """Every uninitialised tensor is NaN, also where a row of Q is padded (a processor with AMX reads that in bf16)."""
+    """Every uninitialised tensor is NaN, also where a row of Q is padded (a processor with AMX
+    reads that in bf16).
+    """
     case, empty = inputs(37, 24, 5003, dtype), torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan"))
+    )
     for options in ({}, {"stash_bytes": 0}, {"stash_bytes": 16 * 5003 * case[0].element_size()}):
         _, gradients = ours(*case, **options)
         assert all(gradient.isfinite().all() for gradient in gradients)
@@ -302,7 +391,9 @@ def test_what_memory_held_before_does_not_matter(dtype, monkeypatch):
 
 @pytest.mark.parametrize("rows", [3, 67, 70])
 def test_rows_that_fit_are_all_kept(rows):
-    """Also where the last chunk of 7 is not whole; one row less in the budget, and whole chunks are kept."""
+    """Also where the last chunk of 7 is not whole; one row less in the budget, and whole chunks are
+    kept.
+    """
     V, hidden, weight, _, targets, _ = 1024, *inputs(rows, 8, 1024, torch.bfloat16)
 
     def saved(budget):
@@ -319,16 +410,22 @@ def test_the_default_stash_goes_by_the_device(monkeypatch, device, gib):
     """16k tokens of Qwen's vocabulary are 4.6 GiB: they fit a GPU's default."""
     assert kernel.STASH_BYTES[device] == gib << 30
     asked = []
-    monkeypatch.setattr(kernel.LinearLogprob, "apply", lambda *arguments: asked.append(arguments[-2]))
+    monkeypatch.setattr(
+        kernel.LinearLogprob, "apply", lambda *arguments: asked.append(arguments[-2])
+    )
     with FakeTensorMode():
-        hidden, weight, targets = (torch.empty(s, device=device) for s in ((16, 8), (101, 8), (16,)))
+        hidden, weight, targets = (
+            torch.empty(s, device=device) for s in ((16, 8), (101, 8), (16,))
+        )
         linear_logprob(hidden, weight, targets.long())
         linear_logprob(hidden, weight, targets.long(), stash_bytes=5)
     assert asked == [gib << 30, 5]
 
 
 def test_under_checkpointing_and_accumulated_with_a_tied_head():
-    """The same tensor embeds and predicts, the body is recomputed, and two microbatches add up to one batch."""
+    """The same tensor embeds and predicts, the body is recomputed, and two microbatches add up to
+    one batch.
+    """
     torch.manual_seed(0)
     ids = torch.randint(211, (2, 12))
 
@@ -344,7 +441,11 @@ def test_under_checkpointing_and_accumulated_with_a_tied_head():
             return linear_logprob(hidden, embedding.weight, targets)
 
         for rows in ids.chunk(parts):
-            out = checkpoint(logprobs, rows, use_reentrant=False) if use_checkpoint else logprobs(rows)
+            out = (
+                checkpoint(logprobs, rows, use_reentrant=False)
+                if use_checkpoint
+                else logprobs(rows)
+            )
             out.sum().backward()
         return embedding.weight.grad, body.weight.grad
 
@@ -367,7 +468,11 @@ def test_mixed_dtypes_are_promoted():
     hidden = hidden.detach().bfloat16().requires_grad_()
     value, (dh, dw) = ours(hidden, weight, None, targets, g)
     value64, expected = reference(hidden, weight, None, targets, g)
-    assert error(value, value64) < 1e-6 and dh.dtype == torch.bfloat16 and error(dw, expected[1]) < 1e-5
+    assert (
+        error(value, value64) < 1e-6
+        and dh.dtype == torch.bfloat16
+        and error(dw, expected[1]) < 1e-5
+    )
 
 
 def test_errors_say_what_to_do():
@@ -416,14 +521,17 @@ def two_ranks(rank, folder):
             torch.save(gradients, f"{folder}/{dtype}.pt")
     with pytest.raises(ValueError, match="sharded"):
         linear_logprob(torch.zeros(1, 16), model.embedding.weight, torch.zeros(1, dtype=torch.long))
-    # Not the interpreter's usual end: a thread of gloo that still holds a tensor of the last collective would wait for
-    # the GIL of an interpreter that is gone, and abort the process (pytorch/pytorch#179291): 5 of 30 runs did.
+    # Not the interpreter's usual end: a thread of gloo that still holds a tensor of the last
+    # collective would wait for the GIL of an interpreter that is gone, and abort the process
+    # (pytorch/pytorch#179291): 5 of 30 runs did.
     os._exit(0)
 
 
 def test_sharded_and_accumulated(tmp_path):
-    """Law 5: the tied weight's gradient over two ranks and two microbatches each is that of one process. With fp32 to
-    1e-6, with bf16 parameters as far as those allow. Outside the root's forward the sharded weight is refused."""
+    """Law 5: the tied weight's gradient over two ranks and two microbatches each is that of one
+    process. With fp32 to 1e-6, with bf16 parameters as far as those allow. Outside the root's
+    forward the sharded weight is refused.
+    """
     torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
     model = Toy()
     for batch in BATCHES:
@@ -433,7 +541,7 @@ def test_sharded_and_accumulated(tmp_path):
             assert error(got, p.grad.double()) < tolerance
 
 
-# ---- heads of real models ------------------------------------------------------------------------------------------
+# ---- heads of real models ----------------------------------------------------------------------
 
 ARCHITECTURES = {
     "llama": {},
@@ -457,10 +565,14 @@ ARCHITECTURES = {
 def model_of(arch, **overrides):
     from transformers import AutoModelForCausalLM
 
-    from small_models import config  # not at the top: the two ranks above import this file, and need no transformers
+    from small_models import (
+        config,
+    )  # not at the top: the two ranks above import this file, and need no transformers
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(arch, **{"hidden_size": 48, "initializer_range": 0.2} | overrides))
+    model = AutoModelForCausalLM.from_config(
+        config(arch, **{"hidden_size": 48, "initializer_range": 0.2} | overrides)
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:  # biases start at zero, where a forgotten one is not seen
@@ -470,16 +582,22 @@ def model_of(arch, **overrides):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_lm_head_gives_the_models_own_log_probs(arch):
-    """Law 10: bias, scale and soft-cap as the model itself applies them, which its config alone does not tell."""
+    """Law 10: bias, scale and soft-cap as the model itself applies them, which its config alone
+    does not tell.
+    """
     model = model_of(arch, **ARCHITECTURES[arch])
     ids = torch.randint(3, 300, (1, 14))
     with torch.no_grad():
         own = logprob_from_logits(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:])
         hidden = model.base_model(ids, use_cache=False)[0][0, :-1]  # [T, D]
-        assert torch.allclose(linear_logprob(hidden, targets=ids[0, 1:], **lm_head(model)), own, atol=2e-6)
+        assert torch.allclose(
+            linear_logprob(hidden, targets=ids[0, 1:], **lm_head(model)), own, atol=2e-6
+        )
         bare = linear_logprob(hidden, model.get_output_embeddings().weight, ids[0, 1:])
     special = {"llama", "qwen2", "gpt2", "opt"}
-    assert arch in special or (bare - own).abs().max() > 1e-3  # the test would see a factor left out
+    assert (
+        arch in special or (bare - own).abs().max() > 1e-3
+    )  # the test would see a factor left out
 
 
 def test_lm_head_refuses_what_it_cannot_express():
@@ -496,7 +614,7 @@ def test_lm_head_refuses_what_it_cannot_express():
         lm_head(model)
 
 
-# ---- the file and its page -----------------------------------------------------------------------------------------
+# ---- the file and its page ---------------------------------------------------------------------
 
 
 def test_needs_no_triton():
@@ -505,7 +623,9 @@ def test_needs_no_triton():
         "import sys; sys.modules['triton'] = None\nimport torch; from kernels.logprob import linear_logprob, triton\n"
         "assert triton is None\nprint(linear_logprob(torch.ones(2, 3), torch.eye(3), torch.tensor([0, 2])).tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("[-1.0986")
 
 

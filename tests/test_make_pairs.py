@@ -1,4 +1,6 @@
-"""Pairs: who meets whom, what is refused and under which name, and that nothing depends on the order of rows."""
+"""Pairs: who meets whom, what is refused and under which name, and that nothing depends on the
+order of rows.
+"""
 
 import json
 import math
@@ -26,7 +28,13 @@ def candidate(reward, text=None, tokens=3, finish="stop", logprob=-1.5, model="m
 
 def row(id, *candidates, prompt=None, **extra):
     prompt = prompt or [{"role": "user", "content": f"question {id}"}]
-    return {"id": id, "prompt": prompt, "prompt_token_ids": [1, 2], "candidates": list(candidates), **extra}
+    return {
+        "id": id,
+        "prompt": prompt,
+        "prompt_token_ids": [1, 2],
+        "candidates": list(candidates),
+        **extra,
+    }
 
 
 @pytest.fixture
@@ -36,7 +44,15 @@ def pairs_of(tmp_path, stage):
     def make(rows, *flags):
         (tmp_path / "scored.jsonl").write_text("".join(map(dump, rows)))
         output = tmp_path / "pairs.jsonl"
-        stage("make_pairs.py", "--scored", tmp_path / "scored.jsonl", "--output", output, "--overwrite", *flags)
+        stage(
+            "make_pairs.py",
+            "--scored",
+            tmp_path / "scored.jsonl",
+            "--output",
+            output,
+            "--overwrite",
+            *flags,
+        )
         meta = json.loads((tmp_path / "pairs.jsonl.meta.json").read_text())
         return [json.loads(line) for line in output.read_text().splitlines()], meta["counts"]
 
@@ -45,7 +61,9 @@ def pairs_of(tmp_path, stage):
 
 def test_a_pair_holds_all_that_the_trainer_and_trl_need(pairs_of):
     best, worst = candidate(2.0, logprob=-3.0, model="a"), candidate(-1.0, tokens=5, model="b")
-    (pair,), counts = pairs_of([row("p", candidate(0.5), best, worst, meta={"x": 1}, kept="yes")], "--iteration", "4")
+    (pair,), counts = pairs_of(
+        [row("p", candidate(0.5), best, worst, meta={"x": 1}, kept="yes")], "--iteration", "4"
+    )
     assert pair == {
         "id": "p", "prompt": [{"role": "user", "content": "question p"}], "prompt_token_ids": [1, 2], "kept": "yes",
         "iteration": 4, "chosen": [{"role": "assistant", "content": "answer 2.0"}],
@@ -58,7 +76,11 @@ def test_a_pair_holds_all_that_the_trainer_and_trl_need(pairs_of):
 
 def test_a_text_prompt_is_answered_by_text(pairs_of):
     (pair,), _ = pairs_of([row("p", candidate(1.0), candidate(0.0), prompt="once upon")])
-    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("once upon", "answer 1.0", "answer 0.0")
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (
+        "once upon",
+        "answer 1.0",
+        "answer 0.0",
+    )
 
 
 def test_strategies_by_hand():
@@ -89,7 +111,11 @@ def test_pitfalls_9_ties_and_identical_answers_make_no_pair_and_are_counted(pair
     dropped = {"tie": 1, "identical": 1, "margin": 1, "truncated": 1, "single_candidate": 2}
     assert counts["rows"] == {"in": 7, "out": 1, "dropped": dropped}
     assert counts["candidates"] == {"in": 12, "out": 11, "dropped": {"truncated": 1}}
-    assert counts["pairs"] == {"in": 4, "out": 1, "dropped": {"tie": 1, "identical": 1, "margin": 1}}
+    assert counts["pairs"] == {
+        "in": 4,
+        "out": 1,
+        "dropped": {"tie": 1, "identical": 1, "margin": 1},
+    }
 
 
 def test_truncated_answers_take_part_when_asked(pairs_of):
@@ -101,12 +127,16 @@ def test_pitfalls_10_the_length_penalty_decides_and_is_not_undone(pairs_of):
     long, short = candidate(1.0, "long", tokens=100), candidate(0.8, "short", tokens=10)
     (pair,), _ = pairs_of([row("p", long, short)], "--length_penalty", "0.01")
     assert pair["chosen"][0]["content"] == "short"
-    assert pair["score_chosen"] == pytest.approx(0.7) and pair["score_rejected"] == pytest.approx(0.0)
+    assert pair["score_chosen"] == pytest.approx(0.7) and pair["score_rejected"] == pytest.approx(
+        0.0
+    )
 
 
 def many(n=60):
     rng = random.Random(7)
-    return [row(f"p{i}", *(candidate(rng.random(), f"{i} {j}") for j in range(6))) for i in range(n)]
+    return [
+        row(f"p{i}", *(candidate(rng.random(), f"{i} {j}") for j in range(6))) for i in range(n)
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["max_min", "max_random", "max_second", "random"])
@@ -119,7 +149,9 @@ def test_pitfalls_11_and_14_pairs_depend_on_seed_and_id_only(pairs_of, strategy)
     assert sorted(map(dump, first)) == sorted(map(dump, shuffled))
     other, _ = pairs_of(rows, *flags, "--seed", "1")
     later, _ = pairs_of(rows, *flags, "--iteration", "1")
-    assert (sorted(map(dump, other)) != sorted(map(dump, first))) == (strategy in ("max_random", "random"))
+    assert (sorted(map(dump, other)) != sorted(map(dump, first))) == (
+        strategy in ("max_random", "random")
+    )
     assert (
         {(p["id"], p["chosen_index"], p["rejected_index"]) for p in later}
         != {(p["id"], p["chosen_index"], p["rejected_index"]) for p in first}
@@ -212,28 +244,66 @@ def test_pitfalls_41_ties_are_broken_by_seed_and_id_and_by_nothing_else(pairs_of
 def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path, stage):
     rows = [row(f"p{i}", candidate(1.0, "a"), candidate(1.0, "b")) for i in range(3)]
     (tmp_path / "s.jsonl").write_text("".join(map(dump, rows)))
-    done = stage("make_pairs.py", "--scored", tmp_path / "s.jsonl", "--output", tmp_path / "p.jsonl", check=False)
-    assert done.returncode == 1 and "not one pair came of 3 prompts" in done.stderr and "3  tie" in done.stderr
+    done = stage(
+        "make_pairs.py",
+        "--scored",
+        tmp_path / "s.jsonl",
+        "--output",
+        tmp_path / "p.jsonl",
+        check=False,
+    )
+    assert (
+        done.returncode == 1
+        and "not one pair came of 3 prompts" in done.stderr
+        and "3  tie" in done.stderr
+    )
     assert not (tmp_path / "p.jsonl").exists()
 
 
 def test_a_nan_score_is_named(tmp_path, stage):
-    (tmp_path / "s.jsonl").write_text(json.dumps(row("bad", candidate(1.0), candidate(float("nan"), "x"))) + "\n")
-    done = stage("make_pairs.py", "--scored", tmp_path / "s.jsonl", "--output", tmp_path / "p.jsonl", check=False)
-    assert done.returncode == 1 and 's.jsonl:1: id "bad", candidate 1, reward: the value is nan' in done.stderr
+    (tmp_path / "s.jsonl").write_text(
+        json.dumps(row("bad", candidate(1.0), candidate(float("nan"), "x"))) + "\n"
+    )
+    done = stage(
+        "make_pairs.py",
+        "--scored",
+        tmp_path / "s.jsonl",
+        "--output",
+        tmp_path / "p.jsonl",
+        check=False,
+    )
+    assert (
+        done.returncode == 1
+        and 's.jsonl:1: id "bad", candidate 1, reward: the value is nan' in done.stderr
+    )
 
 
 def test_the_defaults_are_the_fields():
     args = parse(arguments(), ["--scored", "s", "--output", "o"])
-    assert (args.strategy, args.pairs_per_prompt, args.min_margin, args.length_penalty) == ("max_min", 1, 0.0, 0.0)
+    assert (args.strategy, args.pairs_per_prompt, args.min_margin, args.length_penalty) == (
+        "max_min",
+        1,
+        0.0,
+        0.0,
+    )
 
 
 def test_rows_stream(tmp_path):
-    """Memory does not grow with the file: 40 MB of rows under a limit of 300 MB of address space, torch-free."""
+    """Memory does not grow with the file: 40 MB of rows under a limit of 300 MB of address space,
+    torch-free.
+    """
     with open(tmp_path / "s.jsonl", "w") as file:
         for i in range(4000):
             file.write(
-                dump(row(f"p{i}", *(candidate(j / 8, f"{i} {j} " + "word " * 200, tokens=100) for j in range(8))))
+                dump(
+                    row(
+                        f"p{i}",
+                        *(
+                            candidate(j / 8, f"{i} {j} " + "word " * 200, tokens=100)
+                            for j in range(8)
+                        ),
+                    )
+                )
             )
     assert (tmp_path / "s.jsonl").stat().st_size > 40e6
 

@@ -1,4 +1,6 @@
-"""models.py: a model by hub name is one commit for a whole run, is whole, and never brings code that runs."""
+"""models.py: a model by hub name is one commit for a whole run, is whole, and never brings code
+that runs.
+"""
 
 import hashlib
 import json
@@ -30,8 +32,8 @@ POLICY, ENHANCER, REWARD = "fruit/policy", "fruit/enhancer", "fruit/reward"
 def publish(cache: Path, name: str, folder: Path, branch: str = "main") -> str:
     """Put `folder` into the cache as the hub's client keeps a download, and return its commit.
 
-    Contents stand in blobs/ under their hashes, a commit is a folder of links to them, and a branch is a file that
-    names a commit.
+    Contents stand in blobs/ under their hashes, a commit is a folder of links to them, and a branch
+    is a file that names a commit.
     """
     repository = cache / ("models--" + name.replace("/", "--"))
     commit = hashlib.sha1(hash_path(folder).encode()).hexdigest()
@@ -62,14 +64,27 @@ def hub(tmp_path, monkeypatch):
 
 
 def prompts(path: Path, first: int, last: int) -> Path:
-    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"name fruit {i}"}]} for i in range(first, last)]
+    rows = [
+        {"id": f"p{i}", "prompt": [{"role": "user", "content": f"name fruit {i}"}]}
+        for i in range(first, last)
+    ]
     path.write_text("".join(map(dump, rows)))
     return path
 
 
 def candidates(path: Path) -> Path:
-    answer = {"text": "fig", "token_ids": [9, 4], "logprob": -3.0, "finish_reason": "stop", "model": "m"}
-    row = {"id": "p0", "prompt": [{"role": "user", "content": "a fruit"}], "prompt_token_ids": [7, 8]}
+    answer = {
+        "text": "fig",
+        "token_ids": [9, 4],
+        "logprob": -3.0,
+        "finish_reason": "stop",
+        "model": "m",
+    }
+    row = {
+        "id": "p0",
+        "prompt": [{"role": "user", "content": "a fruit"}],
+        "prompt_token_ids": [7, 8],
+    }
     path.write_text(dump({**row, "candidates": [answer, {**answer, "token_ids": [10, 4]}]}))
     return path
 
@@ -85,7 +100,14 @@ def pairs(path: Path) -> Path:
 def run(tmp_path, monkeypatch):
     """run(stage, "--flag", value, …): a stage's main() in this process, on a tiny file of its kind."""
     inputs = {
-        generate: ["--prompts", prompts(tmp_path / "prompts.jsonl", 0, 2), "--max_new_tokens", 4, "--num_samples", 2],
+        generate: [
+            "--prompts",
+            prompts(tmp_path / "prompts.jsonl", 0, 2),
+            "--max_new_tokens",
+            4,
+            "--num_samples",
+            2,
+        ],
         score: ["--candidates", candidates(tmp_path / "candidates.jsonl")],
         dpo_train: ["--pairs", pairs(tmp_path / "pairs.jsonl")],
     }
@@ -100,7 +122,7 @@ def run(tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-# ---- names and commits -----------------------------------------------------------------------------------------------
+# ---- names and commits -------------------------------------------------------------------------
 
 
 def test_a_name_is_a_branch_a_tag_or_a_commit(hub, tmp_path):
@@ -140,7 +162,9 @@ def test_a_folder_with_an_at_sign_is_a_folder(hub, tmp_path, monkeypatch):
     assert models.load_config("fruit/policy@v1").vocab_size == 307
 
 
-@pytest.mark.parametrize("name", ["fruit/nobody", "nobody", "fruit/policy@v9", "fruit/policy@", "a/b/c", "./x", "/x/y"])
+@pytest.mark.parametrize(
+    "name", ["fruit/nobody", "nobody", "fruit/policy@v9", "fruit/policy@", "a/b/c", "./x", "/x/y"]
+)
 def test_no_such_model_offline_is_one_clear_line(hub, tmp_path, name, run):
     causal_lm(tmp_path / "model")
     publish(hub, POLICY, tmp_path / "model")
@@ -155,7 +179,10 @@ def test_no_such_model_offline_is_one_clear_line(hub, tmp_path, name, run):
 
 def test_two_models_of_one_owner_are_told_apart_by_their_own_names():
     several = [f"{REWARD}@v1", f"{POLICY}@0a1b"]
-    assert score.named(several, score.last_name) == {"reward": f"{REWARD}@v1", "policy": f"{POLICY}@0a1b"}
+    assert score.named(several, score.last_name) == {
+        "reward": f"{REWARD}@v1",
+        "policy": f"{POLICY}@0a1b",
+    }
     assert score.named([f"init={POLICY}@v1"], score.last_name) == {"init": f"{POLICY}@v1"}
 
 
@@ -179,29 +206,49 @@ def test_vllm_is_told_the_commit_and_to_run_no_code(hub, tmp_path, monkeypatch):
     pytest.importorskip("vllm")
     causal_lm(tmp_path / "model")
     commit = publish(hub, POLICY, tmp_path / "model")
-    flags = ["--backend", "vllm", "--model", POLICY, "--prompts", "p", "--output", "o", "--max_new_tokens", "4"]
+    flags = [
+        "--backend",
+        "vllm",
+        "--model",
+        POLICY,
+        "--prompts",
+        "p",
+        "--output",
+        "o",
+        "--max_new_tokens",
+        "4",
+    ]
     monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
     args = generate.arguments()
     settings = generate.vllm_settings(args, generate.Policy(args))
-    assert (settings["model"], settings["revision"], settings["trust_remote_code"]) == (POLICY, commit, False)
+    assert (settings["model"], settings["revision"], settings["trust_remote_code"]) == (
+        POLICY,
+        commit,
+        False,
+    )
     for own in ("trust_remote_code=true", "revision=main"):
         args.engine_args = [own]
         with pytest.raises(Stop, match="this stage sets it itself"):
             generate.vllm_settings(args, generate.Policy(args))
 
 
-# ---- the loop, by name -----------------------------------------------------------------------------------------------
+# ---- the loop, by name -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Policy, enhancer and reward model on the hub's cache, and two iterations with nothing but their names."""
+    """Policy, enhancer and reward model on the hub's cache, and two iterations with nothing but
+    their names.
+    """
     folder = tmp_path_factory.mktemp("world")
     causal_lm(folder / "policy", tie=True)
     causal_lm(folder / "enhancer", seed=1)
     reward_model(folder / "reward")
     cache = folder / "hf/hub"
-    commits = {name: publish(cache, name, folder / name.split("/")[1]) for name in (POLICY, ENHANCER, REWARD)}
+    commits = {
+        name: publish(cache, name, folder / name.split("/")[1])
+        for name in (POLICY, ENHANCER, REWARD)
+    }
     settings = {
         "PYTHON": sys.executable, "HF_HOME": folder / "hf", "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": 1,
         "MODEL": POLICY, "ENHANCER": ENHANCER, "REWARD_MODEL": REWARD, "REF": "init", "ITERS": 2,
@@ -229,7 +276,9 @@ def test_pitfalls_40_the_whole_loop_by_hub_names(world):
     """Two iterations end, and each thing that was made says which commits it was made with."""
     folder, commits, _ = world
     run = folder / "run"
-    policy, enhancer, reward = (f"hub:{name}@{commits[name]}" for name in (POLICY, ENHANCER, REWARD))
+    policy, enhancer, reward = (
+        f"hub:{name}@{commits[name]}" for name in (POLICY, ENHANCER, REWARD)
+    )
     trained = hash_path(run / "iter_02/policy")
     assert meta(run, "iter_00/eval/candidates.jsonl")["model"] == policy
     assert meta(run, "iter_01/candidates.jsonl")["model"] == policy
@@ -242,7 +291,11 @@ def test_pitfalls_40_the_whole_loop_by_hub_names(world):
     # The audit knew the hub model's answers for its own.
     audit = json.loads((run / "iter_01/policy.meta.json").read_text())["audit"]
     assert audit["answers"] > 0 and audit["mean"] < 1e-3
-    wrote = {c["model"] for line in open(run / "iter_01/scored.jsonl") for c in json.loads(line)["candidates"]}
+    wrote = {
+        c["model"]
+        for line in open(run / "iter_01/scored.jsonl")
+        for c in json.loads(line)["candidates"]
+    }
     assert wrote == {policy, enhancer}
     # The report, of both references and all iterations.
     rows = [json.loads(line) for line in open(run / "summary.jsonl")]
@@ -253,13 +306,17 @@ def test_pitfalls_40_the_whole_loop_by_hub_names(world):
 def test_what_is_trained_from_a_hub_model_is_a_plain_folder(world):
     folder, _, _ = world
     files = list((folder / "run/iter_02/policy").iterdir())
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in files}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        f.name for f in files
+    }
     assert all(f.is_file() and not f.is_symlink() for f in files)
     assert not (folder / "run/iter_01/policy").exists()  # KEEP=last
 
 
 def test_a_changed_commit_is_noticed_at_a_restart_of_the_loop(world):
-    """PITFALLS 49, too: the refused restart leaves the record of the run alone, and what the message says works."""
+    """PITFALLS 49, too: the refused restart leaves the record of the run alone, and what the
+    message says works.
+    """
     folder, commits, iterate = world
     config = folder / "run/config.json"
     before = config.read_text()
@@ -269,12 +326,18 @@ def test_a_changed_commit_is_noticed_at_a_restart_of_the_loop(world):
     try:
         refused = iterate()
         assert refused.returncode == 1
-        assert f"MODEL was {POLICY}@{old} when this run began, and is {POLICY}@{new} now" in refused.stdout
+        assert (
+            f"MODEL was {POLICY}@{old} when this run began, and is {POLICY}@{new} now"
+            in refused.stdout
+        )
         assert f"MODEL={POLICY}@{old}" in refused.stdout
         assert config.read_text() == before
 
         # With the commit that the message names, the run may begin again.
-        pinned = {"ENHANCER": f"{ENHANCER}@{commits[ENHANCER]}", "REWARD_MODEL": f"{REWARD}@{commits[REWARD]}"}
+        pinned = {
+            "ENHANCER": f"{ENHANCER}@{commits[ENHANCER]}",
+            "REWARD_MODEL": f"{REWARD}@{commits[REWARD]}",
+        }
         start = [sys.executable, ROOT / "tools/start_run.py"]
         assert iterate(*start, MODEL=f"{POLICY}@{new}", **pinned).returncode == 1
         assert iterate(*start, MODEL=f"{POLICY}@{old}", **pinned).returncode == 0
@@ -290,16 +353,21 @@ def test_the_loop_with_a_name_that_is_not_there_ends_in_one_line(world, tmp_path
     assert "Traceback" not in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
-# ---- code that comes with a model ------------------------------------------------------------------------------------
+# ---- code that comes with a model --------------------------------------------------------------
 
 
 def plant(folder: Path, marker: Path) -> None:
-    """A tokenizer that only a Python file beside it can build; whoever imports that file leaves `marker` behind."""
+    """A tokenizer that only a Python file beside it can build; whoever imports that file leaves
+    `marker` behind.
+    """
     code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast\n"
     (folder / "planted.py").write_text(code + "class Planted(PreTrainedTokenizerFast): pass\n")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    settings |= {"tokenizer_class": "Planted", "auto_map": {"AutoTokenizer": ["planted.Planted", "planted.Planted"]}}
+    settings |= {
+        "tokenizer_class": "Planted",
+        "auto_map": {"AutoTokenizer": ["planted.Planted", "planted.Planted"]},
+    }
     path.write_text(json.dumps(settings))
 
 
@@ -320,7 +388,9 @@ def test_no_stage_runs_a_tokenizers_code(tmp_path, run, says_yes):
         (score, ["--reward_model", tmp_path / "reward"]),
         (dpo_train, ["--model", tmp_path / "policy"]),
     ):
-        with pytest.raises(Stop, match="tokenizer needs code that came with it, which is not run here"):
+        with pytest.raises(
+            Stop, match="tokenizer needs code that came with it, which is not run here"
+        ):
             run(stage, *flags, output=stage.__name__)
         assert not marker.exists(), stage.__name__
 
@@ -332,18 +402,22 @@ def test_no_stage_runs_a_models_code(tmp_path, run, says_yes):
     (tmp_path / "model/planted.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     path = tmp_path / "model/config.json"
     own = {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "planted", "auto_map": own}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"model_type": "planted", "auto_map": own})
+    )
     for stage, flags in (
         (generate, ["--model", tmp_path / "model"]),
         (score, ["--reward_model", tmp_path / "model"]),
         (dpo_train, ["--model", tmp_path / "model"]),
     ):
-        with pytest.raises(Stop, match="config.json needs code that came with it, which is not run here"):
+        with pytest.raises(
+            Stop, match="config.json needs code that came with it, which is not run here"
+        ):
             run(stage, *flags, output=stage.__name__)
         assert not marker.exists(), stage.__name__
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------
 
 
 def spoil(folder: Path, key: str, weight: torch.Tensor | None) -> None:
@@ -376,7 +450,9 @@ def test_a_model_that_is_not_whole_is_refused_everywhere(tmp_path, run, weight):
             run(stage, *flags, output=f"out{number}")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    weights = {key: value.clone() for key, value in load_file(tmp_path / "whole/model.safetensors").items()}
+    weights = {
+        key: value.clone() for key, value in load_file(tmp_path / "whole/model.safetensors").items()
+    }
     with pytest.raises(Stop, match=f"hold no weights for {LOST}"):  # what the export would be like
         fsdp.export(weights, str(tmp_path / "policy"), None, None, tmp_path / "exported")
 
@@ -394,6 +470,8 @@ def test_tied_weights_stand_once_and_are_not_missing(tmp_path):
 def test_a_broken_file_is_one_message(tmp_path, run, name):
     causal_lm(tmp_path / "model")
     (tmp_path / "model" / name).write_text("{")
-    with pytest.raises(Stop, match=r"model: its [\w.]+ cannot be loaded \(.*see that all are there") as stopped:
+    with pytest.raises(
+        Stop, match=r"model: its [\w.]+ cannot be loaded \(.*see that all are there"
+    ) as stopped:
         run(generate, "--model", tmp_path / "model")
     assert "\n" not in str(stopped.value)

@@ -1,4 +1,6 @@
-"""Where prompts come from: tools/prepare_prompts.py splits a data set, tools/take_prompts.py deals it out."""
+"""Where prompts come from: tools/prepare_prompts.py splits a data set, tools/take_prompts.py deals
+it out.
+"""
 
 import json
 import random
@@ -41,7 +43,7 @@ def counts(path) -> dict:
     return json.loads(Path(f"{path}.meta.json").read_text())["counts"]["rows"]
 
 
-# ---- prepare_prompts ------------------------------------------------------------------------------------------------
+# ---- prepare_prompts ---------------------------------------------------------------------------
 
 
 def prepare(tmp_path, monkeypatch, dataset, **flags) -> list[dict]:
@@ -51,9 +53,14 @@ def prepare(tmp_path, monkeypatch, dataset, **flags) -> list[dict]:
 
 
 def test_split_is_disjoint_and_balanced(tmp_path, monkeypatch):
-    """PITFALLS 12 and 15: rows in = rows out + named drops; no held-out prompt is trained on, by id or content."""
+    """PITFALLS 12 and 15: rows in = rows out + named drops; no held-out prompt is trained on, by id
+    or content.
+    """
     rows = [{"prompt": f"question {i}"} for i in range(50)]
-    rows += [{"prompt": f"  question\n{i} "} for i in range(10)] + [{"prompt": " "}, {"prompt": None}]
+    rows += [{"prompt": f"  question\n{i} "} for i in range(10)] + [
+        {"prompt": " "},
+        {"prompt": None},
+    ]
     data = write(tmp_path / "data.jsonl", rows)
     held = tmp_path / "out" / "heldout.jsonl"
     out = prepare(tmp_path, monkeypatch, data, heldout=7, heldout_output=held, max_prompts=30)
@@ -65,7 +72,12 @@ def test_split_is_disjoint_and_balanced(tmp_path, monkeypatch):
     assert len(set(words)) == 37
     dropped = {"duplicate": 10, "empty": 2, "held out": 7, "over the maximum": 13}
     assert counts(tmp_path / "out" / "prompts.jsonl") == {"in": 62, "out": 30, "dropped": dropped}
-    assert counts(held)["dropped"] == {"duplicate": 10, "empty": 2, "training": 30, "over the maximum": 13}
+    assert counts(held)["dropped"] == {
+        "duplicate": 10,
+        "empty": 2,
+        "training": 30,
+        "over the maximum": 13,
+    }
 
 
 def test_split_depends_on_content_and_seed_alone(tmp_path, monkeypatch):
@@ -86,7 +98,9 @@ def test_split_depends_on_content_and_seed_alone(tmp_path, monkeypatch):
 
 
 def test_messages_lose_the_answer_and_nothing_else(tmp_path, monkeypatch):
-    """Trailing assistant turns are the answer; earlier ones are context. Extra keys in turns do not travel."""
+    """Trailing assistant turns are the answer; earlier ones are context. Extra keys in turns do not
+    travel.
+    """
     turns = [
         {"role": "user", "content": "a", "weight": 1},
         {"role": "assistant", "content": "b"},
@@ -104,10 +118,15 @@ def test_messages_lose_the_answer_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_conversation_field_meta_and_ids(tmp_path, monkeypatch):
-    rows = [{"q": "x", "id": 7, "answer": "1", "meta": {"k": 2}}, {"q": "y", "answer": "2", "meta": {"k": 3}}]
+    rows = [
+        {"q": "x", "id": 7, "answer": "1", "meta": {"k": 2}},
+        {"q": "y", "answer": "2", "meta": {"k": 3}},
+    ]
     data = tmp_path / "data.json"
     data.write_text(json.dumps(rows, indent=1))
-    out = prepare(tmp_path, monkeypatch, data, field="q", as_conversation=True, meta=["answer", "meta"])
+    out = prepare(
+        tmp_path, monkeypatch, data, field="q", as_conversation=True, meta=["answer", "meta"]
+    )
     assert [r["prompt"] for r in out] == [user("x"), user("y")]
     assert [r["meta"] for r in out] == [{"answer": "1", "k": 2}, {"answer": "2", "k": 3}]
     assert out[0]["id"] == "7" and out[1]["id"].startswith("p") and len(out[1]["id"]) == 17
@@ -121,7 +140,9 @@ def test_template_like_text_survives(tmp_path, monkeypatch):
 
 
 def test_again_does_nothing_and_a_lost_output_comes_back(tmp_path, monkeypatch, capsys):
-    """PITFALLS 13: the same command is done; another setting stops and names itself; one lost file is remade alike."""
+    """PITFALLS 13: the same command is done; another setting stops and names itself; one lost file
+    is remade alike.
+    """
     data = write(tmp_path / "data.jsonl", [{"prompt": f"question {i}"} for i in range(20)])
     held = tmp_path / "heldout.jsonl"
     out = prepare(tmp_path, monkeypatch, data, heldout=5, heldout_output=held)
@@ -143,8 +164,16 @@ def test_again_does_nothing_and_a_lost_output_comes_back(tmp_path, monkeypatch, 
         ([[1]], {}, "row 1: expected a JSON object|data.jsonl:1: expected a JSON object"),
         ([{"prompt": 3}], {}, r'row 1: "prompt" must be text or a list'),
         ([{"prompt": [{"from": "human", "value": "x"}]}], {}, r"row 1.*must be text or a list"),
-        ([{"prompt": "x"}, {"prompt": "y"}], {"heldout": 2}, r"2 different prompts, 2 of them to hold out"),
-        ([{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], {}, r'row 2: id "1" was used .*row 1.*--new_ids'),
+        (
+            [{"prompt": "x"}, {"prompt": "y"}],
+            {"heldout": 2},
+            r"2 different prompts, 2 of them to hold out",
+        ),
+        (
+            [{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}],
+            {},
+            r'row 2: id "1" was used .*row 1.*--new_ids',
+        ),
         ([{"prompt": user("x")}], {"as_conversation": True}, "--as_conversation has no effect"),
         ([{"prompt": "x"}], {"system": "s"}, "--system has no effect"),
         ([{"prompt": "x"}], {"split": "test"}, "--split has no effect"),
@@ -158,7 +187,10 @@ def test_bad_rows_and_idle_flags_are_errors(tmp_path, monkeypatch, rows, flags, 
         flags = flags | {"heldout_output": tmp_path / "heldout.jsonl"}
     with pytest.raises(SystemExit, match=message):
         prepare(tmp_path, monkeypatch, data, **flags)
-    assert not (tmp_path / "out" / "prompts.jsonl").exists() and not (tmp_path / "heldout.jsonl").exists()
+    assert (
+        not (tmp_path / "out" / "prompts.jsonl").exists()
+        and not (tmp_path / "heldout.jsonl").exists()
+    )
 
 
 def test_other_bad_sources(tmp_path, monkeypatch):
@@ -186,8 +218,15 @@ def test_folder_of_parquet(tmp_path, monkeypatch):
 
     folder = tmp_path / "set" / "data"
     folder.mkdir(parents=True)
-    for name, lo in (("train-00000-of-00002", 0), ("train-00001-of-00002", 3), ("train_sft-00000-of-00001", 6)):
-        rows = [{"messages": user(f"q{i}") + [{"role": "assistant", "content": "a"}]} for i in range(lo, lo + 3)]
+    for name, lo in (
+        ("train-00000-of-00002", 0),
+        ("train-00001-of-00002", 3),
+        ("train_sft-00000-of-00001", 6),
+    ):
+        rows = [
+            {"messages": user(f"q{i}") + [{"role": "assistant", "content": "a"}]}
+            for i in range(lo, lo + 3)
+        ]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
     out = prepare(tmp_path, monkeypatch, tmp_path / "set")
     assert [r["prompt"] for r in out] == [user(f"q{i}") for i in range(6)]
@@ -198,20 +237,26 @@ def test_hub_data_set(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "someone" / "something").mkdir(parents=True)
-    write(tmp_path / "someone" / "something" / "train.jsonl", [{"prompt": f"q{i}"} for i in range(5)])
+    write(
+        tmp_path / "someone" / "something" / "train.jsonl", [{"prompt": f"q{i}"} for i in range(5)]
+    )
     hub = prepare_prompts.open_hub(str(tmp_path / "someone" / "something"), None, "train", None)
     assert [row["prompt"] for row in hub] == [f"q{i}" for i in range(5)]
     monkeypatch.setattr(prepare_prompts, "open_hub", lambda *_: hub)
     out = prepare(tmp_path, monkeypatch, "someone/something")
     assert [r["prompt"] for r in out] == [f"q{i}" for i in range(5)]
-    assert json.loads((tmp_path / "out/prompts.jsonl.meta.json").read_text())["key"]["arguments"]["dataset"]
+    assert json.loads((tmp_path / "out/prompts.jsonl.meta.json").read_text())["key"]["arguments"][
+        "dataset"
+    ]
 
 
-# ---- take_prompts ---------------------------------------------------------------------------------------------------
+# ---- take_prompts ------------------------------------------------------------------------------
 
 
 def taken(tmp_path, monkeypatch, total=10, **flags) -> list[str]:
-    prompts = write(tmp_path / "prompts.jsonl", [{"id": f"t{i}", "prompt": f"train {i}"} for i in range(total)])
+    prompts = write(
+        tmp_path / "prompts.jsonl", [{"id": f"t{i}", "prompt": f"train {i}"} for i in range(total)]
+    )
     held = write(tmp_path / "heldout.jsonl", [{"id": "h0", "prompt": "held 0"}])
     name = "-".join(f"{k}{v}" for k, v in flags.items())
     flags = {"prompts": prompts, "heldout": held, "output": tmp_path / f"{name}.jsonl"} | flags
@@ -221,7 +266,11 @@ def taken(tmp_path, monkeypatch, total=10, **flags) -> list[str]:
 
 def test_iterations_deal_out_every_prompt_before_any_twice(tmp_path, monkeypatch):
     slices = [taken(tmp_path, monkeypatch, iteration=k, num_prompts=5) for k in (1, 2, 3, 4)]
-    assert sorted(slices[0] + slices[1]) == sorted(slices[2] + slices[3]) == sorted(f"t{i}" for i in range(10))
+    assert (
+        sorted(slices[0] + slices[1])
+        == sorted(slices[2] + slices[3])
+        == sorted(f"t{i}" for i in range(10))
+    )
     assert set(slices[0]) != set(slices[2])  # a new shuffle
     assert slices[0] == sorted(slices[0])  # in the order of the file
 
@@ -242,7 +291,14 @@ def test_running_out_wraps_and_says_so(tmp_path, monkeypatch, capsys):
     for k in (1, 2, 3, 4, 5, 6):
         assert len(taken(tmp_path, monkeypatch, iteration=k, num_prompts=4)) == 4
         said.append("new shuffle" in capsys.readouterr().out)
-    assert said == [False, False, True, False, False, True]  # 10 prompts: positions 10 and 20 begin passes
+    assert said == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]  # 10 prompts: positions 10 and 20 begin passes
     assert len(taken(tmp_path, monkeypatch, iteration=2, num_prompts=99)) == 10
     assert "all are taken, once" in capsys.readouterr().out
     assert len(taken(tmp_path, monkeypatch, iteration=2)) == 10
@@ -259,7 +315,10 @@ def test_seed_decides_the_slice(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"id": "h0", "prompt": "new"}, r'prompts.jsonl:2: id "h0" has the same id as .*heldout.jsonl:1'),
+        (
+            {"id": "h0", "prompt": "new"},
+            r'prompts.jsonl:2: id "h0" has the same id as .*heldout.jsonl:1',
+        ),
         (
             {"id": "t1", "prompt": user(" held  0")},
             r'prompts.jsonl:2: id "t1" has the same content as .*heldout.jsonl:1',
@@ -279,7 +338,10 @@ def test_heldout_prompts_are_never_dealt_out(tmp_path, monkeypatch, row, message
 
 
 def test_rows_travel_untouched_and_balance(tmp_path, monkeypatch):
-    rows = [{"id": "a", "prompt": "ü \u2028 x", "meta": {"k": [1]}, "other": None}, {"id": "b", "prompt": "y"}]
+    rows = [
+        {"id": "a", "prompt": "ü \u2028 x", "meta": {"k": [1]}, "other": None},
+        {"id": "b", "prompt": "y"},
+    ]
     prompts = write(tmp_path / "prompts.jsonl", rows)
     prompts.write_text(prompts.read_text().rstrip("\n"))  # a file without a last newline
     held = write(tmp_path / "heldout.jsonl", [{"id": "h", "prompt": "h"}])

@@ -1,4 +1,6 @@
-"""PITFALLS 37: the commands in README, docs and docstrings are those that the code understands, and its files exist."""
+"""PITFALLS 37: the commands in README, docs and docstrings are those that the code understands, and
+its files exist.
+"""
 
 import importlib
 import re
@@ -18,7 +20,9 @@ def commands():
         text = path.read_text().replace("\\\\\n", "\\\n").replace("\\\n", " ")
         for line in text.splitlines():
             for script in STAGES:
-                match = re.search(rf"^\s+(?:python|torchrun)\b[^|]*?\b{re.escape(script)}(\s[^#`|]*)$", line)
+                match = re.search(
+                    rf"^\s+(?:python|torchrun)\b[^|]*?\b{re.escape(script)}(\s[^#`|]*)$", line
+                )
                 if match:
                     # two spaces and more set off a remark behind the command
                     yield path.name, script, re.split(r"\s{3,}", match[1].strip())[0]
@@ -64,7 +68,11 @@ def test_enough_commands_were_found():
 
 def test_every_setting_in_the_readme_is_one_of_iterate_sh_and_the_other_way_round():
     script, readme = (ROOT / "iterate.sh").read_text(), (ROOT / "README.md").read_text()
-    table = set(re.findall(r"`([A-Z][A-Z_]+)`", readme[readme.index("| setting |") : readme.index("`REF=prev` is")]))
+    table = set(
+        re.findall(
+            r"`([A-Z][A-Z_]+)`", readme[readme.index("| setting |") : readme.index("`REF=prev` is")]
+        )
+    )
     settings = set(re.findall(r"^(?:    )?([A-Z][A-Z_]+)=\$\{\1:", script, re.M))
     settings |= set(re.findall(r" ([A-Z_]+_ARGS)=\$\{", script))
     assert table - {"PYTHON", "MODEL"} == settings - {"DEMO"}
@@ -95,7 +103,9 @@ def test_help_teaches(script, stage):
 
 
 def test_the_demo_table_is_what_a_run_printed():
-    """Table and figures in the README are those of bench/results/demo_seeds.txt, beside the commands that gave them."""
+    """Table and figures in the README are those of bench/results/demo_seeds.txt, beside the
+    commands that gave them.
+    """
     readme = (ROOT / "README.md").read_text()
     saved = (ROOT / "bench/results/demo_seeds.txt").read_text()
     shown = readme.split("<!-- demo table: begin -->")[1].split("<!-- demo table: end -->")[0]
@@ -109,7 +119,9 @@ def test_the_requirements_are_pinned_exactly():
     for path in ROOT.glob("requirements*.txt"):
         for line in path.read_text().splitlines():
             if line and not line.startswith("#"):
-                assert re.match(r"[\w.\-\[\]]+==[\w.]+(?:\+cpu)?(\s*;.*)?$", line.split(" #")[0].strip()), (
+                assert re.match(
+                    r"[\w.\-\[\]]+==[\w.]+(?:\+cpu)?(\s*;.*)?$", line.split(" #")[0].strip()
+                ), (
                     path.name,
                     line,
                 )

@@ -1,4 +1,6 @@
-"""The data contract: errors that name file and line, whole files, parts, balances, and what differs."""
+"""The data contract: errors that name file and line, whole files, parts, balances, and what
+differs.
+"""
 
 import argparse
 import json
@@ -23,7 +25,10 @@ def write(path, *lines):
 
 
 def prompts(path, n=150):
-    return write(path, *({"id": f"p{i}", "prompt": f"question {i}", "extra": {"kept": [i]}} for i in range(n)))
+    return write(
+        path,
+        *({"id": f"p{i}", "prompt": f"question {i}", "extra": {"kept": [i]}} for i in range(n)),
+    )
 
 
 def new_stage(tmp_path, overwrite=False, **settings):
@@ -159,7 +164,9 @@ def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(tmp_path):
 
 
 def test_overwriting_goes_on_where_it_was_interrupted(tmp_path):
-    """Slurm gives a requeued job the same command, --overwrite and all; with other settings it begins anew."""
+    """Slurm gives a requeued job the same command, --overwrite and all; with other settings it
+    begins anew.
+    """
     path = prompts(tmp_path / "p.jsonl")
     fill(new_stage(tmp_path, seed=1), path)
     fill(new_stage(tmp_path, seed=2, overwrite=True), path, stop_after=2)
@@ -207,7 +214,14 @@ run(main)
 def copy(tmp_path):
     script = write(tmp_path / "copy.py", COPY.format(root=str(ROOT)))
     path = prompts(tmp_path / "p.jsonl", 1000)
-    return [sys.executable, str(script), "--prompts", str(path), "--output", str(tmp_path / "out.jsonl")]
+    return [
+        sys.executable,
+        str(script),
+        "--prompts",
+        str(path),
+        "--output",
+        str(tmp_path / "out.jsonl"),
+    ]
 
 
 def test_killed_at_any_moment_nothing_is_lost(tmp_path, copy):
@@ -227,20 +241,28 @@ def test_ctrl_c_says_what_to_do(tmp_path, copy):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
-    assert process.returncode == 130 and "the same command resumes it" in error and "Traceback" not in error
+    assert (
+        process.returncode == 130
+        and "the same command resumes it" in error
+        and "Traceback" not in error
+    )
     subprocess.run(copy, check=True)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "p.jsonl").read_bytes()
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, copy):
-    """A limit on the size of files makes write() fail where a full disk does, with the kernel's own error."""
+    """A limit on the size of files makes write() fail where a full disk does, with the kernel's own
+    error.
+    """
 
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
 
     done = subprocess.run(copy, capture_output=True, text=True, preexec_fn=small_files)
-    assert done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "out.jsonl").exists()
     subprocess.run(copy, check=True)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "p.jsonl").read_bytes()
@@ -248,8 +270,14 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, copy):
 
 def test_an_unwritable_folder_is_said(tmp_path, copy):
     write(tmp_path / "file", "")
-    done = subprocess.run([*copy[:-1], str(tmp_path / "file/out.jsonl")], capture_output=True, text=True)
-    assert done.returncode == 1 and "cannot write here" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [*copy[:-1], str(tmp_path / "file/out.jsonl")], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and "cannot write here" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_dashes_are_accepted_and_unknown_flags_are_not(copy, tmp_path):
@@ -258,7 +286,9 @@ def test_dashes_are_accepted_and_unknown_flags_are_not(copy, tmp_path):
     assert done.returncode == 2 and "unrecognized" in done.stderr
     p = parser("x")
     p.add_argument("--max_length", type=int)
-    assert parse(p, ["--max-length=3"]).max_length == parse(p, ["--max-length", "3"]).max_length == 3
+    assert (
+        parse(p, ["--max-length=3"]).max_length == parse(p, ["--max-length", "3"]).max_length == 3
+    )
 
 
 RANK = """
@@ -278,7 +308,14 @@ run(main)
 def test_ranks_end_when_torchrun_is_killed(tmp_path):
     """Orphans would go on writing beside the ranks of the next start."""
     (tmp_path / "rank.py").write_text(RANK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     process = subprocess.Popen([*launcher, tmp_path / "rank.py", ROOT, tmp_path])
     pids = [tmp_path / "0", tmp_path / "1"]
     deadline = time.time() + 60

@@ -1,4 +1,6 @@
-"""tools/report.py: its numbers against hand-made ones, its page in front of hostile text, and unfinished runs."""
+"""tools/report.py: its numbers against hand-made ones, its page in front of hostile text, and
+unfinished runs.
+"""
 
 import json
 import math
@@ -27,12 +29,23 @@ def write(path: Path, rows: list[dict], **meta) -> None:
 
 def write_meta(path: Path, **meta) -> None:
     versions = {"python": "3.11.0", "torch": "2.13.0"}
-    meta = {"versions": versions, "git": {"commit": "c0ffee", "dirty": False}, "seconds": 2.5, "counts": {}} | meta
+    meta = {
+        "versions": versions,
+        "git": {"commit": "c0ffee", "dirty": False},
+        "seconds": 2.5,
+        "counts": {},
+    } | meta
     path.with_name(path.name + ".meta.json").write_text(json.dumps(meta))
 
 
 def candidate(text: str, rewards: dict, logprob=-2.0, tokens=4, finish="stop", **more) -> dict:
-    base = {"text": text, "token_ids": [5] * tokens, "logprob": logprob, "finish_reason": finish, "temperature": 1.0}
+    base = {
+        "text": text,
+        "token_ids": [5] * tokens,
+        "logprob": logprob,
+        "finish_reason": finish,
+        "temperature": 1.0,
+    }
     return base | {"model": "m", "rewards": rewards, "reward": rewards["rm"]} | more
 
 
@@ -57,30 +70,62 @@ def add_training(run: Path, k: int, pairs: list[tuple[float, float]], steps: int
     folder = run / f"iter_{k:02d}"
     rows, made = [], []
     for i, (w, l) in enumerate(pairs):
-        answers = [candidate(f"good {i}", {"rm": w}), candidate(f"bad {i}", {"rm": l}, tokens=6, finish="length")]
+        answers = [
+            candidate(f"good {i}", {"rm": w}),
+            candidate(f"bad {i}", {"rm": l}, tokens=6, finish="length"),
+        ]
         rows.append(scored(f"t{i}", answers))
         completion = {"chosen": f"good {i} {HOSTILE}", "rejected": f"bad {i}"}
         made.append(
-            {"id": f"t{i}", "iteration": k, "prompt": rows[-1]["prompt"], "score_chosen": w, "score_rejected": l}
+            {
+                "id": f"t{i}",
+                "iteration": k,
+                "prompt": rows[-1]["prompt"],
+                "score_chosen": w,
+                "score_rejected": l,
+            }
             | {name: [{"role": "assistant", "content": text}] for name, text in completion.items()}
         )
     n = len(pairs)
     waiting = {"rows": {"in": 100, "out": n + 2, "dropped": {"other iterations": 98 - n}}}
-    write(folder / "prompts.jsonl", [{"id": r["id"], "prompt": r["prompt"]} for r in rows], counts=waiting)
-    write(folder / "scored.jsonl", rows, arguments={"rewards": ["rm"], "reward_weights": [1.0]}, seconds=10.0)
-    write(folder / "pairs.jsonl", made, counts={"rows": {"in": n + 2, "out": n, "dropped": {"tie": 2}}})
+    write(
+        folder / "prompts.jsonl",
+        [{"id": r["id"], "prompt": r["prompt"]} for r in rows],
+        counts=waiting,
+    )
+    write(
+        folder / "scored.jsonl",
+        rows,
+        arguments={"rewards": ["rm"], "reward_weights": [1.0]},
+        seconds=10.0,
+    )
+    write(
+        folder / "pairs.jsonl",
+        made,
+        counts={"rows": {"in": n + 2, "out": n, "dropped": {"tie": 2}}},
+    )
     log = [
-        {"step": s, "epoch": s / steps, "loss": 0.7 - 0.1 * s, "rewards/accuracies": 0.5 + 0.1 * s, "grad_norm": 1.0}
+        {
+            "step": s,
+            "epoch": s / steps,
+            "loss": 0.7 - 0.1 * s,
+            "rewards/accuracies": 0.5 + 0.1 * s,
+            "grad_norm": 1.0,
+        }
         for s in range(1, steps + 1)
     ]
     (folder / "train.jsonl").write_text("".join(map(dump, log)))
     audit = {"answers": 2 * n, "mean": 1e-5, "max": 4e-5}
     arguments = {"beta": [0.1, 0.2]}
-    write_meta(folder / "policy", arguments=arguments, audit=audit, changed_weights=0.75, seconds=60.0)
+    write_meta(
+        folder / "policy", arguments=arguments, audit=audit, changed_weights=0.75, seconds=60.0
+    )
 
 
 def with_refs(text, rm, gold, logprob, init, prev, **more):
-    return candidate(text, {"rm": rm, "gold": gold}, logprob, ref_logprobs={"init": init, "prev": prev}, **more)
+    return candidate(
+        text, {"rm": rm, "gold": gold}, logprob, ref_logprobs={"init": init, "prev": prev}, **more
+    )
 
 
 def small_run(run: Path) -> Path:
@@ -89,8 +134,20 @@ def small_run(run: Path) -> Path:
         run,
         0,
         [
-            scored("a", [candidate("x", {"rm": 1.0, "gold": 0.0}), candidate("x", {"rm": 3.0, "gold": 0.0})]),
-            scored("b", [candidate("y", {"rm": 0.0, "gold": 1.0}), candidate("z", {"rm": 0.0, "gold": 0.0})]),
+            scored(
+                "a",
+                [
+                    candidate("x", {"rm": 1.0, "gold": 0.0}),
+                    candidate("x", {"rm": 3.0, "gold": 0.0}),
+                ],
+            ),
+            scored(
+                "b",
+                [
+                    candidate("y", {"rm": 0.0, "gold": 1.0}),
+                    candidate("z", {"rm": 0.0, "gold": 0.0}),
+                ],
+            ),
         ],
     )
     add_training(run, 1, [(3.0, 1.0), (2.0, 1.5)])
@@ -130,7 +187,9 @@ def figures(run: Path, gold: str | None = None) -> list[dict]:
 
 
 def test_figures_equal_those_on_paper(tmp_path, monkeypatch):
-    """Standard errors cluster by prompt; differences and wins are paired by prompt; KL per answer and per token."""
+    """Standard errors cluster by prompt; differences and wins are paired by prompt; KL per answer
+    and per token.
+    """
     first, last = figures(small_run(tmp_path / "run"))
 
     # initial: means per prompt 2 and 0, so 1 ± sd(2, 0) / sqrt 2 = sqrt 2 / sqrt 2 = 1
@@ -142,19 +201,28 @@ def test_figures_equal_those_on_paper(tmp_path, monkeypatch):
     # iteration 1: means per prompt a 4, b 0.5; differences a +2, b +0.5
     assert (last["reward"], last["reward_se"]) == (2.25, pytest.approx(1.75))
     assert (last["reward_diff"], last["reward_diff_se"]) == (1.25, pytest.approx(0.75))
-    # a: 3 and 5 against 1 and 3: 1, 1/2, 1, 1 -> 7/8; b: 1 and 0 against 0 and 0: 1, 1, 1/2, 1/2 -> 3/4
+    # a: 3 and 5 against 1 and 3: 1, 1/2, 1, 1 -> 7/8; b: 1 and 0 against 0 and 0: 1, 1, 1/2, 1/2 ->
+    # 3/4
     assert (last["reward_win"], last["reward_win_se"]) == (0.8125, pytest.approx(0.0625))
     # gold: a 1/2 against 0, b 1 against 1/2
     assert (last["gold_diff"], last["gold_diff_se"]) == (0.5, 0.0)
     assert last["gold_win"] == pytest.approx((3 / 4 + 3 / 4) / 2)
 
     # KL: a (1 + 3) / 2 = 2 and b (3 + 1) / 2 = 2 to init; a 0.5 and b 2 to prev; 20 tokens in all
-    assert (last["kl/init"], last["kl/init_se"], last["kl/init_per_token"]) == (2.0, 0.0, pytest.approx(8 / 20))
+    assert (last["kl/init"], last["kl/init_se"], last["kl/init_per_token"]) == (
+        2.0,
+        0.0,
+        pytest.approx(8 / 20),
+    )
     assert (last["kl/prev"], last["kl/prev_per_token"]) == (1.25, pytest.approx(5 / 20))
     assert (last["length"], last["truncated"], last["distinct"]) == (5.0, 0.25, 1.0)
 
     assert last["sampled/reward"] == pytest.approx((3 + 1 + 2 + 1.5) / 4)
-    assert (last["sampled/length"], last["sampled/truncated"], last["sampled/distinct"]) == (5.0, 0.5, 1.0)
+    assert (last["sampled/length"], last["sampled/truncated"], last["sampled/distinct"]) == (
+        5.0,
+        0.5,
+        1.0,
+    )
     assert (last["pairs"], last["objective/scores_margin"]) == (2, 1.25)
     assert last["counts"]["pairs"]["rows"] == {"in": 4, "out": 2, "dropped": {"tie": 2}}
     assert last["seconds"]["policy"] == 60.0 and last["seconds"]["eval/scored"] == 1.0
@@ -182,8 +250,18 @@ def test_table_fits_and_shows_both_rewards(tmp_path, monkeypatch, capsys):
     assert "dropped in iteration 1, pairs: 2 rows tie" in lines
 
     long = {"reward": -12.3456, "gold": 0.1234, "reward_diff": -12.3456, "gold_diff": 0.1234}
-    long |= {f"{k}_se": 0.1234 for k in long} | {"reward_win": 1.0, "gold_win": 1.0, "kl/init": 123.456}
-    long |= {"kl/prev": 99.999, "length": 1023.45, "truncated": 1.0, "distinct": 1.0, "pairs": 60000}
+    long |= {f"{k}_se": 0.1234 for k in long} | {
+        "reward_win": 1.0,
+        "gold_win": 1.0,
+        "kl/init": 123.456,
+    }
+    long |= {
+        "kl/prev": 99.999,
+        "length": 1023.45,
+        "truncated": 1.0,
+        "distinct": 1.0,
+        "pairs": 60000,
+    }
     long |= {"iteration": 10, "seconds": {"policy": 86399}}
     assert max(map(len, report.plain(report.table([long])).splitlines())) <= 120
 
@@ -197,21 +275,29 @@ class Reader(HTMLParser):
         self.tags.append(tag)
         self.ids += [v for k, v in attrs if k == "id"]
         for k, v in attrs:
-            assert not (k in ("src", "href", "xlink:href") and not v.startswith("#")), "the page asks the network"
+            assert not (k in ("src", "href", "xlink:href") and not v.startswith("#")), (
+                "the page asks the network"
+            )
 
     def handle_data(self, data):
         self.text.append(data)
 
 
 def test_page_is_one_safe_file(tmp_path, monkeypatch):
-    """Answers and settings are text: no tag of theirs comes alive, and nothing is fetched from anywhere."""
+    """Answers and settings are text: no tag of theirs comes alive, and nothing is fetched from
+    anywhere.
+    """
     run = small_run(tmp_path / "run")
     call(run, monkeypatch)
     page = (run / "report.html").read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(page)
     text = "".join(reader.text)
-    assert "script" not in reader.tags and "img" not in reader.tags and not re.search(r"@import|url\((?!#)", page)
+    assert (
+        "script" not in reader.tags
+        and "img" not in reader.tags
+        and not re.search(r"@import|url\((?!#)", page)
+    )
     assert text.count(HOSTILE) >= 6  # prompts, an answer, chosen answers
     assert reader.tags.count("svg") == 8
     assert "a<b>" in text and "c0ffee" in text and "2.13.0" in text
@@ -222,18 +308,24 @@ def test_page_is_one_safe_file(tmp_path, monkeypatch):
 def test_same_files_same_page(tmp_path, monkeypatch):
     run = small_run(tmp_path / "run")
     assert call(run, monkeypatch) == figures(run)
-    before = {name: (run / name).read_bytes() for name in ("summary.jsonl", "report.html", "curve.png")}
+    before = {
+        name: (run / name).read_bytes() for name in ("summary.jsonl", "report.html", "curve.png")
+    }
     call(run, monkeypatch)
     assert all((run / name).read_bytes() == content for name, content in before.items())
 
 
 def test_without_gold_it_is_called_a_proxy(tmp_path, monkeypatch, capsys):
-    """A reward named gold that has a weight was optimised, so it is no gold; nor can one be asked for."""
+    """A reward named gold that has a weight was optimised, so it is no gold; nor can one be asked
+    for.
+    """
     run = small_run(tmp_path / "run")
     *_, rows, _, notes, gold = report.read_run(run)
     assert gold == "gold" and "gold" in rows[0] and "no gold reward" not in " ".join(notes)
 
-    write_meta(run / "iter_01" / "scored.jsonl", arguments={"rewards": ["gold"], "reward_weights": [1.0]})
+    write_meta(
+        run / "iter_01" / "scored.jsonl", arguments={"rewards": ["gold"], "reward_weights": [1.0]}
+    )
     rows = call(run, monkeypatch)
     assert "no gold reward" in capsys.readouterr().out
     assert "reward/gold" in rows[0] and "gold" not in rows[0]
@@ -245,17 +337,32 @@ def test_without_gold_it_is_called_a_proxy(tmp_path, monkeypatch, capsys):
 
 
 def test_reads_what_score_writes(tmp_path, stage):
-    """The real score.py records which rewards had a weight, under the names that the report looks for."""
+    """The real score.py records which rewards had a weight, under the names that the report looks
+    for.
+    """
     (tmp_path / "fn.py").write_text(
         "def length(prompt, response, meta): return float(len(response))\n"
         "def gold(prompt, response, meta): return 1.0\n"
     )
-    candidates = [{k: v for k, v in candidate("abc", {"rm": 0}).items() if k not in ("reward", "rewards")}]
+    candidates = [
+        {k: v for k, v in candidate("abc", {"rm": 0}).items() if k not in ("reward", "rewards")}
+    ]
     for weights, gold in (((1, 0), "gold"), ((1, 1), None)):
         run = tmp_path / f"run_{gold}"
         write(run / "iter_00" / "eval" / "candidates.jsonl", [scored("a", candidates)])
-        files = ["--candidates", run / "iter_00/eval/candidates.jsonl", "--output", run / "iter_00/eval/scored.jsonl"]
-        functions = ["--reward_fn", f"{tmp_path}/fn.py:length", f"{tmp_path}/fn.py:gold", "--reward_weights", *weights]
+        files = [
+            "--candidates",
+            run / "iter_00/eval/candidates.jsonl",
+            "--output",
+            run / "iter_00/eval/scored.jsonl",
+        ]
+        functions = [
+            "--reward_fn",
+            f"{tmp_path}/fn.py:length",
+            f"{tmp_path}/fn.py:gold",
+            "--reward_weights",
+            *weights,
+        ]
         stage("score.py", *files, *functions)
         *_, rows, _, _, found = report.read_run(run)
         assert found == gold and rows[0]["reward"] == 3.0 + sum(weights) - 1
@@ -285,16 +392,22 @@ def test_other_heldout_prompts_are_an_error(tmp_path):
     run = small_run(tmp_path / "run")
     path = run / "iter_01" / "eval" / "scored.jsonl"
     path.write_text(path.read_text().replace('"id": "b"', '"id": "c"'))
-    with pytest.raises(SystemExit, match=r'iter_01/eval/scored.jsonl: these are not the held-out prompts .*"b"'):
+    with pytest.raises(
+        SystemExit, match=r'iter_01/eval/scored.jsonl: these are not the held-out prompts .*"b"'
+    ):
         figures(run)
 
 
 def test_prompt_whose_answers_were_all_dropped(tmp_path, monkeypatch):
-    """score.py keeps such a row without candidates: it is left out of figures and differences, and that is said."""
+    """score.py keeps such a row without candidates: it is left out of figures and differences, and
+    that is said.
+    """
     run = small_run(tmp_path / "run")
     path = run / "iter_01" / "eval" / "scored.jsonl"
     rows = [json.loads(line) for line in open(path)]
-    path.write_text("".join(dump(row | {"candidates": []} if row["id"] == "b" else row) for row in rows))
+    path.write_text(
+        "".join(dump(row | {"candidates": []} if row["id"] == "b" else row) for row in rows)
+    )
     last = call(run, monkeypatch)[1]
     assert "1 held-out prompts have no scored answer" in (run / "report.html").read_text()
     assert last["prompts"] == 1 and last["reward_diff"] == 2.0 and "reward_diff_se" not in last
@@ -304,18 +417,25 @@ def test_unlike_sampling_is_said(tmp_path):
     run = small_run(tmp_path / "run")
     write_meta(run / "iter_01/eval/candidates.jsonl", arguments={"temperature": [0.7], "seed": 0})
     out = " ".join(report.read_run(run)[4])
-    assert "temperature was [1.0] from iter_00, [0.7] from iter_01" in out and "estimate no KL" in out
+    assert (
+        "temperature was [1.0] from iter_00, [0.7] from iter_01" in out and "estimate no KL" in out
+    )
 
 
 def test_clustered_error_is_that_of_repeated_draws():
-    """The law behind the standard error: over 200 draws of 30 prompts, its mean is the spread of the means."""
+    """The law behind the standard error: over 200 draws of 30 prompts, its mean is the spread of
+    the means.
+    """
     rng = random.Random(0)
     means, errors = [], []
     for _ in range(200):
         prompts = {}
         for i in range(30):
             level = rng.gauss(0, 1)  # answers to one prompt are alike
-            prompts[str(i)] = {"reward": [level + rng.gauss(0, 0.3) for _ in range(4)], "length": [1] * 4}
+            prompts[str(i)] = {
+                "reward": [level + rng.gauss(0, 0.3) for _ in range(4)],
+                "length": [1] * 4,
+            }
         figures = report.heldout_figures(prompts, None)
         means.append(figures["reward"])
         errors.append(figures["reward_se"])

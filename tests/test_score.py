@@ -1,4 +1,6 @@
-"""score.py: a score depends on prompt and answer and on nothing else, and nothing goes missing without a name."""
+"""score.py: a score depends on prompt and answer and on nothing else, and nothing goes missing
+without a name.
+"""
 
 import json
 import os
@@ -12,7 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+)
 
 import records
 import score
@@ -32,7 +39,14 @@ def rows(n=10, candidates=4, longest=12, seed=0, text=False):
     def candidate(k):
         ids = [rng.randrange(6, 300) for _ in range(rng.randint(1, longest))]
         reason = "length" if k == 0 else "stop"
-        return dict(text=words(longest), token_ids=ids, logprob=-1.0, finish_reason=reason, temperature=1.0, model="m")
+        return dict(
+            text=words(longest),
+            token_ids=ids,
+            logprob=-1.0,
+            finish_reason=reason,
+            temperature=1.0,
+            model="m",
+        )
 
     return [
         {
@@ -89,19 +103,26 @@ def folder(tmp_path_factory):
 
 
 def definition(path, row, candidate):
-    """The score as a model card would have it computed: one conversation, one forward pass. (Eager, for SDPA leaves
-    Gemma 2's soft-capping out.)"""
-    model = AutoModelForSequenceClassification.from_pretrained(path, attn_implementation="eager").eval()
+    """The score as a model card would have it computed: one conversation, one forward pass. (Eager,
+    for SDPA leaves Gemma 2's soft-capping out.)
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, attn_implementation="eager"
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids = tokenizer.apply_chat_template(
-        [*row["prompt"], {"role": "assistant", "content": candidate["text"]}], return_tensors="pt", return_dict=True
+        [*row["prompt"], {"role": "assistant", "content": candidate["text"]}],
+        return_tensors="pt",
+        return_dict=True,
     )["input_ids"]
     with torch.no_grad():
         return model(ids).logits[0, 0].item()
 
 
 def loaded(path, kind=score.RewardModel, *flags):
-    args = score.arguments().parse_args(["--candidates", "c", "--output", "o", "--reward_model", str(path), *flags])
+    args = score.arguments().parse_args(
+        ["--candidates", "c", "--output", "o", "--reward_model", str(path), *flags]
+    )
     score.resolve(args)
     return score.load(str(path), kind, {}, args, "cpu")
 
@@ -110,14 +131,15 @@ def answers_of(rows):
     return [score.Answer(r, i, c, c["text"]) for r in rows for i, c in enumerate(r["candidates"])]
 
 
-# ---- one score, whatever stands beside it ----------------------------------------------------------
+# ---- one score, whatever stands beside it ------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("pad", [0, None, 5], ids=["own_pad", "no_pad", "pad_is_end_of_turn"])
 def test_score_is_the_same_alone_batched_and_shuffled(tmp_path, run, arch, pad):
-    """Law 9, PITFALLS 8: Skywork's shapes. With pad = the last token of every text, transformers reads off the token
-    before it, padded or not; with none, the last one."""
+    """Law 9, PITFALLS 8: Skywork's shapes. With pad = the last token of every text, transformers
+    reads off the token before it, padded or not; with none, the last one.
+    """
     small_models.reward_model(tmp_path / "rm", arch, pad_token_id=pad)
     data = rows()
     write(tmp_path / "ordered.jsonl", data)
@@ -133,7 +155,11 @@ def test_score_is_the_same_alone_batched_and_shuffled(tmp_path, run, arch, pad):
             "--reward_model", tmp_path / "rm", "--tokens_per_batch", budget,
         )  # fmt: skip
     scores = [
-        {(r["id"], i): c["rewards"]["rm"] for r in read(tmp_path / f"{n}.jsonl") for i, c in enumerate(r["candidates"])}
+        {
+            (r["id"], i): c["rewards"]["rm"]
+            for r in read(tmp_path / f"{n}.jsonl")
+            for i, c in enumerate(r["candidates"])
+        }
         for n in "abcd"
     ]
     assert scores[0].keys() == {(r["id"], i) for r in data for i in range(4)}
@@ -141,7 +167,9 @@ def test_score_is_the_same_alone_batched_and_shuffled(tmp_path, run, arch, pad):
         assert other == pytest.approx(scores[0], abs=1e-5)
     for row in data[:3]:
         for i, c in enumerate(row["candidates"]):
-            assert scores[0][row["id"], i] == pytest.approx(definition(tmp_path / "rm", row, c), abs=1e-5)
+            assert scores[0][row["id"], i] == pytest.approx(
+                definition(tmp_path / "rm", row, c), abs=1e-5
+            )
     assert len(set(scores[0].values())) > 30  # the model does tell them apart
 
 
@@ -153,24 +181,35 @@ def test_padding_side_changes_nothing(folder):
     theirs = AutoModelForSequenceClassification.from_pretrained(folder / "rm").eval()
     for side in ("left", "right"):
         m.tokenizer.padding_side = side
-        batch = m.tokenizer.pad({"input_ids": [m.sequence(a)[0] for a in answers]}, return_tensors="pt")
+        batch = m.tokenizer.pad(
+            {"input_ids": [m.sequence(a)[0] for a in answers]}, return_tensors="pt"
+        )
         assert (batch["attention_mask"][:, 0 if side == "left" else -1] == 0).any()
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
-            assert ours == pytest.approx(theirs(**batch, position_ids=positions).logits[:, 0].tolist(), abs=1e-5)
+            assert ours == pytest.approx(
+                theirs(**batch, position_ids=positions).logits[:, 0].tolist(), abs=1e-5
+            )
 
 
 @pytest.mark.parametrize("kind", [score.RewardModel, score.Reference])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
 def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, kind):
-    """Law 9 and PITFALLS 19: beginnings that are shared, or all of a sequence; one that only looks shared is another
-    row's. What packing cannot express (Gemma 2) runs one by one. Every value is that of the sequence alone."""
-    (small_models.reward_model if kind is score.RewardModel else small_models.causal_lm)(tmp_path / "m", arch)
+    """Law 9 and PITFALLS 19: beginnings that are shared, or all of a sequence; one that only looks
+    shared is another row's. What packing cannot express (Gemma 2) runs one by one. Every value is
+    that of the sequence alone.
+    """
+    (small_models.reward_model if kind is score.RewardModel else small_models.causal_lm)(
+        tmp_path / "m", arch
+    )
     m = loaded(tmp_path / "m", kind)
     data = rows(6, candidates=5)
     for c in data[2]["candidates"][1:3]:  # the same answer three times
         c |= {k: data[2]["candidates"][0][k] for k in ("text", "token_ids")}
-    data[3]["candidates"][1]["token_ids"] = data[3]["candidates"][0]["token_ids"] + [7, 8]  # one begins like another
+    data[3]["candidates"][1]["token_ids"] = data[3]["candidates"][0]["token_ids"] + [
+        7,
+        8,
+    ]  # one begins like another
     data[3]["candidates"][1]["text"] = data[3]["candidates"][0]["text"] + " plum"
     data[4]["candidates"] = data[4]["candidates"][:1]
     data[5] |= {k: data[4][k] for k in ("prompt", "prompt_token_ids")}
@@ -182,7 +221,9 @@ def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, kind):
     )
     assert m(answers) == pytest.approx(alone, rel=1e-6, abs=1e-5)
     every = sum(len(ids) for _, ids in {(a.row["id"], tuple(m.sequence(a)[0])) for a in answers})
-    assert m.packs == (arch != "gemma2") and (sum(seen) < 0.8 * every if m.packs else sum(seen) == every)
+    assert m.packs == (arch != "gemma2") and (
+        sum(seen) < 0.8 * every if m.packs else sum(seen) == every
+    )
     m.budget = 150
     assert m(answers) == pytest.approx(alone, rel=1e-6, abs=1e-5)
 
@@ -190,7 +231,14 @@ def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, kind):
 def test_two_ranks_write_the_file_of_one(tmp_path, run, stage, folder):
     """Law 9, PITFALLS 12: same bytes, rows in = rows out."""
     write(tmp_path / "c.jsonl", rows(140, candidates=2))
-    common = ("--candidates", tmp_path / "c.jsonl", "--reward_model", folder / "rm", "--ref_model", folder / "ref")
+    common = (
+        "--candidates",
+        tmp_path / "c.jsonl",
+        "--reward_model",
+        folder / "rm",
+        "--ref_model",
+        folder / "ref",
+    )
     run(*common, "--output", tmp_path / "one.jsonl")
     stage("score.py", *common, "--output", tmp_path / "two.jsonl", nproc=2)
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
@@ -202,7 +250,9 @@ def test_two_ranks_write_the_file_of_one(tmp_path, run, stage, folder):
 
 
 def test_memory_that_does_not_suffice_halves_the_batch(folder, capsys):
-    """Every forward beyond 150 tokens fails, as a full GPU would; the scores are the same and later batches small."""
+    """Every forward beyond 150 tokens fails, as a full GPU would; the scores are the same and later
+    batches small.
+    """
     answers, m = answers_of(rows(8)), loaded(folder / "rm")
     expected = m(answers)
     sizes = []
@@ -217,17 +267,23 @@ def test_memory_that_does_not_suffice_halves_the_batch(folder, capsys):
     assert 0 < sum(size > 150 for size in sizes) < 6
     assert "out of memory" in capsys.readouterr().err
     hook.remove()
-    m.network.base_model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("oom")))
+    m.network.base_model.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("oom"))
+    )
     with pytest.raises(records.Stop, match="--max_length"):
         m(answers)
 
 
 def test_a_model_for_which_packing_is_wrong_is_scored_one_by_one(folder, tmp_path, capsys):
-    """Law 9 at run time: positions that are dropped on the way are noticed in the first batch, and nothing is lost."""
+    """Law 9 at run time: positions that are dropped on the way are noticed in the first batch, and
+    nothing is lost.
+    """
     answers, m = answers_of(rows(4)), loaded(folder / "rm")
     expected = m(answers)
     m = loaded(folder / "rm")
-    m.network.base_model.register_forward_pre_hook(lambda _, a, k: (a, {**k, "position_ids": None}), with_kwargs=True)
+    m.network.base_model.register_forward_pre_hook(
+        lambda _, a, k: (a, {**k, "position_ids": None}), with_kwargs=True
+    )
     assert m(answers) == pytest.approx(expected, abs=1e-5)
     assert not m.packs and "one by one" in capsys.readouterr().err
 
@@ -253,7 +309,7 @@ def test_llama4s_text_model_is_a_reference(tmp_path):
     assert m(answers) == pytest.approx(alone, abs=1e-4)
 
 
-# ---- what the reward model sees --------------------------------------------------------------------
+# ---- what the reward model sees ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["conversation", "raw_text"])
@@ -269,7 +325,9 @@ def test_one_bos_and_the_reward_models_own_template(folder, text):
         assert seen.endswith(a.text if text else a.text + "<|eot|>")
         if text:
             assert seen == "<|bos|>" + row["prompt"] + a.text
-            row["prompt"] = "<|bos|>" + row["prompt"]  # a text that was rendered elsewhere brings its own
+            row["prompt"] = (
+                "<|bos|>" + row["prompt"]
+            )  # a text that was rendered elsewhere brings its own
             assert m.sequence(a)[0] == ids
 
 
@@ -280,14 +338,25 @@ def test_what_is_too_long_is_dropped_and_never_cut(tmp_path, run, folder):
     for c in data[4]["candidates"]:
         c["text"] = "fig " * 300
     write(tmp_path / "c.jsonl", data)
-    run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--reward_model", folder / "rm")
+    run(
+        "--candidates",
+        tmp_path / "c.jsonl",
+        "--output",
+        tmp_path / "s.jsonl",
+        "--reward_model",
+        folder / "rm",
+    )
     out = read(tmp_path / "s.jsonl")
     assert [len(r["candidates"]) for r in out] == [4, 4, 3, 4, 0, 4]
     assert [c["text"] for c in out[2]["candidates"]] == [
         c["text"] for i, c in enumerate(data[2]["candidates"]) if i != 1
     ]
     counts = meta(tmp_path / "s.jsonl")["counts"]
-    assert counts["candidates"] == {"in": 24, "out": 19, "dropped": {"too_long_for_reward_model": 5}}
+    assert counts["candidates"] == {
+        "in": 24,
+        "out": 19,
+        "dropped": {"too_long_for_reward_model": 5},
+    }
     assert counts["rows"] == {"in": 6, "out": 6, "dropped": {}}
     run(
         "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "none.jsonl", "--max_length", 3,
@@ -298,12 +367,27 @@ def test_what_is_too_long_is_dropped_and_never_cut(tmp_path, run, folder):
 
 def test_reasoning_is_stripped_from_what_is_shown_only(tmp_path, run, folder):
     data = rows(1, candidates=3)
-    for c, text in zip(data[0]["candidates"], ["<think>fig</think>\n\nplum", "fig</think>plum", "plum"], strict=True):
+    for c, text in zip(
+        data[0]["candidates"],
+        ["<think>fig</think>\n\nplum", "fig</think>plum", "plum"],
+        strict=True,
+    ):
         c["text"] = text
     write(tmp_path / "c.jsonl", data)
-    for name, flags, expected in (("off", [], [24, 15, 4]), ("on", ["--strip_reasoning"], [4, 4, 4])):
+    for name, flags, expected in (
+        ("off", [], [24, 15, 4]),
+        ("on", ["--strip_reasoning"], [4, 4, 4]),
+    ):
         out = tmp_path / f"{name}.jsonl"
-        run("--candidates", tmp_path / "c.jsonl", "--output", out, "--reward_fn", folder / "f.py:length", *flags)
+        run(
+            "--candidates",
+            tmp_path / "c.jsonl",
+            "--output",
+            out,
+            "--reward_fn",
+            folder / "f.py:length",
+            *flags,
+        )
         scored = read(out)[0]["candidates"]
         assert [c["reward"] for c in scored] == expected
         assert [c["text"] for c in scored] == [c["text"] for c in data[0]["candidates"]]
@@ -320,13 +404,29 @@ def test_template_arguments_reach_the_template(tmp_path, run, folder):
     scores = []
     for name, flags in (("a", []), ("b", ["--chat_template_kwargs", "strict=true"])):
         out = tmp_path / f"{name}.jsonl"
-        run("--candidates", tmp_path / "c.jsonl", "--output", out, "--reward_model", tmp_path / "rm", *flags)
+        run(
+            "--candidates",
+            tmp_path / "c.jsonl",
+            "--output",
+            out,
+            "--reward_model",
+            tmp_path / "rm",
+            *flags,
+        )
         scores.append([c["reward"] for row in read(out) for c in row["candidates"]])
     assert all(abs(x - y) > 1e-4 for x, y in zip(*scores, strict=True))
-    refused(run, tmp_path, "never reads it", "--reward_model", tmp_path / "rm", "--chat_template_kwargs", "lax=1")
+    refused(
+        run,
+        tmp_path,
+        "never reads it",
+        "--reward_model",
+        tmp_path / "rm",
+        "--chat_template_kwargs",
+        "lax=1",
+    )
 
 
-# ---- what is made of the numbers -------------------------------------------------------------------
+# ---- what is made of the numbers ---------------------------------------------------------------
 
 
 def test_weights_penalty_and_everything_else_untouched(tmp_path, run, folder):
@@ -355,9 +455,25 @@ def test_weights_by_name_and_by_place():
     assert score.weights(["1", "0", "-.5"], names) == [1, 0, -0.5]
     assert score.weights(["judge=2", "gold=0"], names) == [1, 0, 2]
     # iterate.sh lets gold watch, and SCORE_ARGS may say more: neither undoes the other.
-    twice = ["--candidates", "c", "--output", "o", "--reward_weights", "gold=0", "--reward_weights", "judge=0.5"]
+    twice = [
+        "--candidates",
+        "c",
+        "--output",
+        "o",
+        "--reward_weights",
+        "gold=0",
+        "--reward_weights",
+        "judge=0.5",
+    ]
     assert score.weights(score.arguments().parse_args(twice).reward_weights, names) == [1, 0, 0.5]
-    for wrong in (["1", "2"], ["gold=0", "1", "1"], ["silver=0"], ["gold=0", "gold=1"], ["gold=none"], ["a", "b", "c"]):
+    for wrong in (
+        ["1", "2"],
+        ["gold=0", "1", "1"],
+        ["silver=0"],
+        ["gold=0", "gold=1"],
+        ["gold=none"],
+        ["a", "b", "c"],
+    ):
         with pytest.raises(records.Stop, match="--reward_weights"):
             score.weights(wrong, names)
 
@@ -368,16 +484,27 @@ def test_names_and_a_second_scoring(tmp_path, run, folder):
     write(tmp_path / "c.jsonl", rows(2))
     run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
         "--reward_model", folder / "rm", tmp_path / "other")  # fmt: skip
-    run("--candidates", tmp_path / "s.jsonl", "--output", tmp_path / "t.jsonl", "--reward_fn", folder / "f.py:length")
+    run(
+        "--candidates",
+        tmp_path / "s.jsonl",
+        "--output",
+        tmp_path / "t.jsonl",
+        "--reward_fn",
+        folder / "f.py:length",
+    )
     for once, twice in zip(read(tmp_path / "s.jsonl"), read(tmp_path / "t.jsonl"), strict=True):
         for c, d in zip(once["candidates"], twice["candidates"], strict=True):
-            assert list(c["rewards"]) == ["rm", "other"] and c["reward"] == pytest.approx(sum(c["rewards"].values()))
+            assert list(c["rewards"]) == ["rm", "other"] and c["reward"] == pytest.approx(
+                sum(c["rewards"].values())
+            )
             assert d["rewards"] == c["rewards"] | {"length": d["reward"]}
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3"])
 def test_reference_logprobs_against_a_hand_written_loop(tmp_path, run, arch, folder):
-    """One sequence at a time, one token at a time, from the model's own logits; Gemma 2's are soft-capped."""
+    """One sequence at a time, one token at a time, from the model's own logits; Gemma 2's are
+    soft-capped.
+    """
     small_models.causal_lm(tmp_path / "ref", arch)
     data = rows(4)
     data[1]["candidates"][2]["token_ids"] = []  # wrote nothing: probability 1
@@ -386,7 +513,9 @@ def test_reference_logprobs_against_a_hand_written_loop(tmp_path, run, arch, fol
         "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--reward_fn", folder / "f.py:length",
         "--ref_model", f"init={tmp_path / 'ref'}", "--tokens_per_batch", 100,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ref", attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ref", attn_implementation="eager"
+    ).eval()
     for row in read(tmp_path / "s.jsonl"):
         for c in row["candidates"]:
             ids, expected = list(row["prompt_token_ids"]), 0.0
@@ -398,7 +527,7 @@ def test_reference_logprobs_against_a_hand_written_loop(tmp_path, run, arch, fol
             assert c["ref_logprobs"] == pytest.approx({"init": expected}, rel=1e-5, abs=1e-5)
 
 
-# ---- several files ---------------------------------------------------------------------------------
+# ---- several files -----------------------------------------------------------------------------
 
 
 def test_files_are_merged_by_id(tmp_path, run, folder):
@@ -432,7 +561,7 @@ def test_files_are_merged_by_id(tmp_path, run, folder):
             "--reward_fn", folder / "f.py:length")  # fmt: skip
 
 
-# ---- interruption and size -------------------------------------------------------------------------
+# ---- interruption and size ---------------------------------------------------------------------
 
 
 def test_killed_and_started_again(tmp_path, run):
@@ -448,7 +577,13 @@ def test_killed_and_started_again(tmp_path, run):
     for i, row in enumerate(data):
         row["candidates"][0]["text"] = f"{i} plum"
     write(tmp_path / "c.jsonl", data)
-    arguments = ["--candidates", tmp_path / "c.jsonl", "--reward_fn", tmp_path / "slow.py:slow", "--output"]
+    arguments = [
+        "--candidates",
+        tmp_path / "c.jsonl",
+        "--reward_fn",
+        tmp_path / "slow.py:slow",
+        "--output",
+    ]
     run(*arguments, tmp_path / "undisturbed.jsonl")
     (tmp_path / "calls").unlink()
 
@@ -470,7 +605,11 @@ def test_killed_and_started_again(tmp_path, run):
     run(*arguments, out)
     assert out.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
     again = (tmp_path / "calls").read_text().splitlines()
-    assert len(finished) >= 128 and not set(finished) & set(again) and len(finished) + len(again) == 200
+    assert (
+        len(finished) >= 128
+        and not set(finished) & set(again)
+        and len(finished) + len(again) == 200
+    )
     written = out.stat().st_mtime_ns
     run(*arguments, out)
     assert out.stat().st_mtime_ns == written  # already done
@@ -478,7 +617,9 @@ def test_killed_and_started_again(tmp_path, run):
 
 @pytest.mark.parametrize("files", [1, 2])
 def test_memory_does_not_grow_with_the_rows(tmp_path, run, folder, files):
-    """1,800 rows of 3 kB more take less than 0.4 kB each: their ids, checked for being unique, and byte offsets."""
+    """1,800 rows of 3 kB more take less than 0.4 kB each: their ids, checked for being unique, and
+    byte offsets.
+    """
     peaks = {}
     for n in (200, 2000):
         data = rows(n, candidates=1)
@@ -486,13 +627,20 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, run, folder, files):
             row["candidates"][0]["text"] = "plum " * 500
         paths = [write(tmp_path / f"{n}_{k}.jsonl", data) for k in range(files)]
         tracemalloc.start()
-        run("--candidates", *paths, "--output", tmp_path / f"s{n}.jsonl", "--reward_fn", folder / "f.py:length")
+        run(
+            "--candidates",
+            *paths,
+            "--output",
+            tmp_path / f"s{n}.jsonl",
+            "--reward_fn",
+            folder / "f.py:length",
+        )
         peaks[n] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert (peaks[2000] - peaks[200]) / 1800 < 400 * files
 
 
-# ---- what is refused -------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------
 
 
 def refused(run, tmp_path, match, *arguments, data=None):
@@ -519,7 +667,9 @@ def test_reward_functions_that_fail(tmp_path, run, folder, function, match):
 
 
 @pytest.mark.parametrize("function, error", [("breaks", KeyError), ("none", TypeError)])
-def test_a_reward_function_that_raises_shows_its_traceback_and_the_answer(tmp_path, run, folder, function, error):
+def test_a_reward_function_that_raises_shows_its_traceback_and_the_answer(
+    tmp_path, run, folder, function, error
+):
     write(tmp_path / "c.jsonl", rows(2))
     with pytest.raises(error) as raised:
         run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
@@ -541,11 +691,15 @@ def test_an_infinite_score_of_a_model_stops_the_run(tmp_path, run):
     model = small_models.reward_model(tmp_path / "rm")
     model.score.weight.data.fill_(torch.inf)
     model.save_pretrained(tmp_path / "rm")
-    refused(run, tmp_path, 'row id "p0", candidate 0, rewards "rm"', "--reward_model", tmp_path / "rm")
+    refused(
+        run, tmp_path, 'row id "p0", candidate 0, rewards "rm"', "--reward_model", tmp_path / "rm"
+    )
 
 
 def test_models_that_are_no_reward_models(tmp_path, run, folder):
-    """Two labels, a language model, code of its own, no template, no tokenizer, no folder: a remedy each."""
+    """Two labels, a language model, code of its own, no template, no tokenizer, no folder: a remedy
+    each.
+    """
     small_models.reward_model(tmp_path / "two", labels=2)
     refused(run, tmp_path, "2 labels.*--reward_fn", "--reward_model", tmp_path / "two")
     refused(run, tmp_path, "2 labels", "--reward_model", folder / "ref", "--overwrite")
@@ -554,16 +708,39 @@ def test_models_that_are_no_reward_models(tmp_path, run, folder):
     config = json.loads((tmp_path / "remote/config.json").read_text())
     config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_x.Reward"}
     (tmp_path / "remote/config.json").write_text(json.dumps(config))
-    refused(run, tmp_path, "not run here.*--reward_fn", "--reward_model", tmp_path / "remote", "--overwrite")
+    refused(
+        run,
+        tmp_path,
+        "not run here.*--reward_fn",
+        "--reward_model",
+        tmp_path / "remote",
+        "--overwrite",
+    )
 
     small_models.causal_lm(tmp_path / "headless", num_labels=1)
-    refused(run, tmp_path, "no weights for score.weight", "--reward_model", tmp_path / "headless", "--overwrite")
+    refused(
+        run,
+        tmp_path,
+        "no weights for score.weight",
+        "--reward_model",
+        tmp_path / "headless",
+        "--overwrite",
+    )
     small_models.reward_model(tmp_path / "plain", template="none")
-    refused(run, tmp_path, "p0.*no chat template", "--reward_model", tmp_path / "plain", "--overwrite")
+    refused(
+        run, tmp_path, "p0.*no chat template", "--reward_model", tmp_path / "plain", "--overwrite"
+    )
     for file in (tmp_path / "plain").glob("tokenizer*"):
         file.unlink()
     refused(run, tmp_path, "cannot be loaded", "--reward_model", tmp_path / "plain", "--overwrite")
-    refused(run, tmp_path, "no such file or folder", "--reward_model", tmp_path / "nowhere", "--overwrite")
+    refused(
+        run,
+        tmp_path,
+        "no such file or folder",
+        "--reward_model",
+        tmp_path / "nowhere",
+        "--overwrite",
+    )
 
 
 @pytest.mark.parametrize(
@@ -573,25 +750,43 @@ def test_models_that_are_no_reward_models(tmp_path, run, folder):
         (["--ref_model", "ref"], "nothing to score with"),
         (["--reward_fn", "f.py:length", "--max_length", "5"], "--max_length has no effect"),
         (["--reward_fn", "f.py:length", "--dtype", "fp32"], "--dtype has no effect"),
-        (["--reward_fn", "f.py:length", "--chat_template_kwargs", "a=1"], "--chat_template_kwargs has no effect"),
-        (["--reward_fn", "f.py:length", "--judge_concurrency", "4"], "--judge_concurrency has no effect"),
+        (
+            ["--reward_fn", "f.py:length", "--chat_template_kwargs", "a=1"],
+            "--chat_template_kwargs has no effect",
+        ),
+        (
+            ["--reward_fn", "f.py:length", "--judge_concurrency", "4"],
+            "--judge_concurrency has no effect",
+        ),
         (["--reward_model", "rm", "--tokens_per_batch", "0"], "--tokens_per_batch starts at 1"),
         (["--reward_fn", "f.py:length", "f.py:length"], "both called length"),
         (["--reward_fn", "f.py:length", "--reward_fn", "f.py:length"], "both called length"),
         (["--reward_model", "rm", "--chat_template_kwargs", "strict"], "is no key=value"),
         (["--reward_model", "length=rm", "--reward_fn", "f.py:length"], "share a name"),
-        (["--reward_fn", "f.py:length", "--reward_weights", "1", "2"], "--reward_weights 1 2: .* length"),
-        (["--reward_fn", "f.py:length", "--judge_url", "http://localhost:1/v1"], "needs --judge_model"),
+        (
+            ["--reward_fn", "f.py:length", "--reward_weights", "1", "2"],
+            "--reward_weights 1 2: .* length",
+        ),
+        (
+            ["--reward_fn", "f.py:length", "--judge_url", "http://localhost:1/v1"],
+            "needs --judge_model",
+        ),
         (["--judge_url", "http://me:secret@host/v1", "--judge_model", "m"], "holds credentials"),
     ],
 )  # PITFALLS 25
-def test_flags_that_contradict_or_have_no_effect(tmp_path, run, folder, monkeypatch, arguments, match):
+def test_flags_that_contradict_or_have_no_effect(
+    tmp_path, run, folder, monkeypatch, arguments, match
+):
     monkeypatch.chdir(folder)
     refused(run, tmp_path, match, *arguments)
 
 
 def test_bad_input_names_file_and_line(tmp_path, run, folder):
-    for line, match in (("", "empty"), ("{}\n", r"c.jsonl:1: key .id. is missing"), ("{\n", "c.jsonl:1: not JSON")):
+    for line, match in (
+        ("", "empty"),
+        ("{}\n", r"c.jsonl:1: key .id. is missing"),
+        ("{\n", "c.jsonl:1: not JSON"),
+    ):
         (tmp_path / "c.jsonl").write_text(line)
         with pytest.raises(records.Stop, match=match):
             run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--overwrite",
@@ -625,7 +820,14 @@ def test_the_same_answer_twice_is_an_exact_tie(tmp_path, run, folder):
     for row in data:
         row["candidates"] = [dict(c) for c in row["candidates"] for _ in range(2)]
     write(tmp_path / "c.jsonl", data)
-    run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--reward_model", folder / "rm")
+    run(
+        "--candidates",
+        tmp_path / "c.jsonl",
+        "--output",
+        tmp_path / "s.jsonl",
+        "--reward_model",
+        folder / "rm",
+    )
     for row in read(tmp_path / "s.jsonl"):
         scores = [c["reward"] for c in row["candidates"]]
         assert scores[0::2] == scores[1::2]

@@ -4,9 +4,10 @@
     python tools/density.py FILE.py …       these files, which may stand anywhere: compare with another project
     python tools/density.py --limits        fail where a file of the house is over a limit (tests/test_house.py does)
 
-Per file: tokens per code line (a docstring, a comment and a blank line are no code), code lines, comment lines per
-code line, lines over 100 columns, the longest function, and comprehensions within comprehensions. For comparison, the
-same count gives nanoGPT's train.py 7.4, cleanrl's ppo.py 8.6, and eric-mitchell/direct-preference-optimization 10.5.
+Per file: tokens per code line (a docstring, a comment and a blank line are no code), code lines,
+comment lines per code line, lines over 100 columns, the longest function, and comprehensions within
+comprehensions. For comparison, the same count gives nanoGPT's train.py 7.4, cleanrl's ppo.py 8.6,
+and eric-mitchell/direct-preference-optimization 10.5.
 """
 
 import argparse
@@ -135,7 +136,9 @@ def faults(house: list[Density]) -> list[str]:
     found = []
     for d in house:
         if d.tokens_per_line > MOST_TOKENS:
-            found.append(f"{d.path}: {d.tokens_per_line:.1f} tokens per code line; at most {MOST_TOKENS}")
+            found.append(
+                f"{d.path}: {d.tokens_per_line:.1f} tokens per code line; at most {MOST_TOKENS}"
+            )
         if d.wide_lines:
             found.append(f"{d.path}: {d.wide_lines} lines over {WIDTH} columns")
         if d.longest > MOST_LINES:
@@ -144,7 +147,9 @@ def faults(house: list[Density]) -> list[str]:
             found.append(f"{d.path}: {d.nested} comprehensions within comprehensions")
     mean = mean_tokens(house)
     if mean > MEAN_TOKENS:
-        found.append(f"the house: {mean:.1f} tokens per code line on average; at most {MEAN_TOKENS}")
+        found.append(
+            f"the house: {mean:.1f} tokens per code line on average; at most {MEAN_TOKENS}"
+        )
     return found
 
 
@@ -153,20 +158,28 @@ def mean_tokens(files: list[Density]) -> float:
 
 
 def print_table(files: list[Density]) -> None:
-    print(f"{'tokens/line':>11} {'code':>5} {'comments':>8} {'wide':>4} {'nested':>6}  file, longest function")
+    print(
+        f"{'tokens/line':>11} {'code':>5} {'comments':>8} {'wide':>4} {'nested':>6}  file, longest function"
+    )
     for d in sorted(files, key=lambda d: -d.tokens_per_line):
         comments = d.comment_lines / max(1, d.code_lines)
         numbers = f"{d.tokens_per_line:11.1f} {d.code_lines:5} {comments:8.2f} {d.wide_lines:4} {d.nested:6}"
         print(f"{numbers}  {d.path}, {d.longest_name} {d.longest}")
     house = [d for d in files if in_house(d.path)]
     if house:
-        print(f"{mean_tokens(house):11.1f} {sum(d.code_lines for d in house):5}  the root, kernels/ and training/")
+        print(
+            f"{mean_tokens(house):11.1f} {sum(d.code_lines for d in house):5}  the root, kernels/ and training/"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="*", help="default: every Python file of the project")
-    parser.add_argument("--limits", action="store_true", help="exit with 1 where the house is over a limit")
+    parser.add_argument(
+        "--limits", action="store_true", help="exit with 1 where the house is over a limit"
+    )
     args = parser.parse_args()
 
     if args.files:

@@ -4,17 +4,18 @@
         --as_conversation --output prompts.jsonl --heldout_output heldout.jsonl
     python tools/prepare_prompts.py --dataset chats.jsonl --field messages --output prompts.jsonl
 
---dataset is a file (.parquet, .jsonl, .json), a folder of them, or the name of a data set on the Hugging Face
-hub (needs the package `datasets`). A row's prompt is its `prompt` or `messages`, or what --field names: a string,
-or a conversation [{"role", "content"}], whose trailing assistant turns are the answer and are cut off.
+--dataset is a file (.parquet, .jsonl, .json), a folder of them, or the name of a data set on the
+Hugging Face hub (needs the package `datasets`). A row's prompt is its `prompt` or `messages`, or
+what --field names: a string, or a conversation [{"role", "content"}], whose trailing assistant
+turns are the answer and are cut off.
 
-Every row that does not come out is counted under a name: "empty" (nothing to answer: no text, or no turns but the
-system's and assistant's), "duplicate" (roles and words of an earlier row; spacing does not matter), "over the
-maximum", and, for either output, what went to the other one.
+Every row that does not come out is counted under a name: "empty" (nothing to answer: no text, or no
+turns but the system's and assistant's), "duplicate" (roles and words of an earlier row; spacing
+does not matter), "over the maximum", and, for either output, what went to the other one.
 
-Which prompts are held out is decided by a hash of (seed, content): the two files share no id and no content,
-and shuffling the data set changes the order of the lines but not the split. Memory holds a hash of
-each prompt and no text.
+Which prompts are held out is decided by a hash of (seed, content): the two files share no id and no
+content, and shuffling the data set changes the order of the lines but not the split. Memory holds a
+hash of each prompt and no text.
 """
 
 import itertools
@@ -36,16 +37,37 @@ SUFFIXES = (".parquet", ".jsonl", ".json")
 def arguments():
     p = parser(__doc__)
     # Where the rows come from
-    p.add_argument("--dataset", required=True, help="a file, a folder, or a data set's name on the hub")
-    p.add_argument("--split", help='of a hub data set or a folder ("SPLIT.jsonl", "SPLIT-*.parquet"); default: train')
+    p.add_argument(
+        "--dataset", required=True, help="a file, a folder, or a data set's name on the hub"
+    )
+    p.add_argument(
+        "--split",
+        help='of a hub data set or a folder ("SPLIT.jsonl", "SPLIT-*.parquet"); default: train',
+    )
     p.add_argument("--config", help="of a hub data set that has several")
-    p.add_argument("--revision", help="of a hub data set: a commit, so that the same rows come back next year")
+    p.add_argument(
+        "--revision", help="of a hub data set: a commit, so that the same rows come back next year"
+    )
     # What a prompt is
     p.add_argument("--field", help="key that holds the prompt; default: prompt, or else messages")
-    p.add_argument("--new_ids", action="store_true", help='make ids from content even for rows that have an "id"')
-    p.add_argument("--as_conversation", action="store_true", help="a string becomes one user turn: chat models need it")
+    p.add_argument(
+        "--new_ids",
+        action="store_true",
+        help='make ids from content even for rows that have an "id"',
+    )
+    p.add_argument(
+        "--as_conversation",
+        action="store_true",
+        help="a string becomes one user turn: chat models need it",
+    )
     p.add_argument("--system", help="system turn put before each conversation that has none")
-    p.add_argument("--meta", nargs="+", default=[], metavar="KEY", help='keys kept under "meta", for reward functions')
+    p.add_argument(
+        "--meta",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help='keys kept under "meta", for reward functions',
+    )
     # Which prompts go where
     p.add_argument("--output", required=True, help="prompts.jsonl: what is trained on")
     p.add_argument("--heldout_output", help="heldout.jsonl: what is only evaluated on")
@@ -54,7 +76,11 @@ def arguments():
         type=int,
         help="prompts held out; default 200: a standard error of 1/14 of the reward's standard deviation",
     )
-    p.add_argument("--max_prompts", type=int, help="at most so many training prompts, drawn at random; default: all")
+    p.add_argument(
+        "--max_prompts",
+        type=int,
+        help="at most so many training prompts, drawn at random; default: all",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the split and of the draw; default 0")
     return p
 
@@ -63,17 +89,29 @@ def find_files(args) -> list[Path]:
     """The files that --dataset names on this machine; none: it is a name on the hub."""
     path, split = Path(args.dataset), args.split or "train"
     if not path.exists():
-        if path.suffix in SUFFIXES or args.dataset.startswith((".", "/")) or args.dataset.count("/") > 1:
+        if (
+            path.suffix in SUFFIXES
+            or args.dataset.startswith((".", "/"))
+            or args.dataset.count("/") > 1
+        ):
             raise Stop(f"{path}: no such file or folder.")
         return []
-    idle = [f for f in ("config", "revision", *(["split"] if path.is_file() else [])) if getattr(args, f)]
+    idle = [
+        f
+        for f in ("config", "revision", *(["split"] if path.is_file() else []))
+        if getattr(args, f)
+    ]
     if idle:
-        raise Stop(f"--{idle[0]} has no effect here: {path} is on this machine, and rows of a file are all read.")
+        raise Stop(
+            f"--{idle[0]} has no effect here: {path} is on this machine, and rows of a file are all read."
+        )
     every = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
     name = re.compile(re.escape(split) + r"([-.].*)?")
     files = [f for f in every if path.is_file() or name.fullmatch(f.stem) or f.parent.name == split]
     if not files or files[0].suffix not in SUFFIXES:
-        raise Stop(f"{path}: expected {' or '.join(SUFFIXES)}, and in a folder {split}.*, {split}-*.* or {split}/*.*")
+        raise Stop(
+            f"{path}: expected {' or '.join(SUFFIXES)}, and in a folder {split}.*, {split}-*.* or {split}/*.*"
+        )
     return files
 
 
@@ -83,12 +121,16 @@ def file_rows(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             import pyarrow.parquet
         except ImportError:
-            raise Stop(f"{path}: reading parquet needs the package pyarrow: pip install pyarrow") from None
+            raise Stop(
+                f"{path}: reading parquet needs the package pyarrow: pip install pyarrow"
+            ) from None
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
     else:
         with open(path, encoding="utf-8") as file:
-            if file.read(4096).lstrip().startswith("["):  # one array; often a .json file holds JSON lines instead
+            if (
+                file.read(4096).lstrip().startswith("[")
+            ):  # one array; often a .json file holds JSON lines instead
                 file.seek(0)
                 try:
                     rows = json.load(file)
@@ -104,7 +146,9 @@ def open_hub(name: str, config: str | None, split: str, revision: str | None):
     try:
         import datasets
     except ImportError:
-        raise Stop(f"{name}: no file or folder here, and the hub needs the package: pip install datasets") from None
+        raise Stop(
+            f"{name}: no file or folder here, and the hub needs the package: pip install datasets"
+        ) from None
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError) as e:
@@ -117,7 +161,9 @@ def to_prompt(row, args, where: str, seen: Counter) -> str | list[dict] | None:
         raise Stop(f"{where}: expected a JSON object, found {type(row).__name__}.")
     field = args.field or ("prompt" if "prompt" in row else "messages")
     if field not in row:
-        raise Stop(f'{where}: no key "{field}"; name the prompt\'s with --field. The row has: {", ".join(row)}.')
+        raise Stop(
+            f'{where}: no key "{field}"; name the prompt\'s with --field. The row has: {", ".join(row)}.'
+        )
     prompt = row[field]
     if prompt is None:
         return None
@@ -148,11 +194,18 @@ def to_prompt(row, args, where: str, seen: Counter) -> str | list[dict] | None:
 def to_row(row: dict, prompt, args, where: str) -> dict:
     """A row of prompts.jsonl."""
     made = "p" + content_key(prompt).hex()[:16]
-    record = {"id": made if args.new_ids or row.get("id") is None else str(row["id"]), "prompt": prompt}
+    record = {
+        "id": made if args.new_ids or row.get("id") is None else str(row["id"]),
+        "prompt": prompt,
+    }
     for key in args.meta:
         if key not in row:
-            raise Stop(f'{where}: no key "{key}", which --meta names. The row has: {", ".join(row)}.')
-        whole_meta = key == "meta" and isinstance(row[key], dict)  # a file that this tool, say, has written
+            raise Stop(
+                f'{where}: no key "{key}", which --meta names. The row has: {", ".join(row)}.'
+            )
+        whole_meta = key == "meta" and isinstance(
+            row[key], dict
+        )  # a file that this tool, say, has written
         record.setdefault("meta", {}).update(row[key] if whole_meta else {key: row[key]})
     return record
 
@@ -203,7 +256,9 @@ def write(stage: Stage, rows, fates: list[str], fate: str, args) -> None:
                     try:
                         out.write(dump(record))
                     except (ValueError, TypeError) as e:
-                        raise Stop(f"{where}: --meta {' '.join(args.meta)}: no JSON can be made of it ({e}).") from None
+                        raise Stop(
+                            f"{where}: --meta {' '.join(args.meta)}: no JSON can be made of it ({e})."
+                        ) from None
         balance = Counter(fates)
         stage.count("rows", balance.total(), balance.pop(fate), balance)
         stage.write_meta()
@@ -216,14 +271,18 @@ def settle(args, files: list[Path], output: str) -> Stage | None:
     stage = Stage(args, inputs, output, free=("heldout_output",))
     if stage.done:
         return None
-    remove(stage.parts)  # there are none: after a mended row the next run is not held against this one
+    remove(
+        stage.parts
+    )  # there are none: after a mended row the next run is not held against this one
     return stage
 
 
 def main():
     args = parse(arguments())
     if args.heldout is not None and not args.heldout_output:
-        raise Stop("--heldout has no effect without --heldout_output, the file that the held-out prompts go to.")
+        raise Stop(
+            "--heldout has no effect without --heldout_output, the file that the held-out prompts go to."
+        )
     if args.heldout is None:
         args.heldout = 200 if args.heldout_output else 0
     if args.heldout < bool(args.heldout_output) or (args.max_prompts or 1) < 1:
@@ -235,7 +294,9 @@ def main():
     stages = [(fate, settle(args, files, output)) for fate, output in outputs if output]
     if not any(stage for _, stage in stages):
         return
-    hub = None if files else open_hub(args.dataset, args.config, args.split or "train", args.revision)
+    hub = (
+        None if files else open_hub(args.dataset, args.config, args.split or "train", args.revision)
+    )
 
     def rows() -> Iterator[tuple[str, dict]]:
         for file in files:

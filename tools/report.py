@@ -2,17 +2,18 @@
 
     python tools/report.py runs/demo
 
-Reads iter_00, iter_01, … as far as they exist. Held-out figures come from iter_*/eval/scored.jsonl: the same prompts
-for every policy, several answers each. Answers to one prompt are alike, so prompts and not answers are the sample.
-With x_p the mean over the answers to prompt p, of P prompts,
+Reads iter_00, iter_01, … as far as they exist. Held-out figures come from iter_*/eval/scored.jsonl:
+the same prompts for every policy, several answers each. Answers to one prompt are alike, so prompts
+and not answers are the sample. With x_p the mean over the answers to prompt p, of P prompts,
 
     x         (1/P) sum_p x_p
     x_se      sd(x_p) / sqrt(P)                              standard error, clustered by prompt
     x_diff    (1/P) sum_p (x_p - x_p of the initial policy)  paired; x_diff_se from the sd of these differences
     x_win     (1/P) sum_p P(an answer beats one of the initial policy to the same prompt), ties a half; x_win_se
 
-for x = reward (the weighted sum that was optimised: a proxy), gold (a reward that only watched; see --gold) and
-reward/NAME (every other one by itself). The other columns of summary.jsonl, a row an iteration:
+for x = reward (the weighted sum that was optimised: a proxy), gold (a reward that only watched; see
+--gold) and reward/NAME (every other one by itself). The other columns of summary.jsonl, a row an
+iteration:
 
     kl/NAME, _se       mean of log pi(y|x) - log ref(y|x), summed over the tokens of an answer: an unbiased estimate of
                        KL(pi || ref) for answers drawn at temperature 1; ref is "init", the first policy (whose own is
@@ -25,7 +26,8 @@ reward/NAME (every other one by itself). The other columns of summary.jsonl, a r
     training           of each column of train.jsonl: its last value, and its mean over the steps
     audit, changed_weights          gap between generator and trainer (docs/math.md); share of weights that changed
 
-and TRL's names, so that dashboards carry over. TRL logs them on training batches; here they are held-out figures:
+and TRL's names, so that dashboards carry over. TRL logs them on training batches; here they are
+held-out figures:
 
     objective/scores = reward            objective/kl = kl/prev, or kl/init where the run has REF=init
     objective/entropy = mean of -log pi(y|x)                        objective/non_score_reward = -beta objective/kl
@@ -53,14 +55,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py stand
 from records import SCORED, Stop, dump, read_jsonl, whole, write_whole
 from stage import run, seed_of
 
-PAIR = {"id": str, "prompt": (str, list), "score_chosen": (float, int), "score_rejected": (float, int)}
-OUTPUTS = ["prompts.jsonl", "candidates.jsonl", "enhancer.jsonl", "scored.jsonl", "pairs.jsonl", "policy"]
+PAIR = {
+    "id": str,
+    "prompt": (str, list),
+    "score_chosen": (float, int),
+    "score_rejected": (float, int),
+}
+OUTPUTS = [
+    "prompts.jsonl",
+    "candidates.jsonl",
+    "enhancer.jsonl",
+    "scored.jsonl",
+    "pairs.jsonl",
+    "policy",
+]
 OUTPUTS += ["eval/candidates.jsonl", "eval/scored.jsonl"]
 EXAMPLES = 12  # held-out prompts on the page, drawn by a hash of their id
 EXTREMES = 5  # strongest and weakest pairs on the page
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -76,19 +90,31 @@ def read_metas(folder: Path) -> dict[str, dict]:
 
 def choose_gold(asked: str | None, heldout: list[Path], metas: list[dict]) -> str | None:
     """The reward that only watched, if there is one: no score.py of the run gave it a weight."""
-    scoring = [m[stage]["arguments"] for m in metas for stage in ("scored", "eval/scored") if stage in m]
-    optimised = {n for a in scoring for n, w in zip(a["rewards"], a["reward_weights"], strict=True) if w}
-    scored = (c for path in heldout[:1] for row in read_jsonl(path, SCORED) for c in row["candidates"])
+    scoring = [
+        m[stage]["arguments"] for m in metas for stage in ("scored", "eval/scored") if stage in m
+    ]
+    optimised = {
+        n for a in scoring for n, w in zip(a["rewards"], a["reward_weights"], strict=True) if w
+    }
+    scored = (
+        c for path in heldout[:1] for row in read_jsonl(path, SCORED) for c in row["candidates"]
+    )
     names = next(scored, {"rewards": {}})["rewards"].keys()
     if asked and asked not in names:
-        raise Stop(f"--gold {asked}: held-out answers have no reward of this name, only {', '.join(sorted(names))}.")
+        raise Stop(
+            f"--gold {asked}: held-out answers have no reward of this name, only {', '.join(sorted(names))}."
+        )
     if asked in optimised:
-        raise Stop(f"--gold {asked}: this reward has a weight in what was optimised, so it cannot check it.")
+        raise Stop(
+            f"--gold {asked}: this reward has a weight in what was optimised, so it cannot check it."
+        )
     return asked or ("gold" if "gold" in names - optimised else None)
 
 
 def measure(row: dict, gold: str | None = None) -> dict[str, list[float]]:
-    """All that is measured of the answers to one prompt: name -> a value an answer; empty where none has a score."""
+    """All that is measured of the answers to one prompt: name -> a value an answer; empty where
+    none has a score.
+    """
     values, answers = defaultdict(list), row["candidates"]
     for c in answers:
         values["reward"].append(c["reward"])
@@ -110,7 +136,9 @@ def read_heldout(path: Path, gold: str | None) -> dict[str, dict]:
 
 
 def check_heldout(folders: list[Path], heldout: list[dict], metas: list[dict]) -> list[str]:
-    """Stop unless every policy answered the same prompts. Returns what a reader must know about the comparison."""
+    """Stop unless every policy answered the same prompts. Returns what a reader must know about the
+    comparison.
+    """
     notes, settings = [], defaultdict(dict)
     asked = next((h.keys() for h in heldout if h), set())
     for folder, h, meta in zip(folders, heldout, metas, strict=True):
@@ -120,7 +148,9 @@ def check_heldout(folders: list[Path], heldout: list[dict], metas: list[dict]) -
                 f'"{min(h.keys() ^ asked)}", for one, is on one side only. Evaluate this policy again.'
             )
         if silent := sum(not m for m in h.values()):
-            notes.append(f"{folder.name}: {silent} held-out prompts have no scored answer; the others are compared.")
+            notes.append(
+                f"{folder.name}: {silent} held-out prompts have no scored answer; the others are compared."
+            )
         arguments = meta.get("eval/candidates", {}).get("arguments", {})
         for name in ("num_samples", "temperature", "top_p", "max_new_tokens", "seed"):
             if name in arguments:
@@ -130,11 +160,13 @@ def check_heldout(folders: list[Path], heldout: list[dict], metas: list[dict]) -
             different = ", ".join(f"{value} from {first}" for value, first in values.items())
             notes.append(f"The policies were not evaluated alike: {name} was {different}.")
     if {*settings["temperature"], *settings["top_p"]} - {"1.0", "[1.0]"}:
-        notes.append("Held-out answers were not drawn at temperature 1 and top_p 1, so the KL columns estimate no KL.")
+        notes.append(
+            "Held-out answers were not drawn at temperature 1 and top_p 1, so the KL columns estimate no KL."
+        )
     return notes
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figures
 
 
@@ -144,12 +176,20 @@ def over_prompts(values: list[float]) -> tuple[float, float | None]:
 
 
 def win_rate(now: list[float], then: list[float]) -> float:
-    """The chance that one of these answers beats one of those; a tie, but for rounding, is half a win."""
-    return fmean(0.5 if math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-5) else float(a > b) for a in now for b in then)
+    """The chance that one of these answers beats one of those; a tie, but for rounding, is half a
+    win.
+    """
+    return fmean(
+        0.5 if math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-5) else float(a > b)
+        for a in now
+        for b in then
+    )
 
 
 def heldout_figures(now: dict[str, dict], initial: dict[str, dict] | None) -> dict:
-    """x, x_se, … of one policy; x_diff and x_win, too, when there is an initial one to compare it with."""
+    """x, x_se, … of one policy; x_diff and x_win, too, when there is an initial one to compare it
+    with.
+    """
     now = {id: m for id, m in now.items() if m}
     row = {"prompts": len(now), "answers": sum(len(m["reward"]) for m in now.values())}
     for x in dict.fromkeys(name for m in now.values() for name in m):
@@ -160,7 +200,9 @@ def heldout_figures(now: dict[str, dict], initial: dict[str, dict] | None) -> di
             row[f"{x}_per_token"] = sum(sum(m[x]) for m in known.values()) / tokens
         both = [(m[x], initial[id][x]) for id, m in known.items() if initial and x in initial[id]]
         if both and re.match("gold$|reward", x):
-            row[f"{x}_diff"], row[f"{x}_diff_se"] = over_prompts([fmean(a) - fmean(b) for a, b in both])
+            row[f"{x}_diff"], row[f"{x}_diff_se"] = over_prompts(
+                [fmean(a) - fmean(b) for a, b in both]
+            )
             row[f"{x}_win"], row[f"{x}_win_se"] = over_prompts([win_rate(a, b) for a, b in both])
     return row
 
@@ -179,7 +221,9 @@ def margin(pair: dict) -> float:
     return pair["score_chosen"] - pair["score_rejected"]
 
 
-def summarise(folder: Path, metas: dict, heldout: dict, steps: list[dict], initial: dict, reference: str) -> dict:
+def summarise(
+    folder: Path, metas: dict, heldout: dict, steps: list[dict], initial: dict, reference: str
+) -> dict:
     """A row of summary.jsonl; a key is missing as long as the file that it is made of is."""
     row = {"iteration": int(folder.name[5:])}
     if any(heldout.values()):
@@ -192,22 +236,32 @@ def summarise(folder: Path, metas: dict, heldout: dict, steps: list[dict], initi
     if (folder / "pairs.jsonl").exists():
         margins = [margin(pair) for pair in read_jsonl(folder / "pairs.jsonl", PAIR)]
         row |= {"pairs": len(margins), "objective/scores_margin": fmean(margins)}
-    row |= {key: {s: m[key] for s, m in metas.items() if m.get(key)} for key in ("counts", "seconds")}
+    row |= {
+        key: {s: m[key] for s, m in metas.items() if m.get(key)} for key in ("counts", "seconds")
+    }
     if steps:
-        names = [k for k, v in steps[-1].items() if isinstance(v, (int, float)) and k not in ("step", "epoch")]
+        names = [
+            k
+            for k, v in steps[-1].items()
+            if isinstance(v, (int, float)) and k not in ("step", "epoch")
+        ]
         row["steps"] = len(steps)
-        row["training"] = {k: {"last": steps[-1][k], "mean": fmean(s[k] for s in steps)} for k in names}
+        row["training"] = {
+            k: {"last": steps[-1][k], "mean": fmean(s[k] for s in steps)} for k in names
+        }
     if "policy" in metas:
         row |= {k: metas["policy"][k] for k in ("audit", "changed_weights") if k in metas["policy"]}
         row["beta"] = metas["policy"]["arguments"]["beta"][-1]
         if f"kl/{reference}" in row:
             row["objective/kl"] = row[f"kl/{reference}"]
             row["objective/non_score_reward"] = -row["beta"] * row["objective/kl"]
-            row["objective/rlhf_reward"] = row["objective/scores"] + row["objective/non_score_reward"]
+            row["objective/rlhf_reward"] = (
+                row["objective/scores"] + row["objective/non_score_reward"]
+            )
     return {k: v for k, v in row.items() if v is not None and v != {}}
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -226,7 +280,13 @@ def percent(row: dict, key: str) -> str:
 
 def duration(seconds: float) -> str:
     s = round(seconds)
-    return f"{s}s" if s < 100 else f"{s // 60}m{s % 60:02}s" if s < 6000 else f"{s // 3600}h{s % 3600 // 60:02}m"
+    return (
+        f"{s}s"
+        if s < 100
+        else f"{s // 60}m{s % 60:02}s"
+        if s < 6000
+        else f"{s // 3600}h{s % 3600 // 60:02}m"
+    )
 
 
 def table(rows: list[dict]) -> list[list[str]]:
@@ -239,8 +299,16 @@ def table(rows: list[dict]) -> list[list[str]]:
         for x in scores:
             line += [value(r, x), value(r, f"{x}_diff", "+"), percent(r, f"{x}_win")]
         bare = {k: v for k, v in r.items() if not k.endswith("_se")}
-        line += [value(bare, "kl/init", digits=2), value(bare, "kl/prev", digits=2), value(bare, "length", digits=1)]
-        line += [percent(r, "truncated"), percent(r, "distinct"), f"{r['pairs']:,}" if "pairs" in r else "-"]
+        line += [
+            value(bare, "kl/init", digits=2),
+            value(bare, "kl/prev", digits=2),
+            value(bare, "length", digits=1),
+        ]
+        line += [
+            percent(r, "truncated"),
+            percent(r, "distinct"),
+            f"{r['pairs']:,}" if "pairs" in r else "-",
+        ]
         lines.append(line + [duration(sum(r.get("seconds", {}).values()))])
     return lines
 
@@ -248,7 +316,9 @@ def table(rows: list[dict]) -> list[list[str]]:
 def plain(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     gap = "  " if sum(widths) + 2 * len(widths) <= 120 else " "
-    return "\n".join(gap.join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(
+        gap.join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines
+    )
 
 
 def drops(row: dict) -> list[str]:
@@ -276,14 +346,20 @@ def legend(rows: list[dict], gold: str | None) -> list[str]:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Curves
 
-INK, ONE, TWO = "#1b1f24", "#2f66c4", "#c2680e"  # in the page they become its own colours, light or dark
+INK, ONE, TWO = (
+    "#1b1f24",
+    "#2f66c4",
+    "#c2680e",
+)  # in the page they become its own colours, light or dark
 
 
 def panels(rows: list[dict], logs: list[list[dict]], gold: str | None) -> list[tuple]:
-    """(title, key of x, label of x, its rows, [(key, label, color)]) of all curves that have a point."""
+    """(title, key of x, label of x, its rows, [(key, label, color)]) of all curves that have a
+    point.
+    """
     at, steps = itertools.count(1), []  # of all iterations in a row, the line broken between them
     for log in filter(None, logs):
         steps += [step | {"at": next(at)} for step in log]
@@ -295,12 +371,24 @@ def panels(rows: list[dict], logs: list[list[dict]], gold: str | None) -> list[t
     every = [
         ("Reward: the proxy that is optimised", "iteration", "iteration", rows, [reward]),
         ("Gold: only watched", "iteration", "iteration", rows, [golden]),
-        (travelled, "kl/init", "KL to the initial policy, nats", rows, [golden if gold else reward]),
+        (
+            travelled,
+            "kl/init",
+            "KL to the initial policy, nats",
+            rows,
+            [golden if gold else reward],
+        ),
         ("KL, nats an answer", "iteration", "iteration", rows, distances),
         ("Tokens an answer", "iteration", "iteration", rows, [("length", "", ONE)]),
         ("Rates", "iteration", "iteration", rows, rates),
         ("Training loss", "at", "step, over all iterations", steps, [("loss", "", ONE)]),
-        ("Training accuracy", "at", "step, over all iterations", steps, [("rewards/accuracies", "", ONE)]),
+        (
+            "Training accuracy",
+            "at",
+            "step, over all iterations",
+            steps,
+            [("rewards/accuracies", "", ONE)],
+        ),
     ]
     return [p for p in every if any(p[1] in r and key in r for r in p[3] for key, *_ in p[4])]
 
@@ -310,10 +398,24 @@ def plot(ax, panel: tuple) -> None:
     for key, label, color in series:
         points = [r for r in rows if x in r and key in r]
         bars = [r.get(f"{key}_se", 0) for r in points]
-        look = {"color": color, "linewidth": 1.6, "marker": "" if x == "at" else "o", "markersize": 4, "capsize": 2.5}
-        ax.errorbar([r[x] for r in points], [r[key] for r in points], bars if any(bars) else None, label=label, **look)
+        look = {
+            "color": color,
+            "linewidth": 1.6,
+            "marker": "" if x == "at" else "o",
+            "markersize": 4,
+            "capsize": 2.5,
+        }
+        ax.errorbar(
+            [r[x] for r in points],
+            [r[key] for r in points],
+            bars if any(bars) else None,
+            label=label,
+            **look,
+        )
         for r in points if x == "kl/init" else ():
-            ax.annotate(str(r["iteration"]), (r[x], r[key]), (5, -11), textcoords="offset points", color=INK)
+            ax.annotate(
+                str(r["iteration"]), (r[x], r[key]), (5, -11), textcoords="offset points", color=INK
+            )
     if len(series) > 1:
         ax.legend(frameon=False, labelcolor=INK)
     if x == "iteration":
@@ -332,8 +434,14 @@ def draw(drawn: list[tuple], png: Path) -> str:
     try:
         import matplotlib.figure
     except ImportError:
-        raise Stop("summary.jsonl is written, but the curves need matplotlib: pip install matplotlib") from None
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}  # same figures, same bytes
+        raise Stop(
+            "summary.jsonl is written, but the curves need matplotlib: pip install matplotlib"
+        ) from None
+    matplotlib.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "",
+        "font.size": 9,
+    }  # same figures, same bytes
 
     figure = matplotlib.figure.Figure((4 * len(drawn[:3]), 3), layout="constrained")
     for i, panel in enumerate(drawn[:3], 1):
@@ -348,8 +456,14 @@ def draw(drawn: list[tuple], png: Path) -> str:
         figure, text = matplotlib.figure.Figure((4, 2.6), layout="constrained"), io.StringIO()
         plot(figure.add_subplot(), panel)
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-        # Inline SVG: no header, no size of its own, no ids that several figures share, the page's colours.
-        svg = re.sub(r'(?s).*?<svg .*?(viewBox="[^"]*").*?>', r'<svg role="img" \1>', text.getvalue(), count=1)
+        # Inline SVG: no header, no size of its own, no ids that several figures share, the page's
+        # colours.
+        svg = re.sub(
+            r'(?s).*?<svg .*?(viewBox="[^"]*").*?>',
+            r'<svg role="img" \1>',
+            text.getvalue(),
+            count=1,
+        )
         svg = re.sub(r'(?s)<metadata>.*?</metadata>| id="\w+_\d+"', "", svg)
         for color, name in ((INK, "currentColor"), (ONE, "var(--one)"), (TWO, "var(--two)")):
             svg = svg.replace(color, name)
@@ -357,7 +471,7 @@ def draw(drawn: list[tuple], png: Path) -> str:
     return f'<div class="curves">{figures}</div>'
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page
 
 CSS = """
@@ -394,12 +508,18 @@ def words(prompt) -> str:
     """A prompt or an answer, in either of TRL's formats, as HTML."""
     if isinstance(prompt, str):
         return f'<div class="text">{html.escape(prompt)}</div>'
-    roles = [f'<div class="role">{html.escape(str(t["role"]))}</div>' if len(prompt) > 1 else "" for t in prompt]
+    roles = [
+        f'<div class="role">{html.escape(str(t["role"]))}</div>' if len(prompt) > 1 else ""
+        for t in prompt
+    ]
     return "".join(role + words(str(t["content"])) for role, t in zip(roles, prompt, strict=True))
 
 
 def grid(lines: list[list], kind: str = "") -> str:
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in line) + "</tr>" for line in lines)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in line) + "</tr>"
+        for line in lines
+    )
     if not kind:  # the first line holds headings
         head, rest = rows.split("</tr>", 1)
         rows = head.replace("td>", "th>") + "</tr>" + rest
@@ -419,7 +539,9 @@ def side_by_side(evaluated: list[Path]) -> str:
     """The same held-out prompts, and each policy's first answer: nobody picked them."""
     policies = {}
     for path in evaluated:
-        policies[path.parents[1].name] = {r["id"]: r for r in read_jsonl(path, SCORED) if r["candidates"]}
+        policies[path.parents[1].name] = {
+            r["id"]: r for r in read_jsonl(path, SCORED) if r["candidates"]
+        }
     common = set.intersection(*map(set, policies.values()))
     text = ""
     for id in sorted(common, key=lambda id: seed_of("report", id))[:EXAMPLES]:
@@ -428,44 +550,74 @@ def side_by_side(evaluated: list[Path]) -> str:
             c = rows[id]["candidates"][0]
             others = {k: v for k, v in c["rewards"].items() if v != c["reward"]}
             facts = [f"{k} {v:.3f}" for k, v in ({"reward": c["reward"]} | others).items()]
-            facts += [f"{len(c['token_ids'])} tokens"] + ["cut off"] * (c["finish_reason"] == "length")
+            facts += [f"{len(c['token_ids'])} tokens"] + ["cut off"] * (
+                c["finish_reason"] == "length"
+            )
             answers.append((name, "", " · ".join(facts), c["text"]))
         text += example(rows[id]["prompt"], *answers)
     return text
 
 
 def flatten(row: dict, prefix: str = "") -> dict:
-    pairs = [flatten(v, f"{prefix}{k}: ") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in row.items()]
+    pairs = [
+        flatten(v, f"{prefix}{k}: ") if isinstance(v, dict) else {f"{prefix}{k}": v}
+        for k, v in row.items()
+    ]
     return {k: v for pair in pairs for k, v in pair.items()}
 
 
-def page(run_dir: Path, rows: list[dict], folders, metas, figures: str, notes: list[str], gold) -> str:
+def page(
+    run_dir: Path, rows: list[dict], folders, metas, figures: str, notes: list[str], gold
+) -> str:
     config, title = load(run_dir / "config.json"), html.escape(run_dir.resolve().name)
-    parts = [f"<h1>{title}</h1><p>Online iterative DPO on {html.escape(str(config.get('MODEL', 'a policy')))}</p>"]
+    parts = [
+        f"<h1>{title}</h1><p>Online iterative DPO on {html.escape(str(config.get('MODEL', 'a policy')))}</p>"
+    ]
     parts += [grid(table(rows)), f"<p>{html.escape(notes[0])}</p>"]
-    parts += [f"<p{' class=notice' if i or not gold else ''}>{html.escape(n)}</p>" for i, n in enumerate(notes[1:])]
+    parts += [
+        f"<p{' class=notice' if i or not gold else ''}>{html.escape(n)}</p>"
+        for i, n in enumerate(notes[1:])
+    ]
     parts += [figures]
 
     evaluated = [f / "eval/scored.jsonl" for f in folders if (f / "eval/scored.jsonl").exists()]
     if evaluated:
         parts += ["<h2>The same held-out prompts, then and now</h2>"]
-        parts += [f"<p>{EXAMPLES} prompts drawn by a hash of their id, and each policy's first answer.</p>"]
+        parts += [
+            f"<p>{EXAMPLES} prompts drawn by a hash of their id, and each policy's first answer.</p>"
+        ]
         parts += [side_by_side(list(dict.fromkeys([evaluated[0], evaluated[-1]])))]
     paired = [f / "pairs.jsonl" for f in folders if (f / "pairs.jsonl").exists()]
-    for kind, pick in (("Strongest", heapq.nlargest), ("Weakest", heapq.nsmallest)) if paired else ():
-        parts.append(f"<h2>{kind} training pairs of {paired[-1].parent.name}</h2><p>By margin of score.</p>")
+    for kind, pick in (
+        (("Strongest", heapq.nlargest), ("Weakest", heapq.nsmallest)) if paired else ()
+    ):
+        parts.append(
+            f"<h2>{kind} training pairs of {paired[-1].parent.name}</h2><p>By margin of score.</p>"
+        )
         for p in pick(EXTREMES, read_jsonl(paired[-1], PAIR), key=margin):
-            chosen = ("chosen", "up", f"score {p['score_chosen']:.3f}, margin {margin(p):.3f}", p["chosen"])
+            chosen = (
+                "chosen",
+                "up",
+                f"score {p['score_chosen']:.3f}, margin {margin(p):.3f}",
+                p["chosen"],
+            )
             rejected = ("rejected", "down", f"score {p['score_rejected']:.3f}", p["rejected"])
             parts.append(example(p["prompt"], chosen, rejected))
 
     flat = [flatten(r) for r in rows]
     figure = lambda v: f"{v:.6g}" if isinstance(v, float) else v  # noqa: E731
-    every = [[k, *(figure(r.get(k, "")) for r in flat)] for k in dict.fromkeys(k for r in flat for k in r)]
+    every = [
+        [k, *(figure(r.get(k, "")) for r in flat)]
+        for k in dict.fromkeys(k for r in flat for k in r)
+    ]
     versions = defaultdict(dict)  # of a package -> the ones that took part, in order
     for meta in (m for by_stage in metas for m in by_stage.values()):
         git = meta.get("git") or {}
-        commit = {"git": git["commit"] + ", with local changes" * git["dirty"]} if git.get("commit") else {}
+        commit = (
+            {"git": git["commit"] + ", with local changes" * git["dirty"]}
+            if git.get("commit")
+            else {}
+        )
         for package, version in (meta.get("versions", {}) | commit).items():
             versions[package][version] = None
     parts += [
@@ -478,17 +630,27 @@ def page(run_dir: Path, rows: list[dict], folders, metas, figures: str, notes: l
         "<h2>Versions</h2>",
         grid([[k, "; then ".join(v)] for k, v in versions.items()], "words"),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     head += f"<title>{title}</title><style>{CSS}</style>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def read_run(run_dir: Path, asked: str | None = None):
-    """Everything but the texts: (folders, their metas, rows of summary.jsonl, steps of training, notes, gold)."""
+    """Everything but the texts: (folders, their metas, rows of summary.jsonl, steps of training,
+    notes, gold).
+    """
     folders = [f for f in run_dir.glob("iter_*") if f.name[5:].isdecimal()]
     folders.sort(key=lambda f: int(f.name[5:]))
     if not folders:
-        raise Stop(f"{run_dir}: there is no iter_00 here. Give the folder of a run, such as runs/demo.")
+        raise Stop(
+            f"{run_dir}: there is no iter_00 here. Give the folder of a run, such as runs/demo."
+        )
     metas = [read_metas(f) for f in folders]
     paths = [f / "eval/scored.jsonl" for f in folders]
     gold = choose_gold(asked, [path for path in paths if path.exists()], metas)
@@ -498,14 +660,22 @@ def read_run(run_dir: Path, asked: str | None = None):
     steps = [list(read_jsonl(log, {})) if log.exists() else [] for log in logs]
     initial = heldout[0] if folders[0].name == "iter_00" else {}
     reference = load(run_dir / "config.json").get("REF", "prev")
-    rows = [summarise(*parts, initial, reference) for parts in zip(folders, metas, heldout, steps, strict=True)]
+    rows = [
+        summarise(*parts, initial, reference)
+        for parts in zip(folders, metas, heldout, steps, strict=True)
+    ]
     return folders, metas, rows, steps, legend(rows, gold) + notes, gold
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("run", type=Path, help="folder of the run, runs/NAME")
-    p.add_argument("--gold", help='name of the reward that only watched; default: "gold", where it was not optimised')
+    p.add_argument(
+        "--gold",
+        help='name of the reward that only watched; default: "gold", where it was not optimised',
+    )
     args = p.parse_args()
 
     folders, metas, rows, steps, notes, gold = read_run(args.run, args.gold)
@@ -515,7 +685,9 @@ def main():
         print(textwrap.fill(text, 120))
 
     figures = draw(panels(rows, steps, gold), args.run / "curve.png")
-    write_whole(args.run / "report.html", page(args.run, rows, folders, metas, figures, notes, gold))
+    write_whole(
+        args.run / "report.html", page(args.run, rows, folders, metas, figures, notes, gold)
+    )
     print(f"more, and the answers themselves, in {args.run / 'report.html'}")
 
 

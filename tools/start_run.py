@@ -1,8 +1,10 @@
-"""Begin a run, or go on with it: record its settings in config.json and its held-out prompts in heldout.jsonl.
+"""Begin a run, or go on with it: record its settings in config.json and its held-out prompts in
+heldout.jsonl.
 
-iterate.sh calls it with its settings in the environment. The held-out prompts are copied, so that a later change of
-the file cannot move the yardstick in the middle of a run: if it has changed, this stops. So it does when the hub now
-gives another commit for a model's name than it gave when the run began; iterate.sh puts the commit behind each name.
+iterate.sh calls it with its settings in the environment. The held-out prompts are copied, so that a
+later change of the file cannot move the yardstick in the middle of a run: if it has changed, this
+stops. So it does when the hub now gives another commit for a model's name than it gave when the run
+began; iterate.sh puts the commit behind each name.
 """
 
 import json
@@ -23,7 +25,9 @@ SETTINGS = (
 
 
 def check_commits(old: dict, new: dict) -> None:
-    """Stop where a model's setting is the same name at another commit, "NAME@COMMIT": the hub has moved on."""
+    """Stop where a model's setting is the same name at another commit, "NAME@COMMIT": the hub has
+    moved on.
+    """
     for setting in ("MODEL", "REWARD_MODEL", "ENHANCER"):
         was, now = old.get(setting, ""), new[setting]
         if was != now and was.partition("@")[0] == now.partition("@")[0]:
@@ -45,7 +49,9 @@ def main():
         with whole(heldout) as temporary:
             shutil.copyfile(os.environ["HELDOUT"], temporary)
     elif hash_path(heldout) != hash_path(os.environ["HELDOUT"]):
-        raise Stop(f"{os.environ['HELDOUT']} is not what this run began with ({heldout}). Use another RUN.")
+        raise Stop(
+            f"{os.environ['HELDOUT']} is not what this run began with ({heldout}). Use another RUN."
+        )
     write_whole(config, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 

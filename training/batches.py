@@ -1,4 +1,5 @@
-"""From preference pairs to the tensors of a forward: which pairs share a microbatch, and how they lie in it.
+"""From preference pairs to the tensors of a forward: which pairs share a microbatch, and how they
+lie in it.
 
 A pair is three integer arrays, prompt P, chosen C and rejected R. Three ways to lay n of them out:
 
@@ -39,15 +40,18 @@ def shortest_and_longest(pairs: list[dict], packing: str, budget: int) -> tuple[
     return shortest, longest
 
 
-def microbatches(costs: dict[int, int], budget: int, world: int, packing: str) -> list[list[list[int]]]:
+def microbatches(
+    costs: dict[int, int], budget: int, world: int, packing: str
+) -> list[list[list[int]]]:
     """Cut a step's pairs into microbatches of at most `budget` tokens: [rank][microbatch] -> pairs.
 
     costs: pair -> its tokens in a forward, see `cost`; any number may name a pair.
 
-    FSDP's collectives need as many forwards on one rank as on another, and no rank should wait, so all ranks get the
-    same number of bins of about the same weight: the longest pair first, each into the lightest bin (Graham's LPT
-    rule, within 4/3 of the best balance), with as few bins as will do. Padded rows cost as much as the longest beside
-    them, so there the bins are runs of similar length instead. A bin may be empty. A pair above the budget goes alone.
+    FSDP's collectives need as many forwards on one rank as on another, and no rank should wait, so
+    all ranks get the same number of bins of about the same weight: the longest pair first, each
+    into the lightest bin (Graham's LPT rule, within 4/3 of the best balance), with as few bins as
+    will do. Padded rows cost as much as the longest beside them, so there the bins are runs of
+    similar length instead. A bin may be empty. A pair above the budget goes alone.
     """
     order = sorted(costs, key=lambda i: -costs[i])
     if packing == "padded":
@@ -61,7 +65,10 @@ def microbatches(costs: dict[int, int], budget: int, world: int, packing: str) -
         budget = max(budget, costs[order[0]])
         count = math.ceil(sum(costs.values()) / budget / world) * world
         while True:
-            bins, loads = [[] for _ in range(count)], [(0, b) for b in range(count)]  # loads is a heap
+            bins, loads = (
+                [[] for _ in range(count)],
+                [(0, b) for b in range(count)],
+            )  # loads is a heap
             for i in order:
                 load, b = loads[0]
                 heapq.heapreplace(loads, (load + costs[i], b))
@@ -73,10 +80,12 @@ def microbatches(costs: dict[int, int], budget: int, world: int, packing: str) -
 
 
 def collate(pairs: list[dict], packing: str, device="cpu") -> dict:
-    """The tensors of one forward, made on the CPU and moved to `device`. With n pairs of Tc answer tokens in all:
+    """The tensors of one forward, made on the CPU and moved to `device`. With n pairs of Tc answer
+    tokens in all:
 
     inputs     keyword arguments of the base model, laid out as above
-    positions  [Tc] int64, where in the flattened input stands the hidden state that predicts each answer token:
+    positions  [Tc] int64, where in the flattened input stands the hidden state that predicts each
+    answer token:
                one before it, and for the first token of either answer the last token of the prompt
     targets    [Tc] int64, those tokens: chosen 0, rejected 0, chosen 1, …
     split      2n lengths of those answers, on the host
@@ -97,17 +106,30 @@ def collate(pairs: list[dict], packing: str, device="cpu") -> dict:
         }
         starts = [i * width for i in range(len(sizes))]
     elif packing == "packed":
-        inputs = {"input_ids": np.concatenate([x for py in zip(prompts, answers, strict=True) for x in py])[None]}
+        inputs = {
+            "input_ids": np.concatenate(
+                [x for py in zip(prompts, answers, strict=True) for x in py]
+            )[None]
+        }
         inputs["position_ids"], inputs["layout"] = packed_layout(sizes)
         starts = np.cumsum([0, *sizes[:-1]])
     else:
         parts = [[pair[k] for k in PARTS] for pair in pairs]
         inputs = {"input_ids": np.concatenate([x for pcr in parts for x in pcr])[None]}
-        inputs["position_ids"], inputs["layout"] = prefix_layout([tuple(map(len, pcr)) for pcr in parts])
-        # Seen from R, its prompt would begin len(C) later than it does; only the first position of R needs the truth.
+        inputs["position_ids"], inputs["layout"] = prefix_layout(
+            [tuple(map(len, pcr)) for pcr in parts]
+        )
+        # Seen from R, its prompt would begin len(C) later than it does; only the first position of
+        # R needs the truth.
         pair_starts = np.cumsum([0, *(sum(map(len, pcr)) for pcr in parts[:-1])])
-        starts = [s for start, (_, c, _) in zip(pair_starts, parts, strict=True) for s in (start, start + len(c))]
-    positions = [s + len(p) - 1 + np.arange(len(y)) for s, p, y in zip(starts, prompts, answers, strict=True)]
+        starts = [
+            s
+            for start, (_, c, _) in zip(pair_starts, parts, strict=True)
+            for s in (start, start + len(c))
+        ]
+    positions = [
+        s + len(p) - 1 + np.arange(len(y)) for s, p, y in zip(starts, prompts, answers, strict=True)
+    ]
     if packing == "prefix":
         for i in range(1, len(positions), 2):
             positions[i][0] = positions[i - 1][0]  # both answers begin behind the same token
@@ -126,10 +148,12 @@ def collate(pairs: list[dict], packing: str, device="cpu") -> dict:
 
 
 def to_device(x, device: torch.device):
-    """x with all its tensors on `device`: a tensor, a Layout or a dict of them; anything else stays as it is.
+    """x with all its tensors on `device`: a tensor, a Layout or a dict of them; anything else stays
+    as it is.
 
-    To a GPU through pinned memory: such a copy waits in the GPU's queue, and the program goes on. From
-    ordinary memory, the program would wait until the GPU has done all that was asked of it before.
+    To a GPU through pinned memory: such a copy waits in the GPU's queue, and the program goes on.
+    From ordinary memory, the program would wait until the GPU has done all that was asked of it
+    before.
     """
     if isinstance(x, dict):
         return {k: to_device(v, device) for k, v in x.items()}
@@ -138,16 +162,19 @@ def to_device(x, device: torch.device):
         return replace(x, **{name: to_device(getattr(x, name), device) for name in names})
     if not isinstance(x, torch.Tensor):
         return x
-    if device.type == "cuda" and torch.cuda.is_available():  # it is not under FakeTensorMode on a laptop
+    if (
+        device.type == "cuda" and torch.cuda.is_available()
+    ):  # it is not under FakeTensorMode on a laptop
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def feed(pairs: list[dict], groups: Iterable[list[int]], packing: str, device) -> Iterator[dict]:
-    """Yield what `collate` makes of each group of indices into `pairs`, and "rows", [n] int64, those indices.
+    """Yield what `collate` makes of each group of indices into `pairs`, and "rows", [n] int64,
+    those indices.
 
-    One group ahead: the next one is built and on its way while a GPU still works on those before. An empty
-    group is pair 0, for a rank without pairs, which takes part in the collectives only.
+    One group ahead: the next one is built and on its way while a GPU still works on those before.
+    An empty group is pair 0, for a rank without pairs, which takes part in the collectives only.
     """
     ready = None
     for group in groups:

@@ -1,4 +1,5 @@
-"""The trainer's checks before its first update. Each stops the run, for each means that it would train something else.
+"""The trainer's checks before its first update. Each stops the run, for each means that it would
+train something else.
 
     check_repeat        two forward passes of the same pair agree: nothing random is left on
     check_causal        no log-prob depends on the tokens behind it
@@ -6,8 +7,9 @@
     audit               the generator's log-probs of its answers are those of this trainer
     check_first_loss    while the policy is its own reference, the loss is that of d = 0
 
-A pair is a dict of "id", token ids as arrays under the names in PARTS, and what the generator said of (chosen,
-rejected): "logprobs", their log-probs, and "models", the hashes of the policies that wrote them.
+A pair is a dict of "id", token ids as arrays under the names in PARTS, and what the generator said
+of (chosen, rejected): "logprobs", their log-probs, and "models", the hashes of the policies that
+wrote them.
 """
 
 import re
@@ -98,11 +100,17 @@ def check_repeat(first, second, pair: dict, device_type: str, fields: dict, wher
 
 @torch.no_grad()
 def own_logprobs(model, pair: dict) -> torch.Tensor:
-    """[2], log-probs of chosen and rejected from the model's own logits, one plain sequence at a time."""
+    """[2], log-probs of chosen and rejected from the model's own logits, one plain sequence at a
+    time.
+    """
     result = []
     for answer in (pair[k] for k in ANSWERS):
-        ids = torch.tensor(np.concatenate([pair["prompt"], answer]), dtype=torch.long)[None]  # [1, L]
-        logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]  # [|answer|, V]
+        ids = torch.tensor(np.concatenate([pair["prompt"], answer]), dtype=torch.long)[
+            None
+        ]  # [1, L]
+        logits = model(input_ids=ids, use_cache=False).logits[
+            0, -len(answer) - 1 : -1
+        ]  # [|answer|, V]
         result.append(logprob_from_logits(logits, ids[0, -len(answer) :]).sum())
     return torch.stack(result)
 
@@ -111,9 +119,12 @@ def own_logprobs(model, pair: dict) -> torch.Tensor:
 def check_causal(model, pair: dict, dtype: str, where: str) -> None:
     """No logit of the chosen answer depends on what is written behind it. model: transformers' own.
 
-    BERT, XLM or XLNet look both ways unless their config says otherwise: the policy would see the answer it predicts.
+    BERT, XLM or XLNet look both ways unless their config says otherwise: the policy would see the
+    answer it predicts.
     """
-    ids = torch.tensor(np.concatenate([pair["prompt"], pair["chosen"]]), dtype=torch.long)[None]  # [1, L]
+    ids = torch.tensor(np.concatenate([pair["prompt"], pair["chosen"]]), dtype=torch.long)[
+        None
+    ]  # [1, L]
     known = max(1, ids.shape[1] // 2)
     whole = model(input_ids=ids, use_cache=False).logits[0, :known]  # [L / 2, V]
     alone = model(input_ids=ids[:, :known], use_cache=False).logits[0]  # [L / 2, V]
@@ -126,13 +137,16 @@ def check_causal(model, pair: dict, dtype: str, where: str) -> None:
 
 
 def check_model(logprobs: torch.Tensor, model, pair: dict, dtype: str, where: str) -> None:
-    """logprobs: [2] of the sharded, packed and fused model; model: transformers' own, with the same weights.
+    """logprobs: [2] of the sharded, packed and fused model; model: transformers' own, with the same
+    weights.
 
     An architecture whose head or attention we get wrong is refused here.
     """
     sizes = torch.tensor([len(pair[k]) for k in ANSWERS])
     gap = ((logprobs - own_logprobs(model, pair)).abs() / sizes).max().item()
-    if not gap <= (1e-4 if dtype == "fp32" else 0.25):  # fp32: the order of sums; bf16: 8 bits, and a few tokens only
+    if not gap <= (
+        1e-4 if dtype == "fp32" else 0.25
+    ):  # fp32: the order of sums; bf16: 8 bits, and a few tokens only
         raise Stop(
             f"{where}: log-probs of this trainer and of transformers differ by {gap:.2g} nats a token on pair "
             f"{pair['id']}: its head or attention is one that dpo_train.py cannot express, so it would train wrongly."
@@ -140,25 +154,35 @@ def check_model(logprobs: torch.Tensor, model, pair: dict, dtype: str, where: st
     say(f"{where}: log-probs equal transformers' own to {gap:.0e} nats a token")
 
 
-def audit(pairs: list[dict], logprobs: torch.Tensor, model_hash: str, dtype: str, tolerance: float | None) -> dict:
-    """Compare the generator's log-prob of each answer that this very policy wrote with ours; stop past the tolerance.
+def audit(
+    pairs: list[dict], logprobs: torch.Tensor, model_hash: str, dtype: str, tolerance: float | None
+) -> dict:
+    """Compare the generator's log-prob of each answer that this very policy wrote with ours; stop
+    past the tolerance.
 
     logprobs: [n, 2] of the policy as loaded. An answer's gap is |difference| / sqrt(its tokens):
-    rounding errors add up like a random walk, so they make the same gap at any length; a mistake's grows with it. In
-    bf16, 0.03 was seen in 24 layers of random weights, 0.3 between two iterations' policies (docs/math.md).
+    rounding errors add up like a random walk, so they make the same gap at any length; a mistake's
+    grows with it. In bf16, 0.03 was seen in 24 layers of random weights, 0.3 between two
+    iterations' policies (docs/math.md).
     """
     if tolerance is None:
-        # bf16: no GPU has measured it yet. vLLM computes logits in bf16, so long answers of a healthy run may pass
-        # 0.05; stale weights gave 0.3.
+        # bf16: no GPU has measured it yet. vLLM computes logits in bf16, so long answers of a
+        # healthy run may pass 0.05; stale weights gave 0.3.
         tolerance = 1e-3 if dtype == "fp32" else 0.1
     gaps = [
-        (abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]) ** 0.5, str(pair["id"]), name)
+        (
+            abs(pair["logprobs"][k] - logprobs[i, k].item()) / len(pair[name]) ** 0.5,
+            str(pair["id"]),
+            name,
+        )
         for i, pair in enumerate(pairs)
         for k, name in enumerate(ANSWERS)
         if pair["models"][k] == model_hash and pair["logprobs"][k] is not None
     ]
     if not gaps:
-        say("audit: none of these answers was written by this model, so there is nothing to compare")
+        say(
+            "audit: none of these answers was written by this model, so there is nothing to compare"
+        )
         return {"answers": 0}
     mean, (worst, id, name) = sum(g[0] for g in gaps) / len(gaps), max(gaps)
     seen = f"by {mean:.1e} nats / sqrt(token), {worst:.1e} at most ({len(gaps):,} answers)"

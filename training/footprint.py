@@ -4,15 +4,16 @@
     figures(policy, …)                  a run's speed, memory and MFU, for its metadata
     predict(policy, gathered, …)        what it would need on a GPU: dpo_train.py --dry_run, on a laptop
 
-Flops are the useful ones: each prompt once, no padding, nothing recomputed. For pairs of p + c + r tokens, L layers of
-N weights in all, H heads of d, a vocabulary of V and hidden states of D:
+Flops are the useful ones: each prompt once, no padding, nothing recomputed. For pairs of p + c + r
+tokens, L layers of N weights in all, H heads of d, a vocabulary of V and hidden states of D:
 
     6 N (p + c + r)      2 flops a weight and token, three times: forward, and backward to inputs and to weights
     6 V D (c + r)        the head, which sees nothing but answers
     12 L H d a           a: (query, key) pairs that the causal mask leaves; a sliding window is not looked at
 
-Bytes are not estimated but counted. The model is built with its real shapes, one microbatch runs forward and backward
-on tensors without content (FakeTensorMode), and `Live` adds up what every operation allocates and what becomes free.
+Bytes are not estimated but counted. The model is built with its real shapes, one microbatch runs
+forward and backward on tensors without content (FakeTensorMode), and `Live` adds up what every
+operation allocates and what becomes free.
 """
 
 import resource
@@ -28,7 +29,12 @@ from kernels import attention, logprob
 from training.batches import collate, cost
 from training.fsdp import layers_of, room_to_stay_gathered
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets: dense bf16 flop/s, SXM
+PEAK = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}  # data sheets: dense bf16 flop/s, SXM
 
 
 def peak_flops(device) -> float | None:
@@ -38,7 +44,9 @@ def peak_flops(device) -> float | None:
 
 
 def peak_memory(device) -> dict[str, int]:
-    """Bytes: of tensors on a GPU, and of what the allocator took for them; of the whole process without one."""
+    """Bytes: of tensors on a GPU, and of what the allocator took for them; of the whole process
+    without one.
+    """
     if device.type == "cuda":
         return {
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
@@ -48,7 +56,9 @@ def peak_memory(device) -> dict[str, int]:
 
 
 def matmul_weights(layers, config) -> float:
-    """N: weights of `layers` that a token is multiplied with. Experts are stacked, [E, …], and a token sees a few."""
+    """N: weights of `layers` that a token is multiplied with. Experts are stacked, [E, …], and a
+    token sees a few.
+    """
     used = getattr(config.get_text_config(), "num_experts_per_tok", None)
     weights = [p for layer in layers for p in layer.parameters() if p.ndim > 1]
     return sum(p.numel() * (used / len(p) if used and p.ndim == 3 else 1) for p in weights)
@@ -65,9 +75,11 @@ def attention_width(config) -> int:
 
 
 def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float | None:
-    """Useful flops of forward and backward over pairs of (prompt, chosen, rejected) tokens; weights: N.
+    """Useful flops of forward and backward over pairs of (prompt, chosen, rejected) tokens;
+    weights: N.
 
-    None where the config does not tell the sizes that this needs: recurrent models, and some with words of their own.
+    None where the config does not tell the sizes that this needs: recurrent models, and some with
+    words of their own.
     """
     c = config.get_text_config()
     try:
@@ -82,8 +94,12 @@ def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float 
     return total
 
 
-def figures(policy, done: list[tuple[int, int, int]], seconds: float, device, dtype: str, world: int) -> dict:
-    """What the steps of this process did: `done` are the (prompt, chosen, rejected) tokens of all ranks' pairs."""
+def figures(
+    policy, done: list[tuple[int, int, int]], seconds: float, device, dtype: str, world: int
+) -> dict:
+    """What the steps of this process did: `done` are the (prompt, chosen, rejected) tokens of all
+    ranks' pairs.
+    """
     result = {"tokens_since_start": sum(map(sum, done)), "seconds_since_start": round(seconds, 2)}
     result |= peak_memory(device)
     if seconds:  # a run that was killed after its last step has none left
@@ -97,7 +113,9 @@ def figures(policy, done: list[tuple[int, int, int]], seconds: float, device, dt
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors made while it is on that are still alive: `now`, and the `peak`. `others`: not counted."""
+    """Bytes of the tensors made while it is on that are still alive: `now`, and the `peak`.
+    `others`: not counted.
+    """
 
     def __init__(self, others):
         super().__init__()
@@ -106,7 +124,9 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)):
+        for storage in (
+            t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)
+        ):
             if storage not in self.known:  # a view or a result in place is nothing new
                 self.known.add(storage)
                 self.add(storage.nbytes())
@@ -121,9 +141,10 @@ class Live(TorchDispatchMode):
 def predict(policy, gathered, tokens: int, packing: str) -> dict[str, int]:
     """Bytes of rank 0, which has the largest shards, on a GPU; docs/scaling.md explains the rows.
 
-    policy: the FSDP root on the meta device, in fp32. gathered: a function that makes the same one whole, in the dtype
-    of the products. tokens, packing: of the microbatch, whose pairs have UltraFeedback's proportions, 200 + 350 + 350.
-    For a process that ends with it: code for a CPU is made to allocate as that for a GPU does.
+    policy: the FSDP root on the meta device, in fp32. gathered: a function that makes the same one
+    whole, in the dtype of the products. tokens, packing: of the microbatch, whose pairs have
+    UltraFeedback's proportions, 200 + 350 + 350. For a process that ends with it: code for a CPU is
+    made to allocate as that for a GPU does.
     """
     attention._flash_takes = lambda q, v: True
     logprob.rows_torch = lambda x, *_: x.new_empty(2, len(x)).unbind()
@@ -140,7 +161,9 @@ def predict(policy, gathered, tokens: int, packing: str) -> dict[str, int]:
         whole, batch = gathered(), collate([pair] * n, packing, "cpu")
         size = next(whole.parameters()).element_size()
         for p in (p for layer in layers_of(whole) for p in layer.parameters()):
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # FSDP takes a layer's at once
+            p.register_post_accumulate_grad_hook(
+                lambda p: setattr(p, "grad", None)
+            )  # FSDP takes a layer's at once
         with Live(whole.parameters()) as live:
             logprob.backbone(whole.model).register_forward_hook(lambda *_: marks.append(live.now))
             logprobs = whole(batch)
@@ -160,15 +183,21 @@ def predict(policy, gathered, tokens: int, packing: str) -> dict[str, int]:
 
 
 def table(rows: dict[str, int], offload: bool) -> str:
-    """Lines of predict()'s rows in GiB, and their sum; with `offload` the shares are in host memory and not summed."""
+    """Lines of predict()'s rows in GiB, and their sum; with `offload` the shares are in host memory
+    and not summed.
+    """
     host = [row for row in rows if offload and row.endswith("share")]
-    lines = [f"{size / 2**30:10.2f}  {row}{' (host memory)' if row in host else ''}" for row, size in rows.items()]
+    lines = [
+        f"{size / 2**30:10.2f}  {row}{' (host memory)' if row in host else ''}"
+        for row, size in rows.items()
+    ]
     total = sum(size for row, size in rows.items() if row not in host)
     return "\n".join([*lines, f"{total / 2**30:10.2f}  sum on the GPU"])
 
 
 def staying_gathered(rows: dict[str, int], policy, dtype: torch.dtype, offload: bool) -> str:
-    """The line below the table for a rank that shares its weights with nobody: what they take if they stay gathered.
+    """The line below the table for a rank that shares its weights with nobody: what they take if
+    they stay gathered.
 
     rows: predict()'s, whose sum has two layers gathered at a time; policy, dtype: as there.
     """

@@ -7,9 +7,10 @@
     save_checkpoint, load_checkpoint    shards of weights and Adam states; another number of ranks may go on
     gather_weights, export              whole weights again, on rank 0, and a Hugging Face folder of them
 
-`policy` is the module that becomes the root, and `policy.model` the Hugging Face model in it. Whatever reads a weight,
-the head, say, is called in the root's forward: there the weight is whole and a plain tensor, elsewhere a shard.
-Every rank calls these functions, together; `export` is rank 0's alone.
+`policy` is the module that becomes the root, and `policy.model` the Hugging Face model in it.
+Whatever reads a weight, the head, say, is called in the root's forward: there the weight is whole
+and a plain tensor, elsewhere a shard. Every rank calls these functions, together; `export` is rank
+0's alone.
 """
 
 import os
@@ -28,7 +29,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,7 +44,8 @@ import models
 from records import Stop, remove
 from stage import barrier, ranks, say
 
-# While rank 0 reads or writes a large model from a slow disk, the others wait for it in a collective.
+# While rank 0 reads or writes a large model from a slow disk, the others wait for it in a
+# collective.
 TIMEOUT = timedelta(hours=2)
 
 
@@ -46,7 +54,9 @@ def start() -> torch.device:
     cuda = torch.cuda.is_available()
     alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **alone)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     return device
@@ -55,8 +65,9 @@ def start() -> torch.device:
 def leave() -> None:
     """Part from the other ranks."""
     barrier()
-    # A thread of gloo may still hold a tensor of the last collective. If it lets go when the interpreter has ended, the
-    # process aborts (pytorch/pytorch#179291); asleep, the interpreter lets it.
+    # A thread of gloo may still hold a tensor of the last collective. If it lets go when the
+    # interpreter has ended, the process aborts (pytorch/pytorch#179291); asleep, the interpreter
+    # lets it.
     time.sleep(0.1)
     dist.destroy_process_group()
 
@@ -66,14 +77,18 @@ def layers_of(policy) -> list:
 
 
 def shard(policy, dtype, size: int | None, offload: bool, device_type: str, world: int):
-    """`policy` as the FSDP root. Its parameters become shards; layers work in `dtype`, gradients are summed in fp32.
+    """`policy` as the FSDP root. Its parameters become shards; layers work in `dtype`, gradients
+    are summed in fp32.
 
-    size: ranks that share one copy of the weights, None for all `world` of them; else a copy on each group of so many,
-    whose gradients are then added up (HSDP). offload: shards and the optimizer's step in host memory.
+    size: ranks that share one copy of the weights, None for all `world` of them; else a copy on
+    each group of so many, whose gradients are then added up (HSDP). offload: shards and the
+    optimizer's step in host memory.
     """
     options = {
         "mesh": mesh_of(device_type, world, size),
-        "mp_policy": MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(
+            None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+        ),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     stays = stays_gathered(policy, dtype, size or world, offload, device_type)
@@ -82,7 +97,9 @@ def shard(policy, dtype, size: int | None, offload: bool, device_type: str, worl
         say("there is room: the weights stay gathered from a step's first microbatch to its last")
     for layer in layers_of(policy):
         fully_shard(layer, **options)
-    root = fully_shard(policy, **options)  # embedding, norm and head stay together: they may be tied
+    root = fully_shard(
+        policy, **options
+    )  # embedding, norm and head stay together: they may be tied
     root.set_reshard_after_backward(not stays)
     return root
 
@@ -95,14 +112,17 @@ def mesh_of(device_type: str, world: int, size: int | None) -> DeviceMesh:
     # init_device_mesh would make these groups with torch's timeout, 10 minutes with NCCL.
     shards, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=TIMEOUT)
     copies, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=TIMEOUT)
-    return DeviceMesh.from_group([copies, shards], device_type, grid, mesh_dim_names=("copies", "shards"))
+    return DeviceMesh.from_group(
+        [copies, shards], device_type, grid, mesh_dim_names=("copies", "shards")
+    )
 
 
 def room_to_stay_gathered(weights: int, dtype: torch.dtype, offload: bool) -> int:
-    """Bytes of a GPU that must be free, before anything is on it, for `weights` to stay gathered in `dtype`.
+    """Bytes of a GPU that must be free, before anything is on it, for `weights` to stay gathered in
+    `dtype`.
 
-    Twice the copy and what stands beside it, which is 16 bytes per weight: fp32 weights, gradients and
-    Adam's states, unless they are in host memory. The other half is for activations.
+    Twice the copy and what stands beside it, which is 16 bytes per weight: fp32 weights, gradients
+    and Adam's states, unless they are in host memory. The other half is for activations.
     """
     return 2 * weights * (dtype.itemsize + (0 if offload else 16))
 
@@ -110,8 +130,9 @@ def room_to_stay_gathered(weights: int, dtype: torch.dtype, offload: bool) -> in
 def stays_gathered(policy, dtype, ranks_per_copy: int, offload: bool, device_type: str) -> bool:
     """Whether the weights stay gathered between microbatches, and are gathered once per step.
 
-    FSDP2 casts and copies every weight for each forward and each backward, also where one rank holds all of
-    them and there is nothing to gather. That is time lost where the memory is not needed.
+    FSDP2 casts and copies every weight for each forward and each backward, also where one rank
+    holds all of them and there is nothing to gather. That is time lost where the memory is not
+    needed.
     """
     if device_type != "cuda" or ranks_per_copy > 1:
         return False
@@ -121,7 +142,8 @@ def stays_gathered(policy, dtype, ranks_per_copy: int, offload: bool, device_typ
 
 
 def reshard(policy) -> None:
-    """Let go of all gathered weights: policy.parameters() are the shards again, and the next forward gathers anew.
+    """Let go of all gathered weights: policy.parameters() are the shards again, and the next
+    forward gathers anew.
 
     After a forward without a backward the root is still whole; with stays_gathered, everything is.
     """
@@ -131,7 +153,8 @@ def reshard(policy) -> None:
 
 
 def load_weights(policy, source, device, offload: bool) -> None:
-    """Give the sharded `policy`, which is on the meta device, memory on `device` and the weights of `source`.
+    """Give the sharded `policy`, which is on the meta device, memory on `device` and the weights of
+    `source`.
 
     source: the same model, whole, on rank 0; None elsewhere.
     """
@@ -141,20 +164,31 @@ def load_weights(policy, source, device, offload: bool) -> None:
     if model.config.tie_word_embeddings:
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             kind = type(model).__name__
-            raise Stop(f"{kind}: its config ties head and embedding, its code does not. Training would part them.")
+            raise Stop(
+                f"{kind}: its config ties head and embedding, its code does not. Training would part them."
+            )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, source.state_dict() if source else {}, options=options)
-    for name, buffer in model.named_buffers():  # rotary frequencies and their like are in no state dict
-        value = source.get_buffer(name).to(device, buffer.dtype) if source else torch.empty_like(buffer, device=device)
+    for (
+        name,
+        buffer,
+    ) in model.named_buffers():  # rotary frequencies and their like are in no state dict
+        value = (
+            source.get_buffer(name).to(device, buffer.dtype)
+            if source
+            else torch.empty_like(buffer, device=device)
+        )
         dist.broadcast(value, 0)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, value)
 
 
 def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
-    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all; only the last one is kept.
+    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all; only the last
+    one is kept.
 
-    Nothing else needs saving: training draws no random number, and the order of pairs is a function of (seed, epoch).
+    Nothing else needs saving: training draws no random number, and the order of pairs is a function
+    of (seed, epoch).
     """
     folder = parts / f"step_{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
@@ -172,10 +206,16 @@ def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
 
 
 def load_checkpoint(parts: Path, policy, optimizer) -> int:
-    """Load the last checkpoint, whatever number of ranks wrote it; the number of steps it has done, 0 without one."""
-    assert all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]), "no shards"
+    """Load the last checkpoint, whatever number of ranks wrote it; the number of steps it has done,
+    0 without one.
+    """
+    assert all(
+        isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]
+    ), "no shards"
     folders = [sorted(parts.glob("step_??????"))]
-    dist.broadcast_object_list(folders)  # one rank looks: file systems need not show all of them the same
+    dist.broadcast_object_list(
+        folders
+    )  # one rank looks: file systems need not show all of them the same
     if not folders[0]:
         return 0
     weights, adam = get_state_dict(policy, optimizer)
@@ -186,19 +226,25 @@ def load_checkpoint(parts: Path, policy, optimizer) -> int:
 
 def gather_weights(policy) -> dict[str, torch.Tensor]:
     """All weights, whole, in fp32 and host memory, on rank 0; {} elsewhere."""
-    return get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(
+        policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
-    """Write `weights` in `dtype` (None: as `model` came) as a folder like `model`; the share of them that differ."""
-    # Loaded again, because it knows how it wants to be saved; it computes nothing, so any attention will do.
+    """Write `weights` in `dtype` (None: as `model` came) as a folder like `model`; the share of
+    them that differ.
+    """
+    # Loaded again, because it knows how it wants to be saved; it computes nothing, so any attention
+    # will do.
     result = models.load_model(AutoModelForCausalLM, model, dtype or "auto", "eager")
     before = dict(result.named_parameters())  # a tied weight once
     changed = sum((weights[name].to(p.dtype) != p).sum().item() for name, p in before.items())
     result.load_state_dict(weights)
     try:
         result.generation_config.validate(strict=True)
-    except ValueError:  # some hub models set temperature but not do_sample, which transformers reads but will not write
+    # some hub models set temperature but not do_sample, which transformers reads but will not write
+    except ValueError:
         result.generation_config.do_sample = True
     result.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
