@@ -642,7 +642,7 @@ def vllm_engine(args, policy: Policy):
     from vllm import EngineArgs, LLMEngine
     from vllm.usage.usage_lib import UsageContext
 
-    folder, settings["model"] = engine_place(args.model)
+    folder, settings["model"] = engine_place(settings["model"])
     context = UsageContext.LLM_CLASS  # the batch sizes of vLLM's LLM, which are for throughput
     with chdir(folder):  # the engine's processes start and stay here; this one goes back
         return LLMEngine.from_engine_args(EngineArgs(**settings), usage_context=context)

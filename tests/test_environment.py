@@ -92,7 +92,8 @@ def test_a_machine_gets_the_engine_of_its_device(tmp_path, visible):
     executable(checkout / ".venv/bin/pip", "exit 1\n")
     executable(
         checkout / ".venv/bin/python",
-        f'echo "$*" | tr "\\n" " " >>{calls}; echo >>{calls}\n[[ $1 != -c ]] # it cannot import vllm\n',
+        f'echo "$*" | tr "\\n" " " >>{calls}; echo >>{calls}\n'
+        "[[ $1 != -c ]] # it cannot import vllm\n",
     )
     done = subprocess.run(
         ["bash", checkout / "tests/run.sh"],

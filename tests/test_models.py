@@ -232,6 +232,24 @@ def test_vllm_is_told_the_commit_and_to_run_no_code(hub, tmp_path, monkeypatch):
             generate.vllm_settings(args, generate.Policy(args))
 
 
+def test_vllm_gets_the_name_and_the_commit_apart(hub, tmp_path, monkeypatch):
+    """What the engine itself is started with: vLLM knows no name@revision."""
+    vllm = pytest.importorskip("vllm")
+    causal_lm(tmp_path / "model")
+    commit = publish(hub, POLICY, tmp_path / "model")
+    paths = ["--model", POLICY + "@main", "--prompts", "p", "--output", "o"]
+    argv = ["generate.py", *paths, "--backend", "vllm", "--max_new_tokens", "4"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(vllm, "EngineArgs", dict)
+    started = []
+    monkeypatch.setattr(
+        vllm.LLMEngine, "from_engine_args", lambda given, usage_context: started.append(given)
+    )
+    args = generate.arguments()
+    generate.vllm_engine(args, generate.Policy(args))
+    assert (started[0]["model"], started[0]["revision"]) == (POLICY, commit)
+
+
 # ---- the loop, by name -------------------------------------------------------------------------
 
 
