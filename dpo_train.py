@@ -22,14 +22,16 @@ The loss of a step is the mean over all its pairs, of all ranks and microbatches
 cut, the gradient is the same. What happens, in order:
 
   1. Read the pairs. The token ids that the generator wrote are trained as they are; nothing is
-     tokenised twice.
+     tokenised twice. Pairs without ids are rendered here, once, and an answer ends at its first
+     stop id (chat.py).
   2. Compute r once, before the first step. By default the reference *is* the policy just loaded, so
      one pass without gradients gives r, and no second model exists at any time. r is kept beside
      the pairs under the hash of both.
   3. Audit (training/checks.py). The generator stored each answer's log-prob, and r is that same
      number from other code. When they are far apart, something upstream is wrong (template, doubled
      BOS, old weights), and the run stops.
-  4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once
+  4. Train, in evaluation mode: dropout and its like are off, as they were when the answers were
+     sampled. A microbatch is one row without padding, [P|C|R][P|C|R]…, each prompt once
      (training/batches.py and attention.py); log-probs come from kernels/logprob.py, which never
      holds the logits. FSDP2 shards the weights (training/fsdp.py), and they are fp32, always: at a
      learning rate of 5e-7, AdamW on bf16 weights rounds nearly every update away.

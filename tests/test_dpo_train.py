@@ -685,7 +685,8 @@ def test_recomputed_layers_are_the_same_function_and_recomputed(run):
     model = dpo_train.build_model(config, args, torch.float32)
     calls = []
     for layer in dpo_train.fsdp.layers_of(model):
-        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+        # At its beginning: recomputation stops as soon as backward has what it needs.
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     model(input_ids=torch.arange(9)[None], use_cache=False).logits.sum().backward()
     assert len(calls) == 2 * config.num_hidden_layers
 
