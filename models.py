@@ -60,7 +60,7 @@ def locate(name: str) -> tuple[str, str | None]:
         config = cached_file(repository, "config.json", revision=revision)
     except Exception as error:
         raise Stop(
-            f"{name}: no such file or folder, and no model that the hub gives us ({one_line(error)}) "
+            f"{name}: no such file or folder, and no model that the hub gives us ({one_line(error)}). "
             "Check the spelling, the revision and the connection; offline, only what was downloaded before is there."
         ) from None
     # The client keeps a file under …/snapshots/COMMIT/, whatever revision was asked for.
@@ -160,7 +160,7 @@ def cannot_load(name: str, part: str, error: Exception) -> Stop:
     if "trust_remote_code" in str(error):
         return wants_code(name, part)
     return Stop(
-        f"{name}: its {part} cannot be loaded ({type(error).__name__}: {one_line(error)}) "
+        f"{name}: its {part} cannot be loaded ({type(error).__name__}: {one_line(error)}). "
         "A model is a folder with config.json, weights and tokenizer, or a name on the hub: see that all are there."
     )
 
@@ -173,8 +173,8 @@ def wants_code(name: str, part: str) -> Stop:
 
 
 def one_line(error: Exception) -> str:
-    """Its message without line breaks, which transformers has many of."""
-    return " ".join(str(error).split())
+    """Its message without line breaks, which transformers has many of, to stand in parentheses."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 if __name__ == "__main__":

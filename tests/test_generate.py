@@ -638,7 +638,7 @@ def test_models_that_cannot_answer(run, tmp_path):
     with pytest.raises(records.Stop, match="no such file or folder"):
         run(tmp_path / "nowhere", CHAT)
     causal_lm(tmp_path / "bare", template=None)
-    with pytest.raises(records.Stop, match="bare: no tokenizer"):
+    with pytest.raises(records.Stop, match="bare: its tokenizer cannot be loaded"):
         run(tmp_path / "bare", CHAT)
     causal_lm(tmp_path / "base", template="none")
     with pytest.raises(records.Stop, match=r"prompts.jsonl:2: .*has no chat template"):
