@@ -70,8 +70,8 @@ def judge(tmp_path_factory):
         optimizer.zero_grad()
     model.save_pretrained(folder / "model")
     return {
-        "ITERS": 0, "REWARD_FN": "", "JUDGE": folder / "model", "JUDGE_ARGS": "--enforce-eager",
-        "SCORE_ARGS": f"--judge_prompt {folder}/prompt.txt --judge_max_tokens 30",
+        "ITERS": 0, "REWARD_FN": "", "JUDGE": folder / "model", "JUDGE_SERVER_ARGS": "--enforce-eager",
+        "JUDGE_ARGS": f"--judge_prompt {folder}/prompt.txt --judge_max_tokens 30",
     }  # fmt: skip
 
 
@@ -310,7 +310,7 @@ def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent
     time.sleep(1)
     process.send_signal(sent)
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 75 and "the same command goes on from here" in printed
+    assert process.returncode == 75 and "the same command resumes from here" in printed
     all_gone(process.pid, 5)
     assert iterate(world, tmp_path / "run", ITERS=0).returncode == 0
 
@@ -332,7 +332,7 @@ def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_pat
     assert process.wait(60) == 75
     assert list(rows.parent.glob("step_*"))
     assert (
-        "the same command goes on from there"
+        "the same command resumes"
         in (tmp_path / "run/iter_01/logs/train.log").read_text()
     )
 
@@ -401,7 +401,7 @@ def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge,
         ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **judge), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    log = tmp_path / "run/iter_00/logs/judge.log"
+    log = tmp_path / "run/iter_00/logs/judge_server.log"
     while not log.exists() or "Initializing" not in log.read_text():
         assert process.poll() is None
         time.sleep(0.05)
@@ -413,8 +413,8 @@ def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge,
 
 @pytest.mark.vllm
 def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, judge, tmp_path):
-    done = iterate(world, tmp_path / "run", **judge | {"JUDGE_ARGS": "--no-such-argument"})
-    log = tmp_path / "run/iter_00/logs/judge.log"
+    done = iterate(world, tmp_path / "run", **judge | {"JUDGE_SERVER_ARGS": "--no-such-argument"})
+    log = tmp_path / "run/iter_00/logs/judge_server.log"
     assert (
         done.returncode == 1 and str(log) in done.stderr and "no-such-argument" in log.read_text()
     )
@@ -427,9 +427,10 @@ def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, j
         ({"KEEP": "some"}, 'KEEP is "all" or "last"'),
         ({"HELDOUT": ""}, "held-out prompts"),
         ({"REWARD_FN": ""}, "no reward"),
-        ({"JUDGE_ARGS": "--enforce-eager"}, "no effect without JUDGE"),
+        ({"JUDGE_SERVER_ARGS": "--enforce-eager"}, "no effect without JUDGE"),
+        ({"JUDGE_ARGS": "--judge_weight 2"}, "no effect without JUDGE"),
         (
-            {"JUDGE": "m", "JUDGE_ARGS": "--enforce-eager", "JUDGE_URL": "http://localhost:1/v1"},
+            {"JUDGE": "m", "JUDGE_SERVER_ARGS": "-x", "JUDGE_URL": "http://localhost:1/v1"},
             "runs already",
         ),
         ({"JUDGE": "m", "JUDGE_URL": "http://me:secret@host/v1"}, "holds credentials"),

@@ -1,0 +1,243 @@
+# Sourced by iterate.sh: how its lines run. Settings, processes, logs, signals, the judge's server.
+#
+# Settings like GENERATE_ARGS hold several arguments, which the shell is meant to split:
+# shellcheck disable=SC2086,SC2206
+
+die() {
+    echo "iterate.sh: $1" >&2
+    exit "${2:-1}"
+}
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+SETTINGS=() # their names; a run records them
+DEMO=       # the demo's folder; demo/settings.sh sets it
+
+# setting NAME [DEFAULT]: an environment variable; where it is empty it gets the default.
+setting() {
+    local name=$1
+    [[ -n ${!name:-} ]] || printf -v "$name" %s "${2:-}"
+    export "${name?}"
+    SETTINGS+=("$name")
+}
+
+gpus=$(count_gpus)
+NODE_RANK=${NODE_RANK:-0}
+
+# processes_here: one for each GPU, or one.
+processes_here() { echo "$((gpus > 0 ? gpus : 1))"; }
+
+check_settings() {
+    [[ -n $RUN ]] || die "name the run: RUN=runs/NAME"
+    [[ -n $PROMPTS ]] || die "PROMPTS: prompts.jsonl to train on; tools/prepare_prompts.py makes it"
+    [[ -n $HELDOUT ]] || die "HELDOUT: held-out prompts, disjoint from PROMPTS; tools/prepare_prompts.py splits them off"
+    [[ $REF == prev || $REF == init ]] || die "REF is \"prev\" or \"init\", not \"$REF\""
+    [[ $KEEP == all || $KEEP == last ]] || die "KEEP is \"all\" or \"last\", not \"$KEEP\""
+    [[ $KEEP == all || $ENHANCER != prev ]] ||
+        die "ENHANCER=prev needs KEEP=all: it answers with a policy that KEEP=last removes"
+    [[ -n $REWARD_MODEL$REWARD_FN$JUDGE ]] || die "no reward: set REWARD_MODEL, REWARD_FN or JUDGE"
+    [[ -n $JUDGE || -z $JUDGE_URL$JUDGE_ARGS$JUDGE_SERVER_ARGS ]] ||
+        die "JUDGE_URL, JUDGE_ARGS and JUDGE_SERVER_ARGS have no effect without JUDGE, the model's name"
+    [[ $JUDGE_URL != *@* ]] ||
+        die "JUDGE_URL holds credentials, which would end up in logs: put the key into OPENAI_API_KEY"
+    [[ -z $JUDGE_URL || -z $JUDGE_SERVER_ARGS ]] ||
+        die "JUDGE_SERVER_ARGS are for a server started here; JUDGE_URL's runs already"
+}
+
+# pinned MODEL: a name on the hub with its commit of now. Whatever is pushed there later, this run
+# keeps to that one.
+pinned() {
+    if [[ -z $1 || -e $1 || $1 == init || $1 == prev ]]; then
+        echo "$1"
+    else
+        "$PYTHON" models.py "$1"
+    fi
+}
+
+# ---- The run -------------------------------------------------------------------------------------
+
+# begin: check the settings, install what is missing, lock the run, and record what it is.
+begin() {
+    check_settings
+    install requirements.txt # makes .venv on the first run
+    ((gpus == 0)) || install requirements-gpu.txt
+    # Two processes that each take all cores run ten times slower than two that share them.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) - 1) / NPROC) + 1))}
+    export TOKENIZERS_PARALLELISM=false
+
+    mkdir -p "$RUN"
+    if ((NODE_RANK == 0)); then # two loops must never share a run; the lock goes with the process
+        exec 9>"$RUN/.lock"
+        flock --wait 5 9 || # a stage that was just killed may hold it for a moment yet
+            die "another loop is at work in $RUN (or a stage of a killed one is; see: fuser $RUN/.lock)"
+    fi
+    trap stop INT TERM
+    trap stop_judge EXIT # however this script ends, the judge's server ends with it
+
+    if [[ -n ${DEMO:-} ]]; then
+        once "$RUN/demo.log" "$DEMO" demo/build.py --output "$DEMO" --seed "$SEED"
+    fi
+    MODEL=$(pinned "$MODEL")
+    REWARD_MODEL=$(pinned "$REWARD_MODEL")
+    ENHANCER=$(pinned "$ENHANCER")
+    once "$RUN/start.log" "$RUN/config.json" tools/start_run.py "${SETTINGS[@]}"
+    rm -rf "$RUN"/iter_*/policy.gone
+}
+
+# folder_of ITERATION
+folder_of() { echo "$RUN/$(printf 'iter_%02d' "$1")"; }
+
+# is_done_and_gone FOLDER: with KEEP=last, a finished iteration whose policy, or the one before, was
+# removed. There is nothing to run again, and nothing to run it with.
+is_done_and_gone() {
+    [[ $KEEP == last && -e $1/eval/scored.jsonl ]] || return 1
+    [[ ! -e $1/policy || ($policy != "$MODEL" && ! -e $policy) ]] || return 1
+    echo "$1: done; its policy or the one before was not kept"
+}
+
+# discard POLICY: renamed first, as a folder half removed would be taken for a policy.
+discard() {
+    [[ $1 != "$MODEL" ]] || return 0
+    mv "$1" "$1.gone"
+    rm -rf "$1.gone"
+}
+
+report() { once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"; }
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+# Ctrl-C and SIGTERM reach the stage as SIGTERM: training saves a checkpoint, the others keep their
+# finished parts.
+child=
+stop() {
+    trap '' INT TERM
+    [[ -z $child ]] || { kill -TERM "$child" 2>/dev/null && wait "$child" || true; }
+    die "stopped; the same command resumes from here" 75
+}
+
+# stage LOG COMMAND…: print it, run it, keep its output in LOG, stop the loop when it fails.
+stage() {
+    local log=$1 status=0
+    shift
+    mkdir -p "$(dirname "$log")"
+    printf '\n+ %s\n' "$*" | tee -a "$log"
+    "$@" > >(trap '' INT TERM; exec tee -a "$log") 2>&1 & # Ctrl-C reaches tee, too, and a stage has last words
+    child=$!
+    wait "$child" || status=$?
+    child=
+    ((status != 75)) || die "stopped on request; the same command resumes from here" 75
+    ((status == 0)) || die "$1 ${2:-} failed with exit code $status. Its output is in $log" "$status"
+}
+
+# everywhere LOG STAGE.py ARGS…: on all ranks of all machines.
+everywhere() {
+    local log=$1 processes=$NPROC
+    shift
+    [[ $1 != generate.py ]] || processes=$GENERATE_NPROC
+    if ((processes == 1)) && [[ -z $TORCHRUN_ARGS ]]; then
+        stage "$log" "$PYTHON" "$@"
+    else
+        stage "$log" "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" \
+            ${TORCHRUN_ARGS:---standalone} "$@"
+    fi
+}
+
+# once LOG OUTPUT SCRIPT.py ARGS…: in one process, on the first machine; the others wait for OUTPUT.
+once() {
+    local log=$1 output=$2
+    shift 2
+    if ((NODE_RANK == 0)); then
+        stage "$log" "$PYTHON" "$@"
+    else
+        until [[ -e $output ]]; do sleep 1; done
+    fi
+}
+
+# ---- Scoring and evaluation ----------------------------------------------------------------------
+
+# score LOGS OUTPUT [ARGS of score.py…]: ${candidates[@]} with the rewards that were set. The judge
+# adds its reward to what the others have made, and so comes last.
+score() {
+    local logs=$1 output=$2 inputs=("${candidates[@]}") scored
+    shift 2
+    if ((${#rewards[@]} + $#)); then
+        scored=$output
+        [[ -z $JUDGE ]] || scored=${output%.jsonl}.unjudged.jsonl
+        everywhere "$logs/score.log" score.py --candidates "${inputs[@]}" --output "$scored" \
+            "${rewards[@]}" "$@" $SCORE_ARGS
+        inputs=("$scored")
+    fi
+    [[ -z $JUDGE ]] || ask_judge "$logs" "$output" "${inputs[@]}"
+}
+
+# evaluate FOLDER POLICY [ARGS of score.py…]: the same held-out prompts, temperature and seeds for
+# every policy.
+evaluate() {
+    local folder=$1 policy=$2
+    shift 2
+    everywhere "$folder/logs/generate.log" generate.py --model "$policy" \
+        --prompts "$RUN/heldout.jsonl" --output "$folder/eval/candidates.jsonl" \
+        --num_samples "$EVAL_SAMPLES" --seed "$SEED" $GENERATE_ARGS
+    candidates=("$folder/eval/candidates.jsonl")
+    score "$folder/logs" "$folder/eval/scored.jsonl" "${watched[@]}" "$@"
+}
+
+# ---- The judge -----------------------------------------------------------------------------------
+
+# ask_judge LOGS OUTPUT INPUTS…
+ask_judge() {
+    local logs=$1 output=$2 url=$JUDGE_URL port
+    shift 2
+    if [[ -z $url ]]; then
+        port=$(free_port)
+        url=http://127.0.0.1:$port/v1
+        [[ -e $output ]] || serve_judge "$logs/judge_server.log" "$port"
+    fi
+    everywhere "$logs/judge.log" judge.py --candidates "$@" --output "$output" \
+        --judge_url "$url" --judge_model "$JUDGE" $JUDGE_ARGS
+    stop_judge
+}
+
+free_port() {
+    "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# serve_judge LOG PORT: start JUDGE's server and wait until it answers. The next stage finds the GPUs
+# free again.
+judge=
+serve_judge() {
+    local log=$1 port=$2 copies=()
+    ((gpus < 2)) || [[ $JUDGE_SERVER_ARGS == *parallel* ]] || copies=(--data-parallel-size "$gpus")
+    # What `vllm serve` runs; that command does not exist in vLLM's build for CPUs.
+    set -- "$PYTHON" -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --port "$port" \
+        --model "$JUDGE" --gpu-memory-utilization 0.6 --max-model-len auto "${copies[@]}" \
+        $JUDGE_SERVER_ARGS
+    mkdir -p "$(dirname "$log")"
+    printf '\n+ %s &\n' "$*" | tee -a "$log"
+    # A process group of its own, to be stopped as a whole: while it starts, the server itself may
+    # miss a signal.
+    set -m
+    (
+        VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} "$@" &
+        while kill -0 $$ && kill -0 $!; do sleep 1; done
+        kill -0 $$ || { trap '' TERM; kill -TERM 0; sleep 20; kill -KILL 0; } # this script was killed
+    ) </dev/null >>"$log" 2>&1 9>&- &
+    set +m
+    judge=$!
+    disown
+    until (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do # it listens when the model is loaded
+        kill -0 "$judge" 2>/dev/null || die "the judge's server did not start. Its output is in $log"
+        sleep 1
+    done
+}
+
+stop_judge() {
+    [[ -n $judge ]] || return 0
+    kill -TERM -- "-$judge" 2>/dev/null || true
+    for _ in {1..200}; do
+        kill -0 -- "-$judge" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -KILL -- "-$judge" 2>/dev/null || true
+    judge=
+}
