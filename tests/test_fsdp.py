@@ -106,21 +106,22 @@ from datetime import timedelta
 import torch
 from training import fsdp
 
-fsdp.start()  # rank 1 comes eight seconds late to a collective of two copies, which wait for two
+fsdp.start()  # rank 1 comes eight seconds late to a collective of the copies, which wait for two
 fsdp.TIMEOUT = timedelta(seconds=2)
 policy = torch.nn.Linear(4, 4, device="meta")
 fsdp.shard(policy, torch.float32, 1, False, "cpu", 2)
 mesh = next(policy.parameters()).device_mesh
 assert mesh.mesh_dim_names == ("copies", "shards") and mesh.shape == (2, 1)
 rank, began = torch.distributed.get_rank(), time.time()
-if rank == 0:
-    try:
-        torch.distributed.all_reduce(torch.ones(1), group=mesh.get_group("copies"))
-        print("waited")
-    except RuntimeError:
-        print("gave up after", round(time.time() - began))
-else:
+if rank == 1:
     time.sleep(8)
+try:
+    torch.distributed.all_reduce(torch.ones(1), group=mesh.get_group("copies"))
+    said = "waited"
+except RuntimeError:
+    said = f"gave up after {time.time() - began:.0f}"
+if rank == 0:
+    print(said)
 fsdp.leave()
 """
 
