@@ -1,27 +1,28 @@
 """Conversation -> token ids: the one place that knows chat templates, BOS and stop ids.
 
-A language model reads token ids. Between a conversation and its ids stand three habits of the
-model's tokenizer, and each has gone wrong in public projects:
+A language model reads token ids. Three habits of its tokenizer decide which ids a conversation
+becomes, and each of them has gone wrong in public projects:
 
     template    turns -> text with marks between them: <|im_start|>user\\nHi<|im_end|>\\n…
-                A template is a small program (Jinja) that came with the model. It may refuse a
-                conversation, or fail on it. That ends in one line which names file and line.
+                A template is a small program (Jinja) that comes with the model. It may refuse a
+                conversation, or fail on it. Then the stage stops, and names file and line.
     BOS         one token at the very start, if the tokenizer has that habit. The template writes
-                it itself. Encoding a rendered text would add a second one, so no rendered text is
-                encoded here. Exactly one is checked.
-    stop ids    the tokens that end an answer. Often several: the generation config names some,
-                the tokenizer has its EOS, and the template puts one behind an assistant's turn.
+                it itself, and encoding the rendered text would add a second one. So rendered text
+                is never encoded here, and every prompt is checked to begin with one BOS.
+    stop ids    the tokens that end an answer. Often there are several: the generation config names
+                some, the tokenizer has its EOS, and the template puts one behind an assistant's
+                turn.
 
-A doubled BOS is never sampled from, trained on, or scored. A text that brings its own BOS, beside
-the one that the tokenizer adds, can mean two things:
+Nothing that begins with two BOS is ever sampled from, trained on or scored. A text that brings its
+own BOS, to which the tokenizer adds another, can mean two things:
 
-    the model's own text    a prompt that the policy answers or is trained on. Whoever wrote it did
-                            what the tokenizer does already: a mistake in the file, so refused.
-    another model's text    a reward model reads the policy's prompt. The BOS in it is the policy's
-                            and right there. Nobody made a mistake, so one of the two is left out.
+    the model's own text    a prompt that the policy answers or is trained on. The tokenizer adds
+                            the BOS already, so this one is a mistake in the file: it is refused.
+    another model's text    a reward model reads the policy's prompt. The BOS in it belongs to the
+                            policy. Nobody made a mistake, so one of the two is left out.
 
-An answer ends at its first stop id, inclusive. A policy cannot write beyond it, so nothing behind
-it is part of its answer: the "\\n" of "<|im_end|>\\n" is not trained, nor Phi-3's second end token.
+An answer ends with its first stop id. The policy cannot write beyond it, so nothing behind it is
+part of the answer: neither the "\\n" of "<|im_end|>\\n" nor Phi-3's second end token is trained on.
 """
 
 import re
@@ -42,11 +43,11 @@ TEMPLATE_ERRORS = (
 
 
 def render(tokenizer, turns: list[dict], where: str, template_kwargs: dict, **how):
-    """turns through the tokenizer's chat template: list[int], or str with tokenize=False.
+    """Turns through the tokenizer's chat template: token ids, or text with tokenize=False.
 
-    where: file and line, or the row, for messages. template_kwargs: what the user tells the
-    template. how: add_generation_prompt, tokenize. Raises Stop without a template, or where it
-    refuses.
+    where: file and line, or the row, for messages. template_kwargs: the user's arguments for the
+    template. how: ours, add_generation_prompt and tokenize. Raises Stop where there is no template,
+    or where it refuses the turns.
     """
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
@@ -65,7 +66,7 @@ def render(tokenizer, turns: list[dict], where: str, template_kwargs: dict, **ho
 
 
 def check_template_kwargs(tokenizer, template_kwargs: dict) -> None:
-    """Stop at an argument that the chat template never reads: a misspelt one has no effect."""
+    """Stop at an argument that the chat template never reads: it may be misspelt."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     for key in template_kwargs:
         if not re.search(rf"\b{re.escape(key)}\b", template):
@@ -73,8 +74,7 @@ def check_template_kwargs(tokenizer, template_kwargs: dict) -> None:
             raise Stop(f"--chat_template_kwargs {key}: {reason}.")
 
 
-# --------------------------------------------------------------------------------------------------
-# BOS
+# ---- BOS ---------------------------------------------------------------------------------------
 
 
 def adds_bos(tokenizer) -> bool:
@@ -86,19 +86,22 @@ def adds_bos(tokenizer) -> bool:
 def encode_text(tokenizer, text: str, another_models: bool = False) -> list[int]:
     """Token ids of a raw text, with the BOS that the tokenizer adds.
 
-    another_models: the text was written for another model and may begin with that one's BOS. Then
-    one of the two is left out. Otherwise both stay, for check_bos to refuse.
+    another_models: the text was written for another model, and may begin with that model's BOS.
+    One of the two is left out then. Otherwise both stay, and check_bos refuses them.
     """
     ids = tokenizer(text).input_ids
     bos = tokenizer.bos_token_id
     doubled = bos is not None and ids[:2] == [bos, bos]
-    return ids[1:] if doubled and another_models else ids
+    if doubled and another_models:
+        return ids[1:]
+    return ids
 
 
 def check_bos(tokenizer, ids: list[int], where: str, required: bool = True) -> None:
-    """Stop unless ids begin with exactly one BOS; with none where the tokenizer has none.
+    """Stop unless ids begin with exactly one BOS, or with none where the tokenizer adds none.
 
-    required=False: none is right, too. A reward model was trained with its template as it is.
+    required=False: none is right in any case. A reward model was trained with its template as it
+    is, with a BOS or without.
     """
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -111,39 +114,39 @@ def check_bos(tokenizer, ids: list[int], where: str, required: bool = True) -> N
         raise Stop(f"{where}: the prompt begins with {found} BOS, not 1. {remedy}.")
 
 
-# --------------------------------------------------------------------------------------------------
-# Stop ids
+# ---- stop ids ----------------------------------------------------------------------------------
 
 
 def find_stop_ids(tokenizer, generation_config, template_kwargs: dict) -> tuple[list[int], bool]:
-    """The ids that end an answer, sorted; and False if there is a template that shows no answer.
+    """The ids that end an answer, sorted; and False if the template shows no assistant's answer.
 
     They are those of the generation config, the tokenizer's EOS, and the special token that the
-    template puts behind an assistant's turn. To see that one, we render an answer that no template
-    can mistake for anything else, and look at what comes right behind it.
+    template puts behind an assistant's turn. To find that one, we render an answer that no template
+    can mistake for anything else, and look at what stands right behind it.
     """
-    named = generation_config.eos_token_id
+    named = generation_config.eos_token_id  # an id, a list of ids, or None
     stop_ids = set(named if isinstance(named, list) else [named])
     stop_ids.add(tokenizer.eos_token_id)
     stop_ids.discard(None)
     if not tokenizer.chat_template:
         return sorted(stop_ids), True
 
+    # what the template puts behind an answer
     question = {"role": "user", "content": "question"}
     answer = {"role": "assistant", "content": "plainanswer"}
     try:
         text = render(tokenizer, [question, answer], "", template_kwargs, tokenize=False)
-    except Stop:  # it wants a system turn first, say
+    except Stop:  # it wants a system turn first, for example
         text = ""
     _, shown, behind = text.partition("plainanswer")
     marks = tokenizer(behind, add_special_tokens=False).input_ids
     special = [token for token in marks if token in tokenizer.added_tokens_decoder]
-    stop_ids.update(special[:1])
+    stop_ids.update(special[:1])  # nothing, where there is no special token
     return sorted(stop_ids), bool(shown)
 
 
 def until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
-    """ids up to the first stop id, inclusive; all of them where there is none."""
+    """The ids up to the first stop id and with it; all of them where there is none."""
     for position, token in enumerate(ids):
         if token in stop_ids:
             return ids[: position + 1]
@@ -151,12 +154,11 @@ def until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
 
 
 def ends(answer_ids: list[int], stop_ids: list[int]) -> bool:
-    """Whether the answer's last token is one that ends it."""
+    """Whether the answer's last token is a stop id."""
     return bool(answer_ids) and answer_ids[-1] in stop_ids
 
 
-# --------------------------------------------------------------------------------------------------
-# What each stage encodes
+# ---- what each stage encodes -------------------------------------------------------------------
 
 
 def encode_prompt(
@@ -177,7 +179,7 @@ def encode_for_reward(
 ) -> list[int]:
     """Token ids of the policy's prompt and answer as a reward model reads them.
 
-    tokenizer: the reward model's own, which need have nothing in common with the policy's.
+    tokenizer: the reward model's own. It may have nothing in common with the policy's.
     """
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt + answer, another_models=True)
@@ -188,33 +190,39 @@ def encode_for_reward(
 
 
 def encode_pair(tokenizer, row: dict, where: str, stop_ids: list[int]) -> list[list[int]] | None:
-    """Token ids of (prompt, chosen, rejected) of a row without any: anyone's preference data.
+    """Token ids of (prompt, chosen, rejected), for preference data that came without any.
 
-    row: prompt, chosen and rejected are three strings, or a conversation and two lists of one turn
-    each, the assistant's. An answer ends at its first stop id. Strings end in EOS. Where a template
-    writes no stop id, the answer has none: no end is invented that generation would not meet.
+    prompt, chosen and rejected of the row are three strings, or a conversation and two lists of one
+    turn each, the assistant's. An answer ends with its first stop id; one without keeps all of its
+    tokens, because an end that we invent is one that the policy never meets.
 
-    Returns None when the prompt's ids do not begin the ids of prompt + answer. The boundary is
-    then inside a token, and there is no right place to cut.
+    Returns None when the prompt's ids do not begin the ids of prompt + answer. The boundary then
+    lies within a token, and there is no right place to cut.
     """
-    prompt, answers = row["prompt"], (row["chosen"], row["rejected"])
-    if len({type(x) for x in (prompt, *answers)}) > 1:
+    prompt = row["prompt"]
+    kinds = {type(prompt), type(row["chosen"]), type(row["rejected"])}
+    if len(kinds) > 1:
         rule = "must be all text, or all turns, of which none is repeated"
-        raise Stop(f"{where}: prompt, chosen and rejected {rule}")
+        raise Stop(f"{where}: prompt, chosen and rejected {rule}.")
+
     prompt_ids = encode_prompt(tokenizer, prompt, where, {})
     result = [prompt_ids]
-    for answer in answers:
-        if isinstance(prompt, str):
-            whole = encode_text(tokenizer, prompt + answer)
-            if tokenizer.eos_token_id is not None:
-                whole = [*whole, tokenizer.eos_token_id]  # a second one is cut off below
-        elif len(answer) == 1:
-            whole = render(tokenizer, prompt + answer, where, {})
-        else:
-            rule = "must each be one turn, the assistant's. Earlier turns belong to the prompt"
-            raise Stop(f"{where}: chosen and rejected {rule}.")
-        if whole[: len(prompt_ids)] != prompt_ids:
+    for answer in (row["chosen"], row["rejected"]):
+        ids = encode_with_answer(tokenizer, prompt, answer, where)
+        if ids[: len(prompt_ids)] != prompt_ids:
             return None
-        answer_ids = whole[len(prompt_ids) :]
+        answer_ids = ids[len(prompt_ids) :]
         result.append(until_stop(answer_ids, stop_ids))
     return result
+
+
+def encode_with_answer(tokenizer, prompt, answer, where: str) -> list[int]:
+    """Token ids of prompt + answer: two strings, of which the second ends in EOS, or turns."""
+    if isinstance(prompt, str):
+        ids = encode_text(tokenizer, prompt + answer)
+        eos = tokenizer.eos_token_id
+        return ids if eos is None else [*ids, eos]  # until_stop cuts a second one off
+    if len(answer) != 1:
+        rule = "must each be one turn, the assistant's. Earlier turns belong to the prompt"
+        raise Stop(f"{where}: chosen and rejected {rule}.")
+    return render(tokenizer, prompt + answer, where, {})

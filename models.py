@@ -4,18 +4,18 @@
     Qwen/Qwen2.5-1.5B-Instruct                 a name: the newest commit of its main branch
     Qwen/Qwen2.5-1.5B-Instruct@989aa79         a branch, a tag or a commit of it
 
-A name is no model yet: whoever owns it may push, and tomorrow it means other weights. So it is
-resolved to a commit first, all files are read from that commit, and the commit stands in the
-metadata of what was made with it.
+A name alone is not yet a model: its owner may push, and tomorrow it means other weights. So a name
+is first resolved to a commit. All files are read from that commit, and it stands in the metadata of
+everything that was made with it.
 
 Three things hold for whatever is loaded here:
 
   - None of its code runs. A folder may bring Python files along; transformers asks on the terminal
     whether to run them unless it is told not to.
-  - None of its weights are random. transformers fills in what the files lack, and goes on.
-  - Whatever fails to load says in one message what it is, why, and what to do.
+  - None of its weights are random. transformers fills in what the files lack, and continues.
+  - Whatever fails to load ends in one message: what it is, why, and what to do.
 
-    python models.py NAME                      prints the name with its commit; a folder as it is
+    python models.py NAME                      prints the name with its commit, a folder as it is
 """
 
 import functools
@@ -23,7 +23,7 @@ import os
 import re
 import sys
 
-# its classes are imported when they are named, and torch with them: main needs neither
+# It imports torch when one of its classes is first used, and `python models.py` uses none.
 import transformers
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -33,8 +33,9 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@.+)?")  # as in "gpt2", "Q
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """A name and its revision: "Qwen/Qwen3-8B@v1" -> ("Qwen/Qwen3-8B", "v1"). A path that exists
-    stays whole.
+    """A name and its revision: "Qwen/Qwen3-8B@v1" -> ("Qwen/Qwen3-8B", "v1").
+
+    A path that exists stays whole, with an @ in it or without.
     """
     if os.path.exists(name):
         return name, None
@@ -42,44 +43,45 @@ def split(name: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
-@functools.cache  # within a process a name means one commit, even if the hub moves on
+@functools.cache  # within a process a name means one commit, whatever is pushed meanwhile
 def locate(name: str) -> tuple[str, str | None]:
-    """What from_pretrained takes as its name and its revision: (folder, None), or (hub name,
-    commit).
+    """What from_pretrained takes: (folder, None), or (hub name, commit).
 
     Raises Stop where neither a folder here nor the hub, or its cache, has such a model.
     """
     if os.path.exists(name):
         return name, None
     if not HUB_NAME.fullmatch(name):
-        raise Stop(
-            f"{name}: no such file or folder. A model is a folder, or a hub name as in ORG/NAME@REVISION."
-        )
+        remedy = "A model is a folder, or a hub name as in ORG/NAME@REVISION"
+        raise Stop(f"{name}: no such file or folder. {remedy}.")
     repository, revision = split(name)
     try:
         config = cached_file(repository, "config.json", revision=revision)
     except Exception as error:
         raise Stop(
-            f"{name}: no such file or folder, and no model that the hub gives us ({one_line(error)}). "
-            "Check the spelling, the revision and the connection; offline, only what was downloaded before is there."
+            f"{name}: no such file or folder, and the hub has no such model for us "
+            f"({one_line(error)}). Check the spelling, the revision and the connection. Offline, "
+            "only models that were downloaded before can be used."
         ) from None
     # The client keeps a file under …/snapshots/COMMIT/, whatever revision was asked for.
     commit = extract_commit_hash(config, None)
     if commit is None:
-        raise Stop(
-            f"{name}: has no config.json on the hub. Name a model that transformers can load."
-        )
+        remedy = "Name a model that transformers can load"
+        raise Stop(f"{name}: has no config.json on the hub. {remedy}.")
     return repository, commit
 
 
 def pinned(name: str) -> str:
-    """The name with its commit, "Qwen/Qwen3-8B@b968826d…": one model for ever. A folder as it is."""
+    """The name with its commit, "Qwen/Qwen3-8B@b968826d…", which never changes its meaning.
+
+    A folder is returned as it is.
+    """
     repository, commit = locate(name)
     return f"{repository}@{commit}" if commit else name
 
 
 def identity(name: str) -> str:
-    """What a hub model is known by in the metadata, as a folder is by its hash: "hub:NAME@COMMIT"."""
+    """How the metadata name a model on the hub: "hub:NAME@COMMIT". (A folder has its hash.)"""
     return "hub:" + pinned(name)
 
 
@@ -103,14 +105,13 @@ def load_tokenizer(name: str):
     except Exception as error:
         raise cannot_load(name, "tokenizer", error) from None
     if len(tokenizer) == 0:  # what transformers makes of a folder without one
-        raise Stop(
-            f"{name}: has no tokenizer. Save the model's own beside its weights, with save_pretrained."
-        )
+        remedy = "Save the model's own beside its weights, with save_pretrained"
+        raise Stop(f"{name}: has no tokenizer. {remedy}.")
     return tokenizer
 
 
 def load_generation_config(name: str, config):
-    """generation_config.json, which is optional; without it what `config`, the model's, says of
+    """generation_config.json. It is optional: without it, what the model's `config` says about
     generation.
     """
     repository, commit = locate(name)
@@ -121,11 +122,11 @@ def load_generation_config(name: str, config):
 
 
 def load_model(auto_class, name: str, dtype, attn_implementation: str):
-    """The network with its weights, on the CPU, in training mode off.
+    """The network with its weights, on the CPU, in evaluation mode.
 
-    auto_class: AutoModelForCausalLM, say. dtype: a torch.dtype, or "auto" for that of the files.
-    Raises Stop when it cannot be built, and when its files lack a weight or hold it in another
-    shape.
+    auto_class: AutoModelForCausalLM, for example. dtype: a torch.dtype, or "auto" for that of the
+    files. Raises Stop when the model cannot be built, and when its files lack a weight or hold it
+    in another shape.
     """
     repository, commit = locate(name)
     try:
@@ -135,19 +136,19 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
             trust_remote_code=False,
             dtype=dtype,
             attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,  # for once, to name them below
+            ignore_mismatched_sizes=True,  # not ignored: named below
             output_loading_info=True,
         )
     except Exception as error:
         raise cannot_load(name, "model", error) from None
     # Tied weights, which stand in the files once, are not among the missing ones.
     lost = sorted(found["missing_keys"])
-    lost += [
-        f"{key} (of shape {want}, not {have})"
-        for key, have, want in sorted(found["mismatched_keys"])
-    ]
+    for key, have, want in sorted(found["mismatched_keys"]):
+        lost.append(f"{key} (of shape {want}, not {have})")
     if lost:
-        shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        shown = ", ".join(lost[:4])
+        if len(lost) > 4:
+            shown += f" and {len(lost) - 4} more"
         raise Stop(
             f"{name}: its files hold no weights for {shown}, so it would be random there. "
             "Download or save it again, or name the model that the weights belong to."
@@ -156,24 +157,25 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
 
 
 def cannot_load(name: str, part: str, error: Exception) -> Stop:
-    """The message for a person. `part`: of the model, as in "tokenizer"."""
+    """The message for a person. part: what of the model could not be loaded, as "tokenizer"."""
     if "trust_remote_code" in str(error):
         return wants_code(name, part)
     return Stop(
-        f"{name}: its {part} cannot be loaded ({type(error).__name__}: {one_line(error)}). "
-        "A model is a folder with config.json, weights and tokenizer, or a name on the hub: see that all are there."
+        f"{name}: its {part} cannot be loaded ({type(error).__name__}: {one_line(error)}). A model "
+        "is a folder with config.json, weights and tokenizer, or a name on the hub: see that all "
+        "are there."
     )
 
 
 def wants_code(name: str, part: str) -> Stop:
     return Stop(
-        f"{name}: its {part} needs code that came with it, which is not run here. "
-        "Name a model that transformers itself knows; a reward can be called from a --reward_fn of yours."
+        f"{name}: its {part} needs code that came with it, which is not run here. Name a model "
+        "that transformers itself knows; a reward can be called from a --reward_fn of yours."
     )
 
 
 def one_line(error: Exception) -> str:
-    """Its message without line breaks, which transformers has many of, to stand in parentheses."""
+    """The error's message on one line and without a full stop, to stand in parentheses."""
     return " ".join(str(error).split()).rstrip(".")
 
 

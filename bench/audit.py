@@ -1,11 +1,13 @@
 """How far generator and trainer are apart when nothing is wrong, and when something is: where the
 audit's line belongs.
 
-    python -m bench.audit --max_new_tokens 4 16 64 256 --num_samples 8 --save bench/results/audit_random.txt
-    python -m bench.audit --model M --prompts P --stale runs/x/iter_01/policy --save bench/results/audit.txt
+    python -m bench.audit --max_new_tokens 4 16 64 256 --num_samples 8 \\
+        --save bench/results/audit_random.txt
+    python -m bench.audit --model M --prompts P --stale runs/x/iter_01/policy \\
+        --save bench/results/audit.txt
 
 dpo_train.py stops when the log-prob that the generator stored with each answer and its own are too
-far apart. Both add n numbers, one a token, that were rounded differently. If such errors were
+far apart. Both add n numbers, one per token, that were rounded differently. If such errors were
 independent, their sum D would grow like the root of n; a mistake's (another template, other
 weights) grows mostly like n. So two measures of an answer are shown, |D| / n and |D| / sqrt(n),
 over answers cut at several lengths.
@@ -52,19 +54,26 @@ def build_random(folder: Path) -> None:
     of them.
     """
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.04, tie_word_embeddings=False, max_position_embeddings=2048,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.04,
+        tie_word_embeddings=False,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.lm_head.weight.data *= 3  # else all tokens are about as likely, and no error matters
     model.save_pretrained(folder / "model")
     letters = Tokenizer(models.BPE())
-    letters.pre_tokenizer, letters.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     letters.train_from_iterator(
         [], trainers.BpeTrainer(special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet)
@@ -87,8 +96,8 @@ def log_probs(model: str, rows: list[dict], mistake, dtype: str) -> list[float]:
     for row in rows:
         answers = [np.array(c["token_ids"], np.int32) for c in row["candidates"]]
         prompt = np.array(mistake(row["prompt_token_ids"]), np.int32)
-        pairs += [{"prompt": prompt, "chosen": a, "rejected": b, "id": row["id"]}
-                  for a, b in zip(answers[0::2], answers[1::2], strict=True)]  # fmt: skip
+        for a, b in zip(answers[0::2], answers[1::2], strict=True):
+            pairs.append({"prompt": prompt, "chosen": a, "rejected": b, "id": row["id"]})
     args = dpo_train.parse(dpo_train.arguments(), ["--model", model, "--dtype", dtype])
     device = dpo_train.fsdp.start()
     args.packing = "prefix"
@@ -101,25 +110,10 @@ def log_probs(model: str, rows: list[dict], mistake, dtype: str) -> list[float]:
 
 def measure(args, backend: str, dtype: str, longest: int, folder: Path) -> list[str]:
     candidates = folder / f"{backend}-{dtype}-{longest}.jsonl"
-    command = [
-        sys.executable,
-        ROOT / "generate.py",
-        "--model",
-        args.model,
-        "--prompts",
-        args.prompts,
-    ]
-    command += [
-        "--output",
-        candidates,
-        "--backend",
-        backend,
-        "--dtype",
-        dtype,
-        "--num_samples",
-        args.num_samples,
-    ]
-    command += ["--max_new_tokens", longest]
+    command = [sys.executable, ROOT / "generate.py"]
+    command += ["--model", args.model, "--prompts", args.prompts, "--output", candidates]
+    command += ["--backend", backend, "--dtype", dtype]
+    command += ["--num_samples", args.num_samples, "--max_new_tokens", longest]
     if backend == "vllm" and args.engine_args:
         command += ["--engine_args", *args.engine_args]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -135,13 +129,14 @@ def measure(args, backend: str, dtype: str, longest: int, folder: Path) -> list[
         d = np.abs(
             [c["logprob"] for c in answers] - np.array(log_probs(model, rows, mistake, dtype))
         )
+        per_token, gap = d / n, d / n**0.5
         lines.append(
-            f"{backend:7} {dtype:5} {name:13} {len(n):7,} {n.mean():6.1f}   {(d / n).mean():7.1e} {(d / n).max():7.1e}"
-            f"   {(d / n**0.5).mean():7.1e} {(d / n**0.5).max():7.1e}"
+            f"{backend:7} {dtype:5} {name:13} {len(n):7,} {n.mean():6.1f}   "
+            f"{per_token.mean():7.1e} {per_token.max():7.1e}   "
+            f"{gap.mean():7.1e} {gap.max():7.1e}"
         )
         print(lines[-1], flush=True)
         if name == "none":
-            gap = d / n**0.5
             case = f"audit, {backend}, {dtype}, {n.mean():.0f} tokens"
             print(headline(f"{case}, mean gap", gap.mean(), "nats / sqrt(token)"))
             print(headline(f"{case}, largest", gap.max(), "nats / sqrt(token)"), flush=True)

@@ -1,14 +1,20 @@
 """What generate.py costs beyond vLLM itself, on the same prompts, samples and engine.
 
-    python bench/generate.py --model MODEL --prompts prompts.jsonl --num_samples 8 --max_new_tokens 64
-    python bench/generate.py --model demo/build/seed_0/policy --prompts demo/build/seed_0/heldout.jsonl --untrained \
-        --max_new_tokens 128 --engine_args max_model_len=256 enforce_eager=true        on a CPU, answers of real length
+    python bench/generate.py --model MODEL --prompts prompts.jsonl --max_new_tokens 64
+
+On a CPU, with answers of real length:
+
+    python bench/generate.py --untrained --max_new_tokens 128 \\
+        --model demo/build/seed_0/policy --prompts demo/build/seed_0/heldout.jsonl \\
+        --engine_args max_model_len=256 enforce_eager=true
 
 One engine is started and both sides use it, in turns, so that its start, compiling and the
 machine's mood cancel out:
 
-    direct    LLM.generate on the token ids of all prompts at once, with the same seeds; the answers stay in memory
-    stage     the whole of generate.py: hashing inputs, tokenizing, sampling, decoding, writing, flushing, joining
+    direct    LLM.generate on the token ids of all prompts at once, with the same seeds; the answers
+              stay in memory
+    stage     the whole of generate.py: hashing inputs, tokenizing, sampling, decoding, writing,
+              flushing, joining
 
 `direct` is timed twice: with vLLM's own detokenizing, as a user would call it, and without. Beside
 the clock stands the processor time of this process; the engine has its own, which is the same for
@@ -23,7 +29,9 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,98 +44,151 @@ import records  # noqa: E402
 from stage import seed_of  # noqa: E402
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--model", required=True)
-    p.add_argument("--prompts", required=True)
-    p.add_argument("--num_samples", type=int, default=8)
-    p.add_argument("--max_new_tokens", type=int, default=64)
-    p.add_argument(
-        "--untrained", action="store_true", help="random weights, so that answers are long"
-    )
-    p.add_argument("--repeats", type=int, default=3, help="turns; medians are printed")
-    p.add_argument(
-        "--engine_args", nargs="+", default=[], metavar="KEY=VALUE", help="as generate.py's"
-    )
-    ours = p.parse_args()
-    if ours.untrained:
-        folder = tempfile.TemporaryDirectory()
-        config = AutoConfig.from_pretrained(ours.model)
-        AutoTokenizer.from_pretrained(ours.model).save_pretrained(folder.name)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder.name)
-        ours.model = folder.name
-    stage = [
-        "generate.py", "--backend", "vllm", "--model", ours.model, "--prompts", ours.prompts,
-        "--num_samples", str(ours.num_samples), "--max_new_tokens", str(ours.max_new_tokens),
-        *(["--engine_args", *ours.engine_args] if ours.engine_args else []),
-    ]  # fmt: skip
-    sys.argv = [*stage, "--output", "unused"]
-    args = generate.arguments()
-    policy = generate.Policy(args)
-    generate.check_prompts(args, policy)
-    rows = list(records.read_jsonl(args.prompts, records.PROMPT))
-    prompts = [{"prompt_token_ids": policy.encode(row["prompt"], args.prompts)} for row in rows]
+    add = p.add_argument
+    add("--model", required=True)
+    add("--prompts", required=True)
+    add("--num_samples", type=int, default=8)
+    add("--max_new_tokens", type=int, default=64)
+    add("--untrained", action="store_true", help="random weights, so that answers are long")
+    add("--repeats", type=int, default=3, help="turns; medians are printed")
+    add("--engine_args", nargs="+", default=[], metavar="KEY=VALUE", help="as generate.py's")
+    return p.parse_args()
 
-    # The stage's engine, and beside it a tokenizer, which LLM.generate wants for its text.
+
+def write_untrained(model: str, folder: str) -> None:
+    """The model with random weights, and its tokenizer."""
+    config = AutoConfig.from_pretrained(model)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def stage_command(ours: argparse.Namespace) -> list[str]:
+    command = ["generate.py", "--backend", "vllm"]
+    command += ["--model", ours.model, "--prompts", ours.prompts]
+    command += ["--num_samples", str(ours.num_samples)]
+    command += ["--max_new_tokens", str(ours.max_new_tokens)]
+    if ours.engine_args:
+        command += ["--engine_args", *ours.engine_args]
+    return command
+
+
+def start_engine(args, policy):
+    """The stage's engine, and beside it a tokenizer, which LLM.generate wants for its text."""
     generate.vllm_environment(args)
     import vllm
 
     settings = generate.vllm_settings(args, policy) | {"skip_tokenizer_init": False}
-    llm = vllm.LLM(**settings)
-    llm.llm_engine.engine_core.shutdown = lambda timeout=None: (
-        None
-    )  # the stage ends its engine; this one goes on
-    generate.vllm_engine = lambda *_: llm.llm_engine
+    return vllm.LLM(**settings)
 
-    def direct(detokenize: bool) -> int:
-        params = [
-            vllm.SamplingParams(
-                n=args.num_samples, seed=seed_of(args.seed, args.iteration, row["id"]) >> 1, logprobs=0,
-                max_tokens=args.max_new_tokens, stop_token_ids=policy.stop_ids, detokenize=detokenize,
-            )
-            for row in rows
-        ]  # fmt: skip
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        return sum(len(c.token_ids) for o in outputs for c in o.outputs)
 
-    def whole_stage() -> str:
-        with tempfile.TemporaryDirectory() as folder:
-            sys.argv = [*stage, "--output", f"{folder}/candidates.jsonl"]
-            generate.main()
-            return (Path(folder) / "candidates.jsonl").read_text()
+def sampling_parameters(rows: list[dict], args, policy, detokenize: bool) -> list:
+    """What generate.py asks of the engine for each row, through vLLM's front door."""
+    import vllm
 
-    sides = {
-        "direct": lambda: direct(True),
-        "direct, ids only": lambda: direct(False),
-        "stage": whole_stage,
-    }
-    clock, processor = {name: [] for name in sides}, {name: [] for name in sides}
+    parameters = []
+    for row in rows:
+        of_row = vllm.SamplingParams(
+            n=args.num_samples,
+            seed=seed_of(args.seed, args.iteration, row["id"]) >> 1,
+            logprobs=0,
+            max_tokens=args.max_new_tokens,
+            stop_token_ids=policy.stop_ids,
+            detokenize=detokenize,
+        )
+        parameters.append(of_row)
+    return parameters
+
+
+def direct(llm, rows: list[dict], prompts: list[dict], args, policy, detokenize: bool) -> int:
+    """LLM.generate on all prompts at once. -> tokens written"""
+    parameters = sampling_parameters(rows, args, policy, detokenize)
+    tokens = 0
+    for output in llm.generate(prompts, parameters, use_tqdm=False):
+        tokens += sum(len(answer.token_ids) for answer in output.outputs)
+    return tokens
+
+
+def whole_stage(engine, command: list[str]) -> str:
+    """generate.py's main() on the engine that is there. -> candidates.jsonl"""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(sys, "argv", [*command, "--output", f"{folder}/candidates.jsonl"]),
+        mock.patch.object(generate, "vllm_engine", lambda *_: engine),
+        # the stage ends its engine; this one is needed again
+        mock.patch.object(engine.engine_core, "shutdown", lambda timeout=None: None),
+    ):
+        generate.main()
+        return (Path(folder) / "candidates.jsonl").read_text()
+
+
+def tokens_of(result: int | str) -> int:
+    """Tokens written, from what a side returned: their number, or candidates.jsonl."""
+    if isinstance(result, int):
+        return result
+    tokens = 0
+    for line in result.split("\n")[:-1]:
+        tokens += sum(len(c["token_ids"]) for c in json.loads(line)["candidates"])
+    return tokens
+
+
+def time_in_turns(sides: dict, llm, repeats: int) -> dict[str, tuple[float, float]]:
+    """Run each side `repeats` times. -> its median seconds, by the clock and of this process"""
+    clock = {name: [] for name in sides}
+    processor = {name: [] for name in sides}
     order = list(sides)
-    for turn in range(ours.repeats + 1):  # the first warms up
+    for turn in range(repeats + 1):  # the first warms up
         for name in order:
             llm.reset_prefix_cache()
-            begin, cpu = time.perf_counter(), time.process_time()
-            tokens = sides[name]()
-            clock[name].append(time.perf_counter() - begin)
-            processor[name].append(time.process_time() - cpu)
-            if isinstance(tokens, str):  # read when the clock has stopped
-                rows_out = [json.loads(line)["candidates"] for line in tokens.split("\n")[:-1]]
-                tokens = sum(len(c["token_ids"]) for row in rows_out for c in row)
-            last = f"{clock[name][-1]:.2f} s, {processor[name][-1]:.2f} s CPU"
-            print(f"turn {turn}: {name}: {last}, {tokens:,} tokens", flush=True)
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            result = sides[name]()
+            wall, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+            clock[name].append(wall)
+            processor[name].append(cpu)
+            times = f"{wall:.2f} s, {cpu:.2f} s CPU"
+            print(f"turn {turn}: {name}: {times}, {tokens_of(result):,} tokens", flush=True)
         order = order[1:] + order[:1]  # each comes first, second and last
-    median = {
-        name: [statistics.median(times[name][1:]) for times in (clock, processor)] for name in sides
-    }
-    for name, (wall, cpu) in median.items():
-        print(f"{name:17} {wall:7.2f} s, {cpu:6.2f} s CPU")
-    for name in ("direct", "direct, ids only"):
-        (wall, cpu), (own, own_cpu) = median[name], median["stage"]
-        print(
-            f"the stage beyond {name}: {100 * (own / wall - 1):+.1f} % of time, {own_cpu - cpu:+.2f} s CPU"
+    medians = {}
+    for name in sides:
+        medians[name] = (
+            statistics.median(clock[name][1:]),
+            statistics.median(processor[name][1:]),
         )
+    return medians
+
+
+def main() -> None:
+    ours = arguments()
+    if ours.untrained:
+        folder = tempfile.TemporaryDirectory()
+        write_untrained(ours.model, folder.name)
+        ours.model = folder.name
+    command = stage_command(ours)
+    with mock.patch.object(sys, "argv", [*command, "--output", "unused"]):
+        args = generate.read_arguments()
+    policy = generate.Policy(args)
+    policy.check_prompts(args.prompts)
+    rows = list(records.read_jsonl(args.prompts, records.PROMPT))
+    prompts = [{"prompt_token_ids": policy.encode(row["prompt"], args.prompts)} for row in rows]
+
+    llm = start_engine(args, policy)
+    ask = partial(direct, llm, rows, prompts, args, policy)
+    sides = {
+        "direct": partial(ask, detokenize=True),
+        "direct, ids only": partial(ask, detokenize=False),
+        "stage": partial(whole_stage, llm.llm_engine, command),
+    }
+    medians = time_in_turns(sides, llm, ours.repeats)
+    for name, (wall, cpu) in medians.items():
+        print(f"{name:17} {wall:7.2f} s, {cpu:6.2f} s CPU")
+    own, own_cpu = medians["stage"]
+    for name in ("direct", "direct, ids only"):
+        wall, cpu = medians[name]
+        percent = 100 * (own / wall - 1)
+        print(f"the stage beyond {name}: {percent:+.1f} % of time, {own_cpu - cpu:+.2f} s CPU")
 
 
 if __name__ == "__main__":

@@ -405,9 +405,9 @@ def test_stop_ids_come_from_everywhere(tmp_path, monkeypatch):
     flags = f"--prompts p --output o --max_new_tokens 5 --model {tmp_path / 'm'}"
     monkeypatch.setattr(sys, "argv", ["generate.py", *flags.split()])
     eos, eot = SPECIAL.index("<|eos|>"), SPECIAL.index("<|eot|>")
-    assert generate.Policy(generate.arguments()).stop_ids == [eos, eot, 77, 78]
+    assert generate.Policy(generate.read_arguments()).stop_ids == [eos, eot, 77, 78]
     (tmp_path / "m" / "generation_config.json").unlink()  # then the model's config says
-    assert generate.Policy(generate.arguments()).stop_ids == [eos, eot]
+    assert generate.Policy(generate.read_arguments()).stop_ids == [eos, eot]
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_templates_that_do_not_show_where_an_answer_ends(tmp_path, monkeypatch, 
         f"generate.py --prompts p --output o --model {tmp_path / 'm'}".split()
         + ["--max_new_tokens", "5"],
     )
-    policy = generate.Policy(generate.arguments())
+    policy = generate.Policy(generate.read_arguments())
     assert policy.stop_ids == [SPECIAL.index("<|eos|>")]
     assert "shows no answer" in capsys.readouterr().out
     if "m.name" in template or "raise" in template:
@@ -662,6 +662,6 @@ def test_models_that_cannot_answer(run, tmp_path):
 def test_help_teaches(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generate.py", "--help"])
     with pytest.raises(SystemExit) as e:
-        generate.arguments()
+        generate.read_arguments()
     text = capsys.readouterr().out
     assert e.value.code == 0 and "torchrun" in text and "--chat_template_kwargs" in text

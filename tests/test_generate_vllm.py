@@ -188,7 +188,7 @@ def many(run):
 
 
 def test_samples_follow_the_distribution(many, folder):
-    """10,000 samples at each temperature against the exact probabilities, two tokens in a row."""
+    """10,000 samples at each temperature against the exact probabilities, for two tokens in a row."""
     prompt = many[0]["prompt_token_ids"]
     for temperature in (0.7, 1.0):
         mine = [
@@ -320,7 +320,7 @@ def test_engine_arguments_are_checked_before_the_engine_starts(folder, monkeypat
     ):
         call = command(folder, "o", "--max_new_tokens", 4)[2:]
         monkeypatch.setattr(sys, "argv", ["generate.py", *call, "--engine_args", argument])
-        args = generate.arguments()
+        args = generate.read_arguments()
         with pytest.raises(records.Stop, match=message):
             generate.vllm_settings(args, generate.Policy(args))
 
@@ -345,9 +345,9 @@ def engine_config(folder, prompt_length, monkeypatch):
         return engine_args.create_engine_config(usage_context)
 
     monkeypatch.setattr(LLMEngine, "from_engine_args", configure)
-    args = generate.arguments()
+    args = generate.read_arguments()
     policy = generate.Policy(args)
-    generate.check_prompts(args, policy)
+    policy.check_prompts(args.prompts)
     return generate.vllm_engine(args, policy)
 
 
@@ -390,7 +390,7 @@ def test_on_a_gpu_logits_are_fp32_unless_the_user_says_otherwise(
     call = command(folder, "o", "--max_new_tokens", 4)[2:]
     engine = call.index("max_model_len=256") + 1
     monkeypatch.setattr(sys, "argv", ["generate.py", *call[:engine], *asked, *call[engine:]])
-    args = generate.arguments()
+    args = generate.read_arguments()
     policy = generate.Policy(args)
     for device, expected in (
         (True, overrides),

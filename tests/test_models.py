@@ -219,7 +219,7 @@ def test_vllm_is_told_the_commit_and_to_run_no_code(hub, tmp_path, monkeypatch):
         "4",
     ]
     monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
-    args = generate.arguments()
+    args = generate.read_arguments()
     settings = generate.vllm_settings(args, generate.Policy(args))
     assert (settings["model"], settings["revision"], settings["trust_remote_code"]) == (
         POLICY,
@@ -245,7 +245,7 @@ def test_vllm_gets_the_name_and_the_commit_apart(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(
         vllm.LLMEngine, "from_engine_args", lambda given, usage_context: started.append(given)
     )
-    args = generate.arguments()
+    args = generate.read_arguments()
     generate.vllm_engine(args, generate.Policy(args))
     assert (started[0]["model"], started[0]["revision"]) == (POLICY, commit)
 
