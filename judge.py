@@ -34,6 +34,7 @@ token. A reply in words is what every server can give, so that is what is read h
 
 import asyncio
 import hashlib
+import ipaddress
 import json
 import math
 import os
@@ -49,9 +50,12 @@ from urllib.parse import urlsplit
 from records import CANDIDATES, Answer, Stop, answers_of, drop_unscored, dump, finite, merge_by_id
 from stage import Stage, parse, parser, run, seed_of
 
+# A backslash at the end of a line joins it with the next one.
 JUDGE_PROMPT = """\
-Below are a request and two answers to it. Decide which answer serves the person who asked better: does what was asked,
-is correct and honest, is clear, and wastes none of their time. A longer answer is not better for its length, and the
+Below are a request and two answers to it. \
+Decide which answer serves the person who asked better: does what was asked,
+is correct and honest, is clear, and wastes none of their time. \
+A longer answer is not better for its length, and the
 order in which the two are shown means nothing.
 
 ### Request
@@ -64,9 +68,10 @@ order in which the two are shown means nothing.
 {answer_b}
 
 ### Your decision
-Say in one sentence what decides it. Then end with one line: "Verdict: A", "Verdict: B" or, where neither is better,
+Say in one sentence what decides it. \
+Then end with one line: "Verdict: A", "Verdict: B" or, where neither is better,
 "Verdict: TIE".
-"""  # noqa: E501
+"""
 PLACEHOLDERS = ("{prompt}", "{answer_a}", "{answer_b}")
 
 # A run may be resumed with others: they change how fast the judge is asked, and not what it says.
@@ -90,7 +95,7 @@ def arguments():
     add("--judge_url", required=True, help="an OpenAI-compatible endpoint, http://…/v1")
     add("--judge_model", required=True, help="the model's name at that endpoint")
     add("--judge_prompt", help="text file with {prompt}, {answer_a} and {answer_b}")
-    add("--judge_max_tokens", type=int, default=512, help="of a reply, thoughts included; 512")
+    add("--judge_max_tokens", type=int, default=512, help="of a reply; default 512: a short reason")
     add("--judge_weight", type=float, default=1.0, help="in the sum of rewards; default 1")
     add(
         "--strip_reasoning",
@@ -129,7 +134,8 @@ def check_arguments(args) -> None:
             raise Stop(f"--{flag} starts at 1.")
     if "@" in args.judge_url:
         raise Stop(
-            "--judge_url holds credentials, which would end up in logs. Put the key into OPENAI_API_KEY."
+            "--judge_url holds credentials, which would end up in logs. Put the key into "
+            "OPENAI_API_KEY."
         )
     if args.judge_concurrency is None:
         args.judge_concurrency = 64 if on_this_machine(args.judge_url) else 16
@@ -137,8 +143,11 @@ def check_arguments(args) -> None:
 
 def on_this_machine(url: str) -> bool:
     """Whether the server shares this machine: then it is the user's own, and counts no requests."""
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # the name of another machine, or no URL
+        return False
 
 
 # ---- who is compared with whom -----------------------------------------------------------------
@@ -185,7 +194,7 @@ def request_text(template: str, a: Answer, b: Answer) -> str:
 
 
 def verdict(reply: str) -> float | None:
-    """v(a, b) of a reply that ends in "Verdict: A", or is that one word; None where it is neither."""
+    """v(a, b) of a reply that ends in "Verdict: A", or is that one word. None: unreadable."""
     decision = reply.split("</think>")[-1]
     pattern = r"(?:(?i:verdict)\W+|\A\W*)(A|B|(?i:tie))\W*$"
     said = re.findall(pattern, decision, re.MULTILINE)
@@ -244,10 +253,11 @@ class Judge:
         keys = {request: self.key(request) for request in requests}
         new = {r: key for r, key in keys.items() if key not in self.verdicts}
         if len(new) > self.budget:
+            spent = f"{len(self.verdicts)} replies are paid for"
             raise Stop(
-                f"--judge_max_requests {self.args.judge_max_requests}: {len(self.verdicts)} replies "
-                f"are paid for, and the next rows take {len(new)} more. Raise it and run the same "
-                "command again: all replies are kept."
+                f"--judge_max_requests {self.args.judge_max_requests}: {spent}, and the next rows "
+                f"take {len(new)} more. Raise it and run the same command again: all replies are "
+                "kept."
             )
         self.budget -= len(new)
         try:
@@ -287,14 +297,15 @@ class Judge:
     async def ask_one(self, client, free: asyncio.Semaphore, request: str, key: str) -> None:
         async with free:
             try:
-                self.last_said = await self.reply(client, request)
+                reply = await self.reply(client, request)
             except self.openai.APIError as e:
                 if getattr(e, "status_code", None) in (401, 403, 404):
                     raise  # so it would be for all
                 self.last_said = str(e)
                 return
-        self.file.write(dump({"key": key, "reply": self.last_said}))
-        self.verdicts[key] = verdict(self.last_said)
+        self.last_said = reply
+        self.file.write(dump({"key": key, "reply": reply}))
+        self.verdicts[key] = verdict(reply)
 
     async def wait_for_turn(self, _) -> None:
         """Called before each request leaves, so that repeated ones count, too."""

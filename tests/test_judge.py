@@ -1,6 +1,4 @@
-"""The judge of score.py, against a server that answers over HTTP by a rule. test_iterate.py has the
-real vLLM.
-"""
+"""judge.py against a server that answers over HTTP by a rule. The real vLLM: test_iterate.py."""
 
 import json
 import math
@@ -18,9 +16,10 @@ from itertools import chain
 import pytest
 
 import records
-import score
 from bench.judge_ring import dealt_ring, ring_in_file_order, shares
 from conftest import ROOT
+from judge import arguments, check_arguments, comparisons, verdict
+from judge import main as judge_main
 from make_pairs import rank_pairs
 from stage import parse
 
@@ -64,29 +63,16 @@ class Handler(BaseHTTPRequestHandler):
         reply = server.reply(found[1], found[2])
         with server.lock:
             server.busy -= 1
-        if refused := [name for name in server.refuses if name in body]:
-            message = f"Unsupported parameter: '{refused[0]}' is not supported with this model."
-            status, answer = (
-                400,
-                {
-                    "error": {
-                        "message": message,
-                        "param": refused[0],
-                        "code": "unsupported_parameter",
-                    }
-                },
-            )
-        elif not isinstance(reply, str):
-            status, message = (
-                reply if isinstance(reply, tuple) else (reply, f"the server says {reply}")
-            )
+        refused = [name for name in server.refuses if name in body]
+        if refused:
+            status, answer = 400, refusal(refused[0])
+        elif isinstance(reply, str):
+            status, answer = 200, completion(reply, body["model"])
+        elif isinstance(reply, tuple):
+            status, message = reply
             answer = {"error": {"message": message}}
         else:
-            message = {"role": "assistant", "content": reply}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            status, answer = 200, {
-                "id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice],
-            }  # fmt: skip
+            status, answer = reply, {"error": {"message": f"the server says {reply}"}}
         data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -99,26 +85,48 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def completion(reply, model):
+    message = {"role": "assistant", "content": reply}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": [choice],
+    }
+
+
+def refusal(name):
+    message = f"Unsupported parameter: '{name}' is not supported with this model."
+    return {"error": {"message": message, "param": name, "code": "unsupported_parameter"}}
+
+
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
-    """judge(rows, reply, *flags) -> (scored rows, counts, server); reply may be the URL of a
-    running server.
+    """judge(rows, reply, *flags) -> (scored rows, counts, server).
+
+    reply may be the URL of a running server. others: the rows of a second file.
     """
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     (tmp_path / "prompt.txt").write_text(PROMPT)
     servers = []
 
-    def call(rows, reply, *flags, output="s.jsonl", prompt=True):
-        (tmp_path / "c.jsonl").write_text("".join(map(records.dump, rows)))
+    def call(rows, reply, *flags, output="s.jsonl", prompt=True, others=()):
+        candidates = [tmp_path / "c.jsonl"]
+        candidates[0].write_text("".join(map(records.dump, rows)))
+        if others:
+            candidates.append(tmp_path / "others.jsonl")
+            candidates[1].write_text("".join(map(records.dump, others)))
         url = reply
         if callable(reply):
             servers.append(Server(reply))
             url = servers[-1].url
-        argv = ["score.py", "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / output]
+        argv = ["judge.py", "--candidates", *candidates, "--output", tmp_path / output]
         argv += ["--judge_url", url, "--judge_model", "m", *flags]
         argv += ["--judge_prompt", tmp_path / "prompt.txt"] * prompt
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        score.main()
+        judge_main()
         scored = [json.loads(line) for line in open(tmp_path / output)]
         counts = json.loads((tmp_path / f"{output}.meta.json").read_text())["counts"]
         return scored, counts, servers[-1] if servers else None
@@ -131,24 +139,26 @@ def judge(tmp_path, monkeypatch):
 
 def rows(*answers):
     """One row for each list of texts."""
-    return [
-        {
+    found = []
+    for i, texts in enumerate(answers):
+        row = {
             "id": f"p{i}",
             "prompt": [{"role": "user", "content": f"request {i}"}],
             "prompt_token_ids": [1],
-            "candidates": [
-                {
-                    "text": t,
-                    "token_ids": [7, 2],
-                    "logprob": -1.0,
-                    "finish_reason": "stop",
-                    "model": "m",
-                }
-                for t in texts
-            ],
+            "candidates": [candidate(text) for text in texts],
         }
-        for i, texts in enumerate(answers)
-    ]
+        found.append(row)
+    return found
+
+
+def candidate(text):
+    return {
+        "text": text,
+        "token_ids": [7, 2],
+        "logprob": -1.0,
+        "finish_reason": "stop",
+        "model": "m",
+    }
 
 
 def longer(a, b):
@@ -202,8 +212,8 @@ def test_a_ring_of_four_opponents_beyond_five_candidates(judge):
 def test_the_ring_depends_on_the_row_alone_and_is_dealt_fairly():
     opponents = Counter()
     for k in range(2000):
-        pairs = score.comparisons(list(range(8)), f"p{k}")
-        elsewhere = score.comparisons(list(range(100, 108)), f"p{k}")  # in another part
+        pairs = comparisons(list(range(8)), f"p{k}")
+        elsewhere = comparisons(list(range(100, 108)), f"p{k}")  # in another part
         assert elsewhere == [(100 + i, 100 + j) for i, j in pairs]
         assert set(Counter(chain.from_iterable(pairs)).values()) == {4}
         opponents.update(frozenset(pair) for pair in pairs)
@@ -216,7 +226,7 @@ def test_the_ring_depends_on_the_row_alone_and_is_dealt_fairly():
 
 def test_pitfalls_42_two_sources_are_compared_with_each_other(judge):
     """Eight answers of each, the second 3 standard deviations better, a judge that never errs."""
-    # What many prompts would show, by simulation with the functions of score.py and make_pairs.py
+    # What many prompts would show, by simulation with the functions of judge.py and make_pairs.py
     expected = shares(sources=2, each=8, gap=3.0, meet=dealt_ring, prompts=1000)
     before = shares(sources=2, each=8, gap=3.0, meet=ring_in_file_order, prompts=1000)
     assert expected["against"] < 0.01 < 0.03 < before["against"]
@@ -247,19 +257,113 @@ def test_pitfalls_42_two_sources_are_compared_with_each_other(judge):
 @pytest.mark.parametrize(
     "url, expected",
     [
-        ("http://localhost:8000/v1", 64), ("http://127.0.0.1:1234/v1", 64), ("http://[::1]/v1", 64),
-        ("https://api.openai.com/v1", 16), ("http://10.0.0.7:8000/v1", 16),
-        ("https://localhost.example.com/v1", 16), ("http://[::1", 16), ("localhost:8000", 16),
+        ("http://localhost:8000/v1", 64),
+        ("http://127.0.0.1:1234/v1", 64),
+        ("http://[::1]/v1", 64),
+        ("https://api.openai.com/v1", 16),
+        ("http://10.0.0.7:8000/v1", 16),
+        ("https://localhost.example.com/v1", 16),
+        ("https://127.example.com/v1", 16),
+        ("http://[::1", 16),
+        ("localhost:8000", 16),
     ],
-)  # fmt: skip
+)
 def test_a_server_on_this_machine_is_asked_more_at_once(url, expected):
     argv = ["--candidates", "c", "--output", "s", "--judge_model", "m", "--judge_url", url]
-    args = parse(score.arguments(), argv)
-    score.resolve(args)
+    args = parse(arguments(), argv)
+    check_arguments(args)
     assert args.judge_concurrency == expected
-    args = parse(score.arguments(), [*argv, "--judge_concurrency", "5"])
-    score.resolve(args)
+    args = parse(arguments(), [*argv, "--judge_concurrency", "5"])
+    check_arguments(args)
     assert args.judge_concurrency == 5
+
+
+def test_flags_that_are_missing_or_contradict(judge, tmp_path):
+    """PITFALLS 25"""
+    data = rows(["a", "bb"])
+    with pytest.raises(SystemExit) as stopped:
+        parse(arguments(), ["--candidates", "c", "--output", "s", "--judge_url", "http://host/v1"])
+    assert stopped.value.code == 2  # without --judge_model
+    with pytest.raises(records.Stop, match="holds credentials"):
+        judge(data, "http://me:secret@host/v1")
+    for flag in ("max_tokens", "concurrency", "requests_per_minute", "max_requests"):
+        with pytest.raises(records.Stop, match=f"--judge_{flag} starts at 1"):
+            judge(data, "http://host/v1", f"--judge_{flag}", 0)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+# ---- beside other rewards ----------------------------------------------------------------------
+
+
+def scored_rows():
+    """One row that score.py has written, with rewards that rank it in the reverse order."""
+    (row,) = rows(["a", "bb", "ccc"])
+    for number, one in enumerate(row["candidates"]):
+        one["rewards"] = {"rm": -number / 4, "gold": 9.0}
+        one["reward"] = one["rewards"]["rm"]
+        one["ref_logprobs"] = {"ref": -2.0}
+    return [row]
+
+
+@pytest.mark.parametrize("weight", [1, 0.5, -2, 0])
+def test_the_win_rate_is_added_to_the_reward_of_a_scored_file(judge, weight):
+    """A weight of 0 watches: the number is written down and decides nothing."""
+    before = scored_rows()
+    (after,), _, _ = judge(before, longer, "--judge_weight", weight)
+    for old, new, rate in zip(
+        before[0]["candidates"], after["candidates"], (0, 0.5, 1), strict=True
+    ):
+        expected = old | {
+            "rewards": old["rewards"] | {"judge": rate},
+            "reward": old["reward"] + weight * rate,
+        }
+        assert new == expected
+
+
+def test_the_weight_counts_without_other_rewards_too(judge):
+    scored, _, _ = judge(rows(["a", "bb", "ccc"]), longer, "--judge_weight", 3)
+    assert [c["reward"] for c in scored[0]["candidates"]] == [0, 1.5, 3]
+    assert wins(scored) == [[0, 0.5, 1]]
+
+
+def test_another_weight_is_another_run(judge):
+    """PITFALLS 13: what changes the result is told apart, what does not is free to change."""
+    data = rows(["a", "bb"])
+    _, _, server = judge(data, longer)
+    with pytest.raises(records.Stop, match="--judge_weight: was 1.0, is 2.0"):
+        judge(data, server.url, "--judge_weight", 2)
+    judge(data, server.url, "--judge_concurrency", 3)  # already done
+    assert len(server.requests) == 2
+
+
+def test_files_are_merged_by_id(judge):
+    """PITFALLS 11: answers of two files meet, whatever the order of the rows."""
+    first = rows(["a", "bb"], ["x", "yy"], ["only here", "and here!"])
+    second = rows(["ccc"], ["zzz"])[::-1]
+    scored, counts, _ = judge(first, longer, others=second)
+    texts = [[c["text"] for c in row["candidates"]] for row in scored]
+    assert texts == [["a", "bb", "ccc"], ["x", "yy", "zzz"], ["only here", "and here!"]]
+    assert wins(scored) == [[0, 0.5, 1], [0, 0.5, 1], [0.5, 0.5]]
+    assert counts["ids"] == {"in": 3, "out": 2, "dropped": {"kept_though_in_some_files_only": 1}}
+    assert counts["candidates"]["in"] == 8
+
+    second[0]["prompt_token_ids"] = [2]
+    with pytest.raises(records.Stop, match='others.jsonl: id "p1": prompt_token_ids differs'):
+        judge(first, longer, others=second, output="t.jsonl")
+
+
+def test_reasoning_is_stripped_from_what_the_judge_sees(judge):
+    data = rows(["<think>at great length</think>\n\na", "bb"])
+    scored, _, server = judge(data, longer, "--strip_reasoning")
+    assert wins(scored) == [[0, 1]]
+    assert scored[0]["candidates"][0]["text"] == data[0]["candidates"][0]["text"]
+    for request in server.requests:
+        assert "at great length" not in request["body"]["messages"][0]["content"]
+    scored, _, _ = judge(data, longer, output="t.jsonl")
+    assert wins(scored) == [[1, 0]]
+
+
+# ---- a server in all its moods -----------------------------------------------------------------
 
 
 def test_a_judge_that_prefers_a_place_decides_nothing_and_is_reported(judge):
@@ -351,9 +455,10 @@ def test_requests_a_minute_are_those_of_all_ranks_and_of_all_attempts(tmp_path, 
     """1,200 a minute is one in 50 ms, or in 100 ms for each of two ranks; every first answer is a
     503.
     """
-    data = rows(
-        *[[f"a{i}", f"bb{i}", f"ccc{i}"] if i in (0, 64) else [] for i in range(65)]
-    )  # 64 rows a part
+    texts = [[] for _ in range(65)]  # 64 rows per part
+    for i in (0, 64):
+        texts[i] = [f"a{i}", f"bb{i}", f"ccc{i}"]
+    data = rows(*texts)
     (tmp_path / "c.jsonl").write_text("".join(map(records.dump, data)))
     seen = set()
 
@@ -363,10 +468,9 @@ def test_requests_a_minute_are_those_of_all_ranks_and_of_all_attempts(tmp_path, 
         return 503 if first else longer(a, b)
 
     server = Server(moody)
-    stage(
-        "score.py", "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--judge_url", server.url,
-        "--judge_model", "m", "--judge_requests_per_minute", 1200, nproc=ranks,
-    )  # fmt: skip
+    command = ["judge.py", "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl"]
+    command += ["--judge_url", server.url, "--judge_model", "m"]
+    stage(*command, "--judge_requests_per_minute", 1200, nproc=ranks)
     server.shutdown()
     counts = json.loads((tmp_path / "s.jsonl.meta.json").read_text())["counts"]
     assert counts["judge_replies"] == {"in": 12, "out": 12, "dropped": {}}
@@ -406,10 +510,8 @@ def test_a_request_that_is_too_long_is_no_refused_parameter(judge):
     """vLLM's words name max_tokens, too; it is the request that fails, and the next one asks as
     before.
     """
-    too_long = (
-        400,
-        "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's context is 128 tokens.",
-    )
+    message = "'max_tokens' or 'max_completion_tokens' is too large: 512. "
+    too_long = (400, message + "This model's context is 128 tokens.")
     _, counts, server = judge(
         rows(["a", "bb"], ["c", "dd"]), lambda a, b: too_long if "a" in (a, b) else longer(a, b)
     )
@@ -425,10 +527,10 @@ def test_a_stopped_run_does_not_wait_for_a_server_that_hangs(tmp_path):
     (tmp_path / "c.jsonl").write_text("".join(map(records.dump, data)))
     release = threading.Event()
     server = Server(lambda a, b: release.wait(60) and "B" if "hang" in (a, b) else longer(a, b))
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "score.py", "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
-         "--judge_url", server.url, "--judge_model", "m"], stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [sys.executable, ROOT / "judge.py"]
+    command += ["--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl"]
+    command += ["--judge_url", server.url, "--judge_model", "m"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     kept = tmp_path / "s.jsonl.judge.0.jsonl"
     while not kept.exists() or len(kept.read_text().splitlines()) < 4 or server.busy < 2:
         assert process.poll() is None
@@ -482,10 +584,19 @@ def test_no_server_at_all_and_a_prompt_without_its_parts(judge, tmp_path):
 @pytest.mark.parametrize(
     "reply, expected",
     [
-        ("Verdict: A", 1), ("verdict: **B**.", 0), ("A is dull.\n\nVerdict: TIE", 0.5), ("B", 0), (" tie\n", 0.5),
-        ("Verdict: A\nNo, wait.\nVerdict: B", 0), ("<think>Verdict: A</think>\nB", 0), ("Verdict:\nA", 1),
-        ("A tie, I would say", None), ("The verdict: a close call", None), ("", None), ("Answer A is better", None),
+        ("Verdict: A", 1),
+        ("verdict: **B**.", 0),
+        ("A is dull.\n\nVerdict: TIE", 0.5),
+        ("B", 0),
+        (" tie\n", 0.5),
+        ("Verdict: A\nNo, wait.\nVerdict: B", 0),
+        ("<think>Verdict: A</think>\nB", 0),
+        ("Verdict:\nA", 1),
+        ("A tie, I would say", None),
+        ("The verdict: a close call", None),
+        ("", None),
+        ("Answer A is better", None),
     ],
-)  # fmt: skip
+)
 def test_verdicts(reply, expected):
-    assert score.verdict(reply) == expected
+    assert verdict(reply) == expected

@@ -179,11 +179,11 @@ def test_no_such_model_offline_is_one_clear_line(hub, tmp_path, name, run):
 
 def test_two_models_of_one_owner_are_told_apart_by_their_own_names():
     several = [f"{REWARD}@v1", f"{POLICY}@0a1b"]
-    assert score.named(several, score.last_name) == {
+    assert score.name_models(several, only="rm") == {
         "reward": f"{REWARD}@v1",
         "policy": f"{POLICY}@0a1b",
     }
-    assert score.named([f"init={POLICY}@v1"], score.last_name) == {"init": f"{POLICY}@v1"}
+    assert score.name_models([f"init={POLICY}@v1"], only="ref") == {"init": f"{POLICY}@v1"}
 
 
 def test_another_commit_under_the_same_name_stops_a_stage(hub, tmp_path, run, capsys):
@@ -219,7 +219,7 @@ def test_vllm_is_told_the_commit_and_to_run_no_code(hub, tmp_path, monkeypatch):
         "4",
     ]
     monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
-    args = generate.read_arguments()
+    args = generate.arguments()
     settings = generate.vllm_settings(args, generate.Policy(args))
     assert (settings["model"], settings["revision"], settings["trust_remote_code"]) == (
         POLICY,
@@ -245,7 +245,7 @@ def test_vllm_gets_the_name_and_the_commit_apart(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(
         vllm.LLMEngine, "from_engine_args", lambda given, usage_context: started.append(given)
     )
-    args = generate.read_arguments()
+    args = generate.arguments()
     generate.vllm_engine(args, generate.Policy(args))
     assert (started[0]["model"], started[0]["revision"]) == (POLICY, commit)
 

@@ -75,10 +75,15 @@ def meta(path):
 
 @pytest.fixture
 def run(monkeypatch):
-    """run("--candidates", …): the stage, in this process; a failing one raises records.Stop."""
+    """run(candidates, output, …): the stage, in this process; a failing one raises records.Stop.
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["score.py", *map(str, arguments)])
+    candidates: a path, or a list of paths.
+    """
+
+    def call(candidates, output, *arguments):
+        paths = candidates if isinstance(candidates, list) else [candidates]
+        argv = ["score.py", "--candidates", *paths, "--output", output, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
         score.main()
 
     return call
@@ -119,16 +124,15 @@ def definition(path, row, candidate):
         return model(ids).logits[0, 0].item()
 
 
-def loaded(path, kind=score.RewardModel, *flags):
-    args = score.arguments().parse_args(
-        ["--candidates", "c", "--output", "o", "--reward_model", str(path), *flags]
-    )
+def loaded(path, load=score.load_reward_model):
+    argv = ["--candidates", "c", "--output", "o", "--reward_model", str(path)]
+    args = score.arguments().parse_args(argv)
     score.resolve(args)
-    return score.load(str(path), kind, {}, args, "cpu")
+    return load(str(path), args, "cpu")
 
 
 def answers_of(rows):
-    return [score.Answer(r, i, c, c["text"]) for r in rows for i, c in enumerate(r["candidates"])]
+    return records.answers_of(rows, strip_reasoning=False)
 
 
 # ---- one score, whatever stands beside it ------------------------------------------------------
@@ -151,9 +155,13 @@ def test_score_is_the_same_alone_batched_and_shuffled(tmp_path, run, arch, pad):
         ("d", "shuffled", 300),
     ):
         run(
-            "--candidates", tmp_path / f"{source}.jsonl", "--output", tmp_path / f"{name}.jsonl",
-            "--reward_model", tmp_path / "rm", "--tokens_per_batch", budget,
-        )  # fmt: skip
+            tmp_path / f"{source}.jsonl",
+            tmp_path / f"{name}.jsonl",
+            "--reward_model",
+            tmp_path / "rm",
+            "--tokens_per_batch",
+            budget,
+        )
     scores = [
         {
             (r["id"], i): c["rewards"]["rm"]
@@ -177,13 +185,12 @@ def test_padding_side_changes_nothing(folder):
     """Law 9, PITFALLS 8: transformers' own left- and right-padded batches give our scores."""
     m = loaded(folder / "rm")
     answers = answers_of(rows(3))
-    ours = m(answers)
+    ours = m.score(answers)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder / "rm").eval()
     for side in ("left", "right"):
         m.tokenizer.padding_side = side
-        batch = m.tokenizer.pad(
-            {"input_ids": [m.sequence(a)[0] for a in answers]}, return_tensors="pt"
-        )
+        ids = [list(m.sequence(a).ids) for a in answers]
+        batch = m.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         assert (batch["attention_mask"][:, 0 if side == "left" else -1] == 0).any()
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
@@ -192,17 +199,18 @@ def test_padding_side_changes_nothing(folder):
             )
 
 
-@pytest.mark.parametrize("kind", [score.RewardModel, score.Reference])
+@pytest.mark.parametrize("load", [score.load_reward_model, score.load_reference])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
-def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, kind):
+def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, load):
     """Law 9 and PITFALLS 19: beginnings that are shared, or all of a sequence; one that only looks
     shared is another row's. What packing cannot express (Gemma 2) runs one by one. Every value is
     that of the sequence alone.
     """
-    (small_models.reward_model if kind is score.RewardModel else small_models.causal_lm)(
-        tmp_path / "m", arch
-    )
-    m = loaded(tmp_path / "m", kind)
+    if load is score.load_reward_model:
+        small_models.reward_model(tmp_path / "m", arch)
+    else:
+        small_models.causal_lm(tmp_path / "m", arch)
+    m = loaded(tmp_path / "m", load)
     data = rows(6, candidates=5)
     for c in data[2]["candidates"][1:3]:  # the same answer three times
         c |= {k: data[2]["candidates"][0][k] for k in ("text", "token_ids")}
@@ -214,33 +222,28 @@ def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, kind):
     data[4]["candidates"] = data[4]["candidates"][:1]
     data[5] |= {k: data[4][k] for k in ("prompt", "prompt_token_ids")}
     answers = answers_of(data)
-    alone = [m.alone(*m.sequence(a)) for a in answers]
+    alone = [m.alone(m.sequence(a)) for a in answers]
     seen = []
     m.network.base_model.register_forward_pre_hook(
         lambda _, a, k: seen.append((a[0] if a else k["input_ids"]).numel()), with_kwargs=True
     )
-    assert m(answers) == pytest.approx(alone, rel=1e-6, abs=1e-5)
-    every = sum(len(ids) for _, ids in {(a.row["id"], tuple(m.sequence(a)[0])) for a in answers})
+    assert m.score(answers) == pytest.approx(alone, rel=1e-6, abs=1e-5)
+    different = {m.sequence(a) for a in answers}
+    every = sum(len(sequence.ids) for sequence in different)
     assert m.packs == (arch != "gemma2") and (
         sum(seen) < 0.8 * every if m.packs else sum(seen) == every
     )
-    m.budget = 150
-    assert m(answers) == pytest.approx(alone, rel=1e-6, abs=1e-5)
+    m.tokens_per_batch = 150
+    assert m.score(answers) == pytest.approx(alone, rel=1e-6, abs=1e-5)
 
 
 def test_two_ranks_write_the_file_of_one(tmp_path, run, stage, folder):
     """Law 9, PITFALLS 12: same bytes, rows in = rows out."""
     write(tmp_path / "c.jsonl", rows(140, candidates=2))
-    common = (
-        "--candidates",
-        tmp_path / "c.jsonl",
-        "--reward_model",
-        folder / "rm",
-        "--ref_model",
-        folder / "ref",
-    )
-    run(*common, "--output", tmp_path / "one.jsonl")
-    stage("score.py", *common, "--output", tmp_path / "two.jsonl", nproc=2)
+    candidates, two = tmp_path / "c.jsonl", tmp_path / "two.jsonl"
+    models = ["--reward_model", folder / "rm", "--ref_model", folder / "ref"]
+    run(candidates, tmp_path / "one.jsonl", *models)
+    stage("score.py", "--candidates", candidates, "--output", two, *models, nproc=2)
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
     assert meta(tmp_path / "two.jsonl")["counts"] == {
         "rows": {"in": 140, "out": 140, "dropped": {}},
@@ -254,7 +257,7 @@ def test_memory_that_does_not_suffice_halves_the_batch(folder, capsys):
     batches small.
     """
     answers, m = answers_of(rows(8)), loaded(folder / "rm")
-    expected = m(answers)
+    expected = m.score(answers)
     sizes = []
 
     def full(module, args, kwargs):
@@ -263,7 +266,7 @@ def test_memory_that_does_not_suffice_halves_the_batch(folder, capsys):
             raise torch.OutOfMemoryError("out of memory")
 
     hook = m.network.base_model.register_forward_pre_hook(full, with_kwargs=True)
-    assert m(answers) == pytest.approx(expected, abs=1e-5)
+    assert m.score(answers) == pytest.approx(expected, abs=1e-5)
     assert 0 < sum(size > 150 for size in sizes) < 6
     assert "out of memory" in capsys.readouterr().err
     hook.remove()
@@ -271,7 +274,7 @@ def test_memory_that_does_not_suffice_halves_the_batch(folder, capsys):
         lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("oom"))
     )
     with pytest.raises(records.Stop, match="--max_length"):
-        m(answers)
+        m.score(answers)
 
 
 def test_a_model_for_which_packing_is_wrong_is_scored_one_by_one(folder, tmp_path, capsys):
@@ -279,34 +282,39 @@ def test_a_model_for_which_packing_is_wrong_is_scored_one_by_one(folder, tmp_pat
     nothing is lost.
     """
     answers, m = answers_of(rows(4)), loaded(folder / "rm")
-    expected = m(answers)
+    expected = m.score(answers)
     m = loaded(folder / "rm")
     m.network.base_model.register_forward_pre_hook(
         lambda _, a, k: (a, {**k, "position_ids": None}), with_kwargs=True
     )
-    assert m(answers) == pytest.approx(expected, abs=1e-5)
+    assert m.score(answers) == pytest.approx(expected, abs=1e-5)
     assert not m.packs and "one by one" in capsys.readouterr().err
 
     config = BertConfig(
-        vocab_size=small_models.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        num_labels=1, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=small_models.VOCAB,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=1,
+        initializer_range=0.5,
+    )
     small_models.tokenizer(tmp_path / "bert", "bos")
     torch.manual_seed(0)
     bert = AutoModelForSequenceClassification.from_config(config).eval()
     bert.save_pretrained(tmp_path / "bert")
     m = loaded(tmp_path / "bert")
     with torch.no_grad():
-        expected = [bert(torch.tensor([m.sequence(a)[0]])).logits.item() for a in answers]
-    assert m(answers) == pytest.approx(expected, abs=1e-5)
+        expected = [bert(torch.tensor([m.sequence(a).ids])).logits.item() for a in answers]
+    assert m.score(answers) == pytest.approx(expected, abs=1e-5)
 
 
 def test_llama4s_text_model_is_a_reference(tmp_path):
     """Its base_model is the whole model, head included."""
     small_models.causal_lm(tmp_path / "ref", "llama4_text", **small_models.LLAMA4)
-    answers, m = answers_of(rows(3)), loaded(tmp_path / "ref", score.Reference)
-    alone = [m.alone(*m.sequence(a)) for a in answers]
-    assert m(answers) == pytest.approx(alone, abs=1e-4)
+    answers, m = answers_of(rows(3)), loaded(tmp_path / "ref", score.load_reference)
+    alone = [m.alone(m.sequence(a)) for a in answers]
+    assert m.score(answers) == pytest.approx(alone, abs=1e-4)
 
 
 # ---- what the reward model sees ----------------------------------------------------------------
@@ -318,8 +326,8 @@ def test_one_bos_and_the_reward_models_own_template(folder, text):
     m = loaded(folder / "rm")
     bos = m.tokenizer.bos_token_id
     for row in rows(3, text=text):
-        a = score.Answer(row, 1, row["candidates"][1], row["candidates"][1]["text"])
-        ids, _ = m.sequence(a)
+        a = records.Answer(row, 1, row["candidates"][1], row["candidates"][1]["text"])
+        ids = m.sequence(a).ids
         assert ids[0] == bos and ids.count(bos) == 1
         seen = m.tokenizer.decode(ids)
         assert seen.endswith(a.text if text else a.text + "<|eot|>")
@@ -328,24 +336,17 @@ def test_one_bos_and_the_reward_models_own_template(folder, text):
             row["prompt"] = (
                 "<|bos|>" + row["prompt"]
             )  # a text that was rendered elsewhere brings its own
-            assert m.sequence(a)[0] == ids
+            assert m.sequence(a).ids == ids
 
 
 def test_what_is_too_long_is_dropped_and_never_cut(tmp_path, run, folder):
-    """PITFALLS 7, 12: the answer goes under a name, the row stays, the others' scores do not move."""
+    """PITFALLS 7, 12: the answer goes under a name, the row stays, no other score moves."""
     data = rows(6)
     data[2]["candidates"][1]["text"] = "plum " * 300  # the model reads 256 tokens
     for c in data[4]["candidates"]:
         c["text"] = "fig " * 300
     write(tmp_path / "c.jsonl", data)
-    run(
-        "--candidates",
-        tmp_path / "c.jsonl",
-        "--output",
-        tmp_path / "s.jsonl",
-        "--reward_model",
-        folder / "rm",
-    )
+    run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", "--reward_model", folder / "rm")
     out = read(tmp_path / "s.jsonl")
     assert [len(r["candidates"]) for r in out] == [4, 4, 3, 4, 0, 4]
     assert [c["text"] for c in out[2]["candidates"]] == [
@@ -359,9 +360,13 @@ def test_what_is_too_long_is_dropped_and_never_cut(tmp_path, run, folder):
     }
     assert counts["rows"] == {"in": 6, "out": 6, "dropped": {}}
     run(
-        "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "none.jsonl", "--max_length", 3,
-        "--reward_model", folder / "rm",
-    )  # fmt: skip
+        tmp_path / "c.jsonl",
+        tmp_path / "none.jsonl",
+        "--max_length",
+        3,
+        "--reward_model",
+        folder / "rm",
+    )
     assert meta(tmp_path / "none.jsonl")["counts"]["candidates"]["out"] == 0
 
 
@@ -379,15 +384,7 @@ def test_reasoning_is_stripped_from_what_is_shown_only(tmp_path, run, folder):
         ("on", ["--strip_reasoning"], [4, 4, 4]),
     ):
         out = tmp_path / f"{name}.jsonl"
-        run(
-            "--candidates",
-            tmp_path / "c.jsonl",
-            "--output",
-            out,
-            "--reward_fn",
-            folder / "f.py:length",
-            *flags,
-        )
+        run(tmp_path / "c.jsonl", out, "--reward_fn", folder / "f.py:length", *flags)
         scored = read(out)[0]["candidates"]
         assert [c["reward"] for c in scored] == expected
         assert [c["text"] for c in scored] == [c["text"] for c in data[0]["candidates"]]
@@ -404,15 +401,7 @@ def test_template_arguments_reach_the_template(tmp_path, run, folder):
     scores = []
     for name, flags in (("a", []), ("b", ["--chat_template_kwargs", "strict=true"])):
         out = tmp_path / f"{name}.jsonl"
-        run(
-            "--candidates",
-            tmp_path / "c.jsonl",
-            "--output",
-            out,
-            "--reward_model",
-            tmp_path / "rm",
-            *flags,
-        )
+        run(tmp_path / "c.jsonl", out, "--reward_model", tmp_path / "rm", *flags)
         scores.append([c["reward"] for row in read(out) for c in row["candidates"]])
     assert all(abs(x - y) > 1e-4 for x, y in zip(*scores, strict=True))
     refused(
@@ -434,10 +423,20 @@ def test_weights_penalty_and_everything_else_untouched(tmp_path, run, folder):
     data = rows(5)
     write(tmp_path / "c.jsonl", data)
     run(
-        "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
-        "--reward_model", folder / "rm", "--reward_fn", folder / "f.py:length", f"v={folder / 'f.py'}:vowels",
-        "--reward_weights", 0, 0.5, -2, "--missing_eos_penalty", 3,
-    )  # fmt: skip
+        tmp_path / "c.jsonl",
+        tmp_path / "s.jsonl",
+        "--reward_model",
+        folder / "rm",
+        "--reward_fn",
+        folder / "f.py:length",
+        f"v={folder / 'f.py'}:vowels",
+        "--reward_weights",
+        0,
+        0.5,
+        -2,
+        "--missing_eos_penalty",
+        3,
+    )
     out = read(tmp_path / "s.jsonl")
     for before, after in zip(data, out, strict=True):
         for c, d in zip(before["candidates"], after["candidates"], strict=True):
@@ -482,16 +481,14 @@ def test_names_and_a_second_scoring(tmp_path, run, folder):
     """Several models are called by their folders; scoring a scored file adds to its rewards."""
     small_models.reward_model(tmp_path / "other", seed=1)
     write(tmp_path / "c.jsonl", rows(2))
-    run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
-        "--reward_model", folder / "rm", tmp_path / "other")  # fmt: skip
     run(
-        "--candidates",
+        tmp_path / "c.jsonl",
         tmp_path / "s.jsonl",
-        "--output",
-        tmp_path / "t.jsonl",
-        "--reward_fn",
-        folder / "f.py:length",
+        "--reward_model",
+        folder / "rm",
+        tmp_path / "other",
     )
+    run(tmp_path / "s.jsonl", tmp_path / "t.jsonl", "--reward_fn", folder / "f.py:length")
     for once, twice in zip(read(tmp_path / "s.jsonl"), read(tmp_path / "t.jsonl"), strict=True):
         for c, d in zip(once["candidates"], twice["candidates"], strict=True):
             assert list(c["rewards"]) == ["rm", "other"] and c["reward"] == pytest.approx(
@@ -510,9 +507,15 @@ def test_reference_logprobs_against_a_hand_written_loop(tmp_path, run, arch, fol
     data[1]["candidates"][2]["token_ids"] = []  # wrote nothing: probability 1
     write(tmp_path / "c.jsonl", data)
     run(
-        "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--reward_fn", folder / "f.py:length",
-        "--ref_model", f"init={tmp_path / 'ref'}", "--tokens_per_batch", 100,
-    )  # fmt: skip
+        tmp_path / "c.jsonl",
+        tmp_path / "s.jsonl",
+        "--reward_fn",
+        folder / "f.py:length",
+        "--ref_model",
+        f"init={tmp_path / 'ref'}",
+        "--tokens_per_batch",
+        100,
+    )
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "ref", attn_implementation="eager"
     ).eval()
@@ -525,6 +528,28 @@ def test_reference_logprobs_against_a_hand_written_loop(tmp_path, run, arch, fol
                 expected += logits.log_softmax(-1)[token].item()
                 ids.append(token)
             assert c["ref_logprobs"] == pytest.approx({"init": expected}, rel=1e-5, abs=1e-5)
+
+
+def test_a_reference_needs_no_reward(tmp_path, run, folder):
+    """Where a judge alone gives rewards: "rewards" is empty, and rewards of the input are kept."""
+    write(tmp_path / "c.jsonl", rows(3))
+    candidates, both = tmp_path / "c.jsonl", tmp_path / "both.jsonl"
+    reference = ["--ref_model", folder / "ref"]
+    run(candidates, both, *reference, "--reward_fn", folder / "f.py:length")
+    run(candidates, tmp_path / "alone.jsonl", *reference)
+    run(candidates, tmp_path / "less.jsonl", *reference, "--missing_eos_penalty", 2)
+    run(both, tmp_path / "again.jsonl", "--ref_model", f"other={folder / 'ref'}")
+
+    names = ("both", "alone", "less", "again")
+    files = [read(tmp_path / f"{name}.jsonl") for name in names]
+    for four in zip(*files, strict=True):
+        for both, alone, less, again in zip(*(row["candidates"] for row in four), strict=True):
+            assert alone["rewards"] == {} and alone["reward"] == 0.0
+            assert isinstance(alone["reward"], float)
+            assert alone["ref_logprobs"] == both["ref_logprobs"]
+            assert less["reward"] == (-2 if less["finish_reason"] == "length" else 0)
+            assert again["rewards"] == both["rewards"] and again["reward"] == both["reward"]
+            assert again["ref_logprobs"].keys() == {"ref", "other"}
 
 
 # ---- several files -----------------------------------------------------------------------------
@@ -540,8 +565,7 @@ def test_files_are_merged_by_id(tmp_path, run, folder):
     write(tmp_path / "a.jsonl", first)
     write(tmp_path / "b.jsonl", second)
     out = tmp_path / "s.jsonl"
-    run("--candidates", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--output", out,
-        "--reward_fn", folder / "f.py:length")  # fmt: skip
+    run([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], out, "--reward_fn", folder / "f.py:length")
     merged = read(out)
     assert [r["id"] for r in merged] == [f"p{i}" for i in range(9)]
     by_id = {r["id"]: r for r in second}
@@ -557,15 +581,19 @@ def test_files_are_merged_by_id(tmp_path, run, folder):
     second[3]["prompt_token_ids"] = [1]
     write(tmp_path / "b.jsonl", second)
     with pytest.raises(records.Stop, match=rf'b.jsonl: id "{second[3]["id"]}": prompt_token_ids'):
-        run("--candidates", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--output", tmp_path / "t.jsonl",
-            "--reward_fn", folder / "f.py:length")  # fmt: skip
+        run(
+            [tmp_path / "a.jsonl", tmp_path / "b.jsonl"],
+            tmp_path / "t.jsonl",
+            "--reward_fn",
+            folder / "f.py:length",
+        )
 
 
 # ---- interruption and size ---------------------------------------------------------------------
 
 
 def test_killed_and_started_again(tmp_path, run):
-    """Law 7: after kill -9 the same command does the missing parts only and writes the same bytes."""
+    """Law 7: after kill -9 the same command does the missing parts only; same bytes."""
     (tmp_path / "slow.py").write_text(
         "import os, time\n"
         "def slow(prompt, response, meta):\n"
@@ -577,21 +605,18 @@ def test_killed_and_started_again(tmp_path, run):
     for i, row in enumerate(data):
         row["candidates"][0]["text"] = f"{i} plum"
     write(tmp_path / "c.jsonl", data)
-    arguments = [
-        "--candidates",
-        tmp_path / "c.jsonl",
-        "--reward_fn",
-        tmp_path / "slow.py:slow",
-        "--output",
-    ]
-    run(*arguments, tmp_path / "undisturbed.jsonl")
+    candidates, slow = tmp_path / "c.jsonl", f"{tmp_path / 'slow.py'}:slow"
+    run(candidates, tmp_path / "undisturbed.jsonl", "--reward_fn", slow)
     (tmp_path / "calls").unlink()
 
     out = tmp_path / "s.jsonl"
+    command = [sys.executable, ROOT / "score.py", "--candidates", candidates, "--output", out]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "score.py", *map(str, arguments), str(out)],
-        env={**os.environ, "SLOW": "0.01"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [*map(str, command), "--reward_fn", slow],
+        env={**os.environ, "SLOW": "0.01"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 60
     while not (tmp_path / "s.jsonl.parts/000001.jsonl").exists():
         assert process.poll() is None and time.time() < deadline
@@ -599,10 +624,12 @@ def test_killed_and_started_again(tmp_path, run):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    finished = [json.loads(line)["candidates"][0]["text"] for p in sorted((tmp_path / "s.jsonl.parts").glob("0*.jsonl"))
-                for line in p.read_text().splitlines()[1:]]  # fmt: skip
+    finished = []
+    for part in sorted((tmp_path / "s.jsonl.parts").glob("0*.jsonl")):
+        for line in part.read_text().splitlines()[1:]:
+            finished.append(json.loads(line)["candidates"][0]["text"])
     (tmp_path / "calls").unlink()
-    run(*arguments, out)
+    run(candidates, out, "--reward_fn", slow)
     assert out.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
     again = (tmp_path / "calls").read_text().splitlines()
     assert (
@@ -611,7 +638,7 @@ def test_killed_and_started_again(tmp_path, run):
         and len(finished) + len(again) == 200
     )
     written = out.stat().st_mtime_ns
-    run(*arguments, out)
+    run(candidates, out, "--reward_fn", slow)
     assert out.stat().st_mtime_ns == written  # already done
 
 
@@ -627,14 +654,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, run, folder, files):
             row["candidates"][0]["text"] = "plum " * 500
         paths = [write(tmp_path / f"{n}_{k}.jsonl", data) for k in range(files)]
         tracemalloc.start()
-        run(
-            "--candidates",
-            *paths,
-            "--output",
-            tmp_path / f"s{n}.jsonl",
-            "--reward_fn",
-            folder / "f.py:length",
-        )
+        run([*paths], tmp_path / f"s{n}.jsonl", "--reward_fn", folder / "f.py:length")
         peaks[n] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert (peaks[2000] - peaks[200]) / 1800 < 400 * files
@@ -646,7 +666,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, run, folder, files):
 def refused(run, tmp_path, match, *arguments, data=None):
     write(tmp_path / "c.jsonl", data or rows(2))
     with pytest.raises(records.Stop, match=match):
-        run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", *arguments)
+        run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", *arguments)
     assert not (tmp_path / "s.jsonl").exists()
 
 
@@ -672,8 +692,12 @@ def test_a_reward_function_that_raises_shows_its_traceback_and_the_answer(
 ):
     write(tmp_path / "c.jsonl", rows(2))
     with pytest.raises(error) as raised:
-        run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
-            "--reward_fn", f"{folder / 'f.py'}:{function}")  # fmt: skip
+        run(
+            tmp_path / "c.jsonl",
+            tmp_path / "s.jsonl",
+            "--reward_fn",
+            f"{folder / 'f.py'}:{function}",
+        )
     assert 'row id "p0", candidate 0' in raised.value.__notes__[0]
 
 
@@ -682,8 +706,7 @@ def test_reward_function_files_that_fail(tmp_path, run):
     refused(run, tmp_path, "no such file", "--reward_fn", "length")
     (tmp_path / "bad.py").write_text("import no_such_module\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl",
-            "--reward_fn", tmp_path / "bad.py:f")  # fmt: skip
+        run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", "--reward_fn", tmp_path / "bad.py:f")
 
 
 def test_an_infinite_score_of_a_model_stops_the_run(tmp_path, run):
@@ -747,16 +770,19 @@ def test_models_that_are_no_reward_models(tmp_path, run, folder):
     "arguments, match",
     [
         ([], "nothing to score with"),
-        (["--ref_model", "ref"], "nothing to score with"),
+        (
+            ["--ref_model", "ref", "--chat_template_kwargs", "a=1"],
+            "--chat_template_kwargs has no effect",
+        ),
+        (
+            ["--ref_model", "ref", "--reward_weights", "1"],
+            "--reward_weights has no effect without --reward_model or --reward_fn",
+        ),
         (["--reward_fn", "f.py:length", "--max_length", "5"], "--max_length has no effect"),
         (["--reward_fn", "f.py:length", "--dtype", "fp32"], "--dtype has no effect"),
         (
             ["--reward_fn", "f.py:length", "--chat_template_kwargs", "a=1"],
             "--chat_template_kwargs has no effect",
-        ),
-        (
-            ["--reward_fn", "f.py:length", "--judge_concurrency", "4"],
-            "--judge_concurrency has no effect",
         ),
         (["--reward_model", "rm", "--tokens_per_batch", "0"], "--tokens_per_batch starts at 1"),
         (["--reward_fn", "f.py:length", "f.py:length"], "both called length"),
@@ -767,11 +793,6 @@ def test_models_that_are_no_reward_models(tmp_path, run, folder):
             ["--reward_fn", "f.py:length", "--reward_weights", "1", "2"],
             "--reward_weights 1 2: .* length",
         ),
-        (
-            ["--reward_fn", "f.py:length", "--judge_url", "http://localhost:1/v1"],
-            "needs --judge_model",
-        ),
-        (["--judge_url", "http://me:secret@host/v1", "--judge_model", "m"], "holds credentials"),
     ],
 )  # PITFALLS 25
 def test_flags_that_contradict_or_have_no_effect(
@@ -789,18 +810,30 @@ def test_bad_input_names_file_and_line(tmp_path, run, folder):
     ):
         (tmp_path / "c.jsonl").write_text(line)
         with pytest.raises(records.Stop, match=match):
-            run("--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl", "--overwrite",
-                "--reward_fn", folder / "f.py:length")  # fmt: skip
+            run(
+                tmp_path / "c.jsonl",
+                tmp_path / "s.jsonl",
+                "--overwrite",
+                "--reward_fn",
+                folder / "f.py:length",
+            )
     data = rows(2)
     del data[1]["candidates"][2]["finish_reason"]
-    refused(run, tmp_path, r'c.jsonl:2: candidates\[2\]: key "finish_reason"', "--reward_fn",
-            folder / "f.py:length", "--overwrite", data=data)  # fmt: skip
+    refused(
+        run,
+        tmp_path,
+        r'c.jsonl:2: candidates\[2\]: key "finish_reason"',
+        "--reward_fn",
+        folder / "f.py:length",
+        "--overwrite",
+        data=data,
+    )
 
 
 def test_another_name_weight_or_function_is_another_run(tmp_path, run, folder):
     """PITFALLS 13: what changes the result is told apart, what does not is free to change."""
     write(tmp_path / "c.jsonl", rows(2))
-    common = ["--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl"]
+    common = [tmp_path / "c.jsonl", tmp_path / "s.jsonl"]
     run(*common, "--reward_model", folder / "rm")
     for arguments, match in (
         (["--reward_model", f"a={folder / 'rm'}"], "--rewards"),
@@ -815,19 +848,12 @@ def test_another_name_weight_or_function_is_another_run(tmp_path, run, folder):
 
 
 def test_the_same_answer_twice_is_an_exact_tie(tmp_path, run, folder):
-    """Packed beside others its score would differ in the last bit, and rounding would rank the two."""
+    """Packed beside others its score may differ in the last bit: rounding would rank the two."""
     data = rows(4)
     for row in data:
         row["candidates"] = [dict(c) for c in row["candidates"] for _ in range(2)]
     write(tmp_path / "c.jsonl", data)
-    run(
-        "--candidates",
-        tmp_path / "c.jsonl",
-        "--output",
-        tmp_path / "s.jsonl",
-        "--reward_model",
-        folder / "rm",
-    )
+    run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", "--reward_model", folder / "rm")
     for row in read(tmp_path / "s.jsonl"):
         scores = [c["reward"] for c in row["candidates"]]
         assert scores[0::2] == scores[1::2]
