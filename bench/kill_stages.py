@@ -2,10 +2,10 @@
 undisturbed runs.
 
     OMP_NUM_THREADS=1 python -m bench.kill_stages --save bench/results/kill_stages.txt
-    OMP_NUM_THREADS=1 python -m bench.kill_stages --vllm --kills 4          the same of generate.py's vLLM backend
+    OMP_NUM_THREADS=1 python -m bench.kill_stages --vllm --kills 4     generate.py's vLLM backend
 
 Small random models on the CPU. Every stage runs as a user runs it, under torchrun where there are
-two ranks. It and all that it started are killed at once, and the same command goes on. One kill in
+two ranks. It and all that it started are killed at once, and the same command resumes. One kill in
 four falls anywhere in a start; the others when one to three more parts are there, and up to a
 part's time later, which is the joining of all where none is left. An output that is whole before
 the kills are used up is compared, removed and begun anew.
@@ -144,9 +144,8 @@ def disturb(stage: str, ranks: int, folder: Path, kills: int, rng: random.Random
     """
     name, log = stage.split()[0], folder / "log"
     quiet, output = folder / f"{name}.jsonl", folder / f"{name}_disturbed_{ranks}.jsonl"
-    if (
-        not quiet.exists()
-    ):  # by one rank: two ranks must write the same, and score.py reads generate.py's
+    if not quiet.exists():
+        # by one rank: two ranks must write the same, and score.py reads what generate.py wrote
         assert start(command(stage, folder, quiet, 1), log).wait() == 0, log.read_text()
 
     # How long a start and a part take, measured on a run of this many ranks.
@@ -158,7 +157,8 @@ def disturb(stage: str, ranks: int, folder: Path, kills: int, rng: random.Random
     assert process.wait() == 0, log.read_text()
     part = (time.time() - began - starting) / max(1, PARTS - first)
     say(
-        f"{stage}, ranks: {ranks}. Undisturbed: {starting:.1f} s until the first part, {part:.2f} s for each other"
+        f"{stage}, ranks: {ranks}. Undisturbed: {starting:.1f} s until the first part, "
+        f"{part:.2f} s for each other"
     )
 
     done = outputs = 0
@@ -171,21 +171,20 @@ def disturb(stage: str, ranks: int, folder: Path, kills: int, rng: random.Random
                 lines = [path.read_bytes().splitlines() for path in (output, quiet)]
                 same = sum(a == b for a, b in zip(*lines, strict=True))
                 say(
-                    f"  whole: every id once, {SAMPLES} samples each; {same} of {len(lines[0])} rows the same bytes"
+                    f"  whole: every id once, {SAMPLES} samples each; "
+                    f"{same} of {len(lines[0])} rows the same bytes"
                 )
             else:
                 assert output.read_bytes() == quiet.read_bytes()
-                say(
-                    f"  whole: {output.stat().st_size:,} bytes, those of the undisturbed run of one rank"
-                )
+                size = output.stat().st_size
+                say(f"  whole: {size:,} bytes, those of the undisturbed run of one rank")
             if done == kills:
                 return say(f"  {kills} kills, {outputs} whole outputs")
             remove(output)
             remove(output.with_name(output.name + ".meta.json"))
         process, began = start(command(stage, folder, output, ranks), log), time.time()
-        if (
-            done == kills or finished(output) == PARTS
-        ):  # or most kills would fall on a start with nothing to do
+        if done == kills or finished(output) == PARTS:
+            # where no part is left, most kills would fall on a start with nothing to do
             process.wait()
         elif more := rng.randrange(4):
             enough = min(PARTS, finished(output) + more)
@@ -227,9 +226,8 @@ def main():
     versions = " ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")
     )
-    say(
-        f"{PARTS} parts of 64 prompts, {SAMPLES} samples each; python {sys.version.split()[0]} {versions}, CPU"
-    )
+    python = sys.version.split()[0]
+    say(f"{PARTS} parts of 64 prompts, {SAMPLES} samples each; python {python} {versions}, CPU")
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         for stage in ["generate vllm"] if args.vllm else ["generate", "score"]:
@@ -238,10 +236,8 @@ def main():
     say(f"{time.time() - began:.0f} s in all")
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text(
-            "\n".join(["$ " + " ".join(["python -m bench.kill_stages", *sys.argv[1:]]), *lines])
-            + "\n"
-        )
+        command_line = " ".join(["$ python -m bench.kill_stages", *sys.argv[1:]])
+        args.save.write_text("\n".join([command_line, *lines]) + "\n")
 
 
 if __name__ == "__main__":

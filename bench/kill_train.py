@@ -40,9 +40,15 @@ def build(folder: Path) -> None:
     """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -61,24 +67,9 @@ def build(folder: Path) -> None:
 
 
 def start(folder: Path, output: Path, save_every: int) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "dpo_train.py",
-        "--model",
-        folder / "model",
-        "--pairs",
-        folder / "pairs.jsonl",
-    ]
-    command += [
-        "--output",
-        output,
-        "--batch_size",
-        BATCH,
-        "--learning_rate",
-        1e-4,
-        "--save_every",
-        save_every,
-    ]
+    command = [sys.executable, "dpo_train.py"]
+    command += ["--model", folder / "model", "--pairs", folder / "pairs.jsonl", "--output", output]
+    command += ["--batch_size", BATCH, "--learning_rate", 1e-4, "--save_every", save_every]
     log = open(folder / f"{output.name}.log", "a")
     return subprocess.Popen([str(x) for x in command], cwd=ROOT, stdout=log, stderr=log)
 
@@ -121,7 +112,8 @@ def main():
         for name in ("torch", "transformers", "safetensors")
     ]
     say(
-        f"{STEPS} steps, --save_every {args.save_every}, {args.interruptions} interruptions, seed {args.seed}"
+        f"{STEPS} steps, --save_every {args.save_every}, "
+        f"{args.interruptions} interruptions, seed {args.seed}"
     )
     say(f"python {sys.version.split()[0]}, {', '.join(versions)}, on a CPU")
     with tempfile.TemporaryDirectory() as name:
@@ -141,19 +133,18 @@ def main():
         drawn = sorted(random.Random(args.seed).sample(range(1, STEPS - 5), args.interruptions))
         for i, step in enumerate(drawn):
             number = (signal.SIGKILL, signal.SIGTERM)[i % 2]
-            step = max(
-                step, logged(disturbed) + 1
-            )  # the last signal may have arrived some steps late
+            # the last signal may have arrived some steps late
+            step = max(step, logged(disturbed) + 1)
             process = start(folder, disturbed, args.save_every)
             while process.poll() is None and logged(disturbed) < step:
                 time.sleep(0.002)
             process.send_signal(number)
             code = process.wait()
-            saved = sorted(
-                int(f.name[-6:]) for f in disturbed.with_name("policy.parts").glob("step_??????")
-            )
+            checkpoints = disturbed.with_name("policy.parts").glob("step_??????")
+            saved = sorted(int(folder.name[-6:]) for folder in checkpoints)
             say(
-                f"{number.name} at step {step:3}: exit {code:3}, {logged(disturbed):3} logged, checkpoint {saved}"
+                f"{number.name} at step {step:3}: exit {code:3}, "
+                f"{logged(disturbed):3} logged, checkpoint {saved}"
             )
             assert code == (75 if number == signal.SIGTERM else -number), log.read_text()
         assert start(folder, disturbed, args.save_every).wait() == 0, log.read_text()
@@ -161,19 +152,16 @@ def main():
         assert rows(quiet) == rows(disturbed) and len(rows(quiet)) == STEPS
         before = load_file(folder / "model/model.safetensors")
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        weights, moved = (
-            sum(v.numel() for v in a.values()),
-            sum((a[k] != before[k]).sum().item() for k in a),
-        )
+        weights = sum(v.numel() for v in a.values())
+        moved = sum((a[k] != before[k]).sum().item() for k in a)
         say(
-            f"{STEPS} rows and all {weights:,} weights equal, bit for bit; training moved {moved:,} of them"
+            f"{STEPS} rows and all {weights:,} weights equal, bit for bit; "
+            f"training moved {moved:,} of them"
         )
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text(
-            "\n".join(["$ " + " ".join(["python -m bench.kill_train", *sys.argv[1:]]), *lines])
-            + "\n"
-        )
+        command_line = " ".join(["$ python -m bench.kill_train", *sys.argv[1:]])
+        args.save.write_text("\n".join([command_line, *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Do we and TRL's DPOTrainer compute the same thing? Five steps on the same pairs.jsonl, in fp32,
 side by side.
 
-    python -m bench.trl_dpo                                             with trl==1.16.0 beside requirements.txt
-    python -m bench.trl_dpo --model runs/demo/iter_01/policy --pairs runs/demo/iter_02/pairs.jsonl --limit 64
+    python -m bench.trl_dpo             needs trl==1.16.0 beside requirements.txt
+    python -m bench.trl_dpo --model runs/demo/iter_01/policy \\
+        --pairs runs/demo/iter_02/pairs.jsonl --limit 64
 
 Both train the same weights on the whole file as one batch: sigmoid loss, the same beta, AdamW (0.9,
 0.95), no decay, constant learning rate without warm-up, gradient clipped at 1, no dropout, and the
@@ -51,10 +52,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("prompt", "chosen", "rejected")
 SPECIAL = ["<|pad|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{{ bos_token }}"
+    "{% for m in messages %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "{% endif %}"
 )
-WORDS = "plum fig pear apple kiwi for a picnic please name three fruits the user asks and answers".split()
+WORDS = (
+    "plum fig pear apple kiwi for a picnic please name three fruits the user asks and answers"
+).split()
 
 
 # ---- a small policy and pairs ------------------------------------------------------------------
@@ -82,10 +90,18 @@ def build_model(folder: Path, seed: int = 0) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=331, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=4, pad_token_id=0,
+        vocab_size=331,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=4,
+        pad_token_id=0,
         initializer_range=0.1,  # at 0.02 all tokens are about as likely, and no mistake would show
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -144,10 +160,22 @@ def canonical(rows: list[dict], tokenizer) -> int:
 
 
 def trl_trainer(
-    model: str, pairs: str, folder, steps: int, microbatch: int, *, beta, learning_rate, bf16=False,
-    checkpointing=False, sampling="sequential", liger=False, attention="sdpa", callbacks=(),
+    model: str,
+    pairs: str,
+    folder,
+    steps: int,
+    microbatch: int,
+    *,
+    beta,
+    learning_rate,
+    bf16=False,
+    checkpointing=False,
+    sampling="sequential",
+    liger=False,
+    attention="sdpa",
+    callbacks=(),
     tokenizer=None,
-):  # fmt: skip
+):
     """A DPOTrainer that takes all pairs in each of `steps` optimizer steps, `microbatch` pairs at a
     time.
 
@@ -163,18 +191,43 @@ def trl_trainer(
     count = len(data)
     if count % microbatch:
         raise SystemExit(
-            f"error: TRL weighs microbatches alike: {microbatch} must divide the {count} pairs of a step"
+            "error: TRL weighs microbatches alike: "
+            f"{microbatch} must divide the {count} pairs of a step"
         )
     config = trl.DPOConfig(
-        output_dir=str(folder / "out"), num_train_epochs=steps, per_device_train_batch_size=microbatch,
-        gradient_accumulation_steps=count // microbatch, precompute_ref_log_probs=True, max_length=None, beta=beta,
-        learning_rate=learning_rate, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, adam_beta1=0.9,
-        adam_beta2=0.95, max_grad_norm=1.0, bf16=bf16, gradient_checkpointing=checkpointing, use_liger_kernel=liger,
-        train_sampling_strategy=sampling, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_steps=1,
-        report_to="none", disable_tqdm=True, seed=0, model_init_kwargs={"attn_implementation": attention},
+        # the loss
+        beta=beta,
+        precompute_ref_log_probs=True,
+        max_length=None,
+        # the optimizer
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        # one step per epoch
+        num_train_epochs=steps,
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=count // microbatch,
+        train_sampling_strategy=sampling,
         # it removes "length" as well, by which the others sort
         remove_unused_columns=sampling == "sequential",
-    )  # fmt: skip
+        seed=0,
+        # the machine
+        bf16=bf16,
+        gradient_checkpointing=checkpointing,
+        use_liger_kernel=liger,
+        use_cpu=not torch.cuda.is_available(),
+        model_init_kwargs={"attn_implementation": attention},
+        # what it writes
+        output_dir=str(folder / "out"),
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
     return trl.DPOTrainer(
         model,
         args=config,
@@ -187,9 +240,14 @@ def trl_trainer(
 def trl_side(args, folder: Path) -> None:
     """In a process of its own: train, and write losses and the ids that TRL made of the text."""
     trainer = trl_trainer(
-        args.model, args.pairs, folder, args.steps, args.pairs.read_text().count("\n"),
-        beta=args.beta, learning_rate=args.learning_rate,
-    )  # fmt: skip
+        args.model,
+        args.pairs,
+        folder,
+        args.steps,
+        args.pairs.read_text().count("\n"),
+        beta=args.beta,
+        learning_rate=args.learning_rate,
+    )
     ids = [[row[f"{k}_ids"] for k in PARTS] for row in trainer.train_dataset]
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -200,43 +258,12 @@ def trl_side(args, folder: Path) -> None:
 
 
 def ours(args, pairs: Path, count: int, folder: Path) -> list[float]:
-    command = [
-        sys.executable,
-        ROOT / "dpo_train.py",
-        "--model",
-        args.model,
-        "--pairs",
-        pairs,
-        "--dtype",
-        "fp32",
-    ]
-    command += [
-        "--output",
-        folder / "policy",
-        "--batch_size",
-        count,
-        "--num_train_epochs",
-        args.steps,
-    ]
-    command += [
-        "--beta",
-        args.beta,
-        "--learning_rate",
-        args.learning_rate,
-        "--lr_scheduler",
-        "constant",
-    ]
-    command += [
-        "--warmup_ratio",
-        0,
-        "--weight_decay",
-        0,
-        "--adam_betas",
-        0.9,
-        0.95,
-        "--max_grad_norm",
-        1.0,
-    ]
+    command = [sys.executable, ROOT / "dpo_train.py", "--model", args.model, "--pairs", pairs]
+    command += ["--output", folder / "policy", "--dtype", "fp32"]
+    command += ["--batch_size", count, "--num_train_epochs", args.steps]
+    command += ["--beta", args.beta, "--learning_rate", args.learning_rate]
+    command += ["--lr_scheduler", "constant", "--warmup_ratio", 0, "--weight_decay", 0]
+    command += ["--adam_betas", 0.9, 0.95, "--max_grad_norm", 1.0]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=sys.stderr)
     return [json.loads(line)["loss"] for line in open(folder / "train.jsonl")]
 
@@ -249,7 +276,8 @@ def compare(args, folder: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     same, pairs = canonical(rows, tokenizer), args.pairs
     print(
-        f"{len(rows)} pairs, one batch; token ids are what the text tokenises to in {same} of them, so"
+        f"{len(rows)} pairs, one batch; "
+        f"token ids are what the text tokenises to in {same} of them, so"
     )
     if same == len(rows):
         print("  both read the same file, unchanged: we its ids, TRL its text")
@@ -275,7 +303,8 @@ def compare(args, folder: Path) -> float:
     largest = max(abs(a - b) for a, b in zip(curve, theirs["losses"], strict=True))
     start = max(abs(x - math.log(2)) for x in (curve[0], theirs["losses"][0]))
     print(
-        f"\nlargest difference {largest:.1e} (tolerance {args.tolerance:g}); first losses are ln 2 to {start:.1e}"
+        f"\nlargest difference {largest:.1e} (tolerance {args.tolerance:g}); "
+        f"first losses are ln 2 to {start:.1e}"
     )
     return max(largest, start)
 

@@ -20,69 +20,84 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # started as a script, yet part of the repository
+# started as a script, yet part of the repository
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import records
 from demo.task import make_prompts
 from stage import Stage, parse, parser, run
 
 
-def main() -> None:
+def arguments():
     p = parser(__doc__)
-    p.add_argument(
-        "--output", default="demo/build/seed_0", help="folder to build (default: %(default)s)"
-    )
-    p.add_argument(
-        "--seed", type=int, default=0, help="of the split, the weights, the answers and the noise"
-    )
-    p.add_argument(
-        "--policy_steps", type=int, default=400, help="of 32 answers; flat by 300 (default: 400)"
-    )
-    p.add_argument(
-        "--comparisons", type=int, default=5000, help="noisy choices, seen twice (default: 5000)"
-    )
-    args = parse(p)
-    stage = Stage(args, {"code": sorted(Path(__file__).parent.glob("*.py"))}, args.output)
-    if stage.done:
-        return
+    add = p.add_argument
+    add("--output", default="demo/build/seed_0", help="folder to build (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the split, the weights, the answers and the noise")
+    add("--policy_steps", type=int, default=400, help="of 32 answers; flat by 300 (default: 400)")
+    add("--comparisons", type=int, default=5000, help="noisy choices, seen twice (default: 5000)")
+    return p
 
-    # Here and not above: torch and transformers take seconds to import, and often there is nothing
-    # left to do.
-    from transformers.utils import logging
 
+def build_policy(prompts: list[dict], heldout: list[dict], args):
+    """Train the initial policy and show some of its answers; return it and its tokenizer."""
     from demo.train_policy import train_policy
-    from demo.train_reward_model import accuracy, compare, sample, train_reward_model
+    from demo.train_reward_model import sample
 
-    logging.disable_progress_bar()
     started = time.time()
-    prompts, heldout = make_prompts(args.seed)
     policy, tokenizer = train_policy(prompts, args.seed, args.policy_steps)
     print(f"the policy was trained in {time.time() - started:.0f} s and writes:")
-    for row, answer in zip(heldout[:3], sample(policy, tokenizer, heldout[:3]), strict=True):
-        print(f"    {row['prompt'][0]['content']} -> {answer}", flush=True)
+
+    shown = heldout[:3]
+    for row, answer in zip(shown, sample(policy, tokenizer, shown), strict=True):
+        question = row["prompt"][0]["content"]
+        print(f"    {question} -> {answer}", flush=True)
+    return policy, tokenizer
+
+
+def build_reward_model(policy, tokenizer, prompts: list[dict], heldout: list[dict], args):
+    """Train the reward model on choices between the policy's answers, and say how good it is."""
+    from demo.train_reward_model import accuracy, compare, train_reward_model
 
     started = time.time()
     choices = compare(policy, tokenizer, prompts, args.comparisons, args.seed)
     reward_model = train_reward_model(policy, tokenizer, choices, args.seed)
-    annotator, proxy = accuracy(
-        reward_model, tokenizer, compare(policy, tokenizer, heldout, 500, args.seed + 1)
-    )
+
+    fresh = compare(policy, tokenizer, heldout, 500, args.seed + 1)
+    annotator, proxy = accuracy(reward_model, tokenizer, fresh)
+    seconds = time.time() - started
     print(
-        f"the reward model was trained in {time.time() - started:.0f} s; of fresh pairs on held-out prompts"
+        f"the reward model was trained in {seconds:.0f} s; of fresh pairs on held-out prompts\n"
+        f"    the annotator gets {annotator:.0%} right, the reward model {proxy:.0%}"
     )
-    print(f"    the annotator gets {annotator:.0%} right, the reward model {proxy:.0%}")
+    return reward_model
+
+
+def main() -> None:
+    args = parse(arguments())
+    code = sorted(Path(__file__).parent.glob("*.py"))
+    stage = Stage(args, {"code": code}, args.output)
+    if stage.done:
+        return
+
+    # Here and in the functions above, not at the top: torch and transformers take seconds to
+    # import, and often there is nothing left to do.
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    prompts, heldout = make_prompts(args.seed)
+    policy, tokenizer = build_policy(prompts, heldout, args)
+    reward_model = build_reward_model(policy, tokenizer, prompts, heldout, args)
 
     with records.whole(stage.output) as folder:
         for name, rows in (("prompts", prompts), ("heldout", heldout)):
-            records.write_whole(folder / f"{name}.jsonl", "".join(map(records.dump, rows)))
+            lines = [records.dump(row) for row in rows]
+            records.write_whole(folder / f"{name}.jsonl", "".join(lines))
         for name, model in (("policy", policy), ("reward_model", reward_model)):
             model.save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
-        stage.count(
-            "prompts", len(prompts) + len(heldout), len(prompts), {"held out": len(heldout)}
-        )
+        total = len(prompts) + len(heldout)
+        stage.count("prompts", total, len(prompts), {"held out": len(heldout)})
         stage.write_meta()
     stage.clean()
 

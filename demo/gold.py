@@ -29,13 +29,18 @@ CATEGORIES = {
 
 
 def gold(prompt, response: str, meta: dict) -> float:
-    """How much of what was asked for `response` holds, in [0, 1]. The signature is that of
-    score.py's --reward_fn.
+    """How much of what was asked for `response` holds, in [0, 1].
+
+    The signature is that of score.py's --reward_fn.
     """
-    if meta.get("category") not in CATEGORIES or not isinstance(meta.get("count"), int):
+    category = meta.get("category")
+    count = meta.get("count")
+    if category not in CATEGORIES or not isinstance(count, int):
         raise ValueError(
-            f'gold needs a prompt of the demo, with "category" and "count" in its meta; this is {meta}'
+            'gold needs a prompt of the demo, with "category" and "count" in its meta; '
+            f"this is {meta}"
         )
-    items = re.split(r"\s*(?:,|\n|\band\b)\s*", response.lower().strip(" \n."))
-    right = set(items) & set(CATEGORIES[meta["category"]])
-    return min(len(right), meta["count"]) / max(meta["count"], len(items))
+    separator = r"\s*(?:,|\n|\band\b)\s*"
+    items = re.split(separator, response.lower().strip(" \n."))
+    right = set(items) & set(CATEGORIES[category])  # S above
+    return min(len(right), count) / max(count, len(items))

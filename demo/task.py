@@ -31,8 +31,12 @@ CLOSERS = [
     " that you know",
     " for a quiz",
     " for a child",
+    " for a poem",
+    " right now",
+    " for my friend",
+    " as a list",
+    " today",
 ]
-CLOSERS += [" for a poem", " right now", " for my friend", " as a list", " today"]
 
 # How careful the writer is whom the policy imitates. So careless that most answers fail (gold 0.37
 # on average, one in six exact), and so varied that the best of eight answers is mostly a good one:
@@ -42,29 +46,28 @@ RIGHT_COUNT = 0.6
 
 
 def make_prompts(seed: int, heldout: int = 200) -> tuple[list[dict], list[dict]]:
-    """Every prompt once, shuffled and split: (training rows, held-out rows), as records.py
-    describes them.
-    """
+    """Every prompt once, shuffled and split: (training rows, held-out rows)."""
     parts = list(itertools.product(OPENERS, COUNTS, CATEGORIES, CLOSERS))
     random.Random(seed).shuffle(parts)
-    rows = [
-        {
+    rows = []
+    for i, (opener, count, category, closer) in enumerate(parts):
+        question = f"{opener} {COUNTS[count]} {category}{closer}"
+        row = {
             "id": f"p{i:06d}",
-            "prompt": [{"role": "user", "content": f"{opener} {COUNTS[count]} {category}{closer}"}],
-            "meta": {"category": category, "count": count},
+            "prompt": [{"role": "user", "content": question}],
+            "meta": {"category": category, "count": count},  # what gold.py looks at
         }
-        for i, (opener, count, category, closer) in enumerate(parts)
-    ]
+        rows.append(row)
     return rows[heldout:], rows[:heldout]
 
 
 def sloppy_answer(meta: dict, rng: random.Random) -> str:
-    """An answer that often misses: another category, another count, words twice (drawn with
-    replacement).
-    """
-    category, count = meta["category"], meta["count"]
+    """An answer that often misses: another category, another count, the same word twice."""
+    category = meta["category"]
+    count = meta["count"]
     if rng.random() > RIGHT_CATEGORY:
         category = rng.choice([c for c in CATEGORIES if c != category])
     if rng.random() > RIGHT_COUNT:
         count = rng.choice([c for c in range(1, 7) if c != count])
-    return ", ".join(rng.choices(CATEGORIES[category], k=count))
+    words = rng.choices(CATEGORIES[category], k=count)  # with replacement
+    return ", ".join(words)

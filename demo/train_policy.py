@@ -20,8 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo.task import sloppy_answer
 
-# ChatML, as Qwen uses it: no BOS anywhere, and every turn ends with <|im_end|>, which is therefore
-# the EOS.
+# ChatML, as Qwen uses it: no BOS anywhere, and every turn ends with <|im_end|>, the EOS.
 CHAT_TEMPLATE = """\
 {% for message in messages %}<|im_start|>{{ message['role'] }}
 {{ message['content'] }}<|im_end|>
@@ -30,12 +29,12 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: 3 special tokens, 256 bytes and as many merges as fit into 512. Any text can
-    be encoded.
+    """Byte-level BPE: 3 special tokens, 256 bytes and as many merges as fit into 512.
+
+    Any text can be encoded.
     """
     bpe = Tokenizer(models.BPE())
-    # ", " is a piece of its own, so that a word is the same token at the start of an answer and
-    # within it.
+    # ", " is a piece of its own: a word is the same token at the start of an answer and within it
     pieces = pre_tokenizers.Split(Regex(r", | ?\w+|\s+|[^\s\w]+"), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
@@ -76,52 +75,74 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         dtype="float32",
     )
     model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = (
-        tokenizer.eos_token_id
-    )  # what generate() and vLLM stop at
+    # what generate() and vLLM stop at
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
 
 
+def make_batch(
+    prompts: list[dict],
+    contexts: list[list[int]],
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int,
+    rng: random.Random,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), both [B, T]: random prompts, each with a new sloppy answer.
+
+    contexts: the prompts' token ids. A target is -100 where there is nothing to learn.
+    """
+    ids, targets = [], []
+    for i in rng.choices(range(len(prompts)), k=batch_size):
+        context = contexts[i]
+        answer = tokenizer.encode(sloppy_answer(prompts[i]["meta"], rng))
+        answer.append(tokenizer.eos_token_id)
+        ids.append(torch.tensor(context + answer))
+        targets.append(torch.tensor([-100] * len(context) + answer))
+    # Padding stands on the right and attention looks to the left, so no mask is needed.
+    ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, T]
+    targets = pad_sequence(targets, batch_first=True, padding_value=-100)  # [B, T]
+    return ids, targets
+
+
 def train_policy(
-    prompts: list[dict], seed: int, steps: int, batch_size: int = 32, learning_rate=3e-3
-):
-    """Return (model, tokenizer)."""
+    prompts: list[dict],
+    seed: int,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The initial policy and its tokenizer."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    words = [row["prompt"][0]["content"] for row in prompts] + [
-        sloppy_answer(row["meta"], rng) for row in prompts
-    ]
-    tokenizer = make_tokenizer(words + ["user", "assistant"] * len(prompts))
+    questions = [row["prompt"][0]["content"] for row in prompts]
+    answers = [sloppy_answer(row["meta"], rng) for row in prompts]
+    roles = ["user", "assistant"] * len(prompts)
+    tokenizer = make_tokenizer(questions + answers + roles)
     model = make_model(tokenizer)
 
-    contexts = [
-        tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True).input_ids
-        for r in prompts
-    ]
+    contexts = []
+    for row in prompts:
+        encoded = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        contexts.append(encoded.input_ids)
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
     for step in range(steps):
-        ids, targets = [], []
-        for i in rng.choices(range(len(prompts)), k=batch_size):
-            answer = tokenizer.encode(sloppy_answer(prompts[i]["meta"], rng)) + [
-                tokenizer.eos_token_id
-            ]
-            ids.append(torch.tensor(contexts[i] + answer))
-            targets.append(torch.tensor([-100] * len(contexts[i]) + answer))
-        # Padding stands on the right and attention looks to the left, so no mask is needed.
-        ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, T]
-        targets = pad_sequence(targets, batch_first=True, padding_value=-100)  # [B, T]
+        # the loss L above, of a fresh batch
+        ids, targets = make_batch(prompts, contexts, tokenizer, batch_size, rng)  # [B, T]
         logits = model(ids, use_cache=False).logits  # [B, T, V]
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        predicted = logits[:, :-1].flatten(0, 1)  # [B (T - 1), V], of the token that follows
+        following = targets[:, 1:].flatten()  # [B (T - 1)]
+        loss = F.cross_entropy(predicted, following)
 
+        # the update
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            print(
-                f"policy        step {step:4d}  loss {loss.item():.3f} nats per token", flush=True
-            )
+            nats = loss.item()
+            print(f"policy        step {step:4d}  loss {nats:.3f} nats per token", flush=True)
     return model.eval(), tokenizer

@@ -17,6 +17,7 @@ wrong.
 """
 
 import random
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,86 +29,134 @@ from demo.gold import gold
 NOISE = 0.2
 
 
+# ---- the annotator -----------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """One comparison: the annotator read two answers to a prompt and preferred one."""
+
+    row: dict  # of prompts.jsonl
+    preferred: str
+    other: str
+
+
 @torch.no_grad()
 def sample(policy, tokenizer, rows: list[dict], batch_size: int = 500) -> list[str]:
     """One answer of the policy to each row's prompt, at temperature 1."""
     answers = []
     for start in range(0, len(rows), batch_size):
-        prompts = [row["prompt"] for row in rows[start : start + batch_size]]
+        end = start + batch_size
+        prompts = [row["prompt"] for row in rows[start:end]]
         batch = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, padding=True, return_tensors="pt"
-        )
+            prompts,
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+        )  # ids and mask, [B, P]
         ids = policy.generate(
-            **batch, do_sample=True, top_k=0, max_new_tokens=24
-        )  # [B, prompt + answer]
-        answers += tokenizer.batch_decode(
-            ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+            **batch,
+            do_sample=True,
+            top_k=0,  # all tokens; transformers' default is the 50 most likely
+            max_new_tokens=24,
+        )  # [B, P + A]
+        prompt_length = batch["input_ids"].shape[1]
+        answer_ids = ids[:, prompt_length:]  # [B, A]
+        answers += tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
     return answers
 
 
-def compare(
-    policy, tokenizer, prompts: list[dict], n: int, seed: int
-) -> list[tuple[dict, str, str]]:
-    """n choices of the annotator: (row, preferred answer, other answer)."""
+def compare(policy, tokenizer, prompts: list[dict], n: int, seed: int) -> list[Choice]:
+    """n choices of the annotator, each between two fresh answers of the policy."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rows = rng.choices(prompts, k=n)
+    first = sample(policy, tokenizer, rows)
+    second = sample(policy, tokenizer, rows)
+
     choices = []
-    for row, a, b in zip(
-        rows, sample(policy, tokenizer, rows), sample(policy, tokenizer, rows), strict=True
-    ):
-        difference = gold(row["prompt"], a, row["meta"]) - gold(row["prompt"], b, row["meta"])
-        prefers_a = rng.random() < torch.sigmoid(torch.tensor(difference / NOISE)).item()
-        choices.append((row, a, b) if prefers_a else (row, b, a))
+    for row, a, b in zip(rows, first, second, strict=True):
+        z = torch.tensor(gold_difference(row, a, b) / NOISE)
+        prefers_a = rng.random() < torch.sigmoid(z).item()
+        if prefers_a:
+            choices.append(Choice(row, preferred=a, other=b))
+        else:
+            choices.append(Choice(row, preferred=b, other=a))
     return choices
+
+
+def gold_difference(row: dict, a: str, b: str) -> float:
+    """By how much answer a is truly better than answer b."""
+    gold_a = gold(row["prompt"], a, row["meta"])
+    gold_b = gold(row["prompt"], b, row["meta"])
+    return gold_a - gold_b
+
+
+# ---- the reward model --------------------------------------------------------------------------
+
+
+def make_reward_model(policy) -> LlamaForSequenceClassification:
+    """The policy's layers under a scalar head."""
+    one_label = {
+        "num_labels": 1,
+        "id2label": {0: "reward"},
+        "label2id": {"reward": 0},
+    }
+    config = LlamaConfig(**(policy.config.to_dict() | one_label))
+    model = LlamaForSequenceClassification(config)
+    model.model.load_state_dict(policy.model.state_dict())
+    torch.nn.init.zeros_(model.score.weight)  # it starts indifferent: the first loss is ln 2
+    return model
 
 
 def encode(tokenizer, row: dict, answer: str) -> list[int]:
     """The whole conversation through the chat template: what the reward model reads."""
-    return tokenizer.apply_chat_template(
-        [*row["prompt"], {"role": "assistant", "content": answer}]
-    ).input_ids
+    conversation = [*row["prompt"], {"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(conversation).input_ids
 
 
 def scores(model, tokenizer, sequences: list[list[int]]) -> torch.Tensor:
+    """r of each sequence, [B]: the head at its last token that is no padding."""
     batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")  # ids and mask, [B, T]
-    return model(**batch, use_cache=False).logits[
-        :, 0
-    ]  # [B], the head at the last token that is no padding
+    logits = model(**batch, use_cache=False).logits  # [B, 1]
+    return logits[:, 0]
 
 
 def train_reward_model(
     policy,
     tokenizer,
-    choices: list[tuple],
+    choices: list[Choice],
     seed: int,
     epochs: int = 2,
     batch_size: int = 32,
-    learning_rate=1e-3,
-):
+    learning_rate: float = 1e-3,
+) -> LlamaForSequenceClassification:
     """Fit a reward model to the annotator's choices."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    label = {"num_labels": 1, "id2label": {0: "reward"}, "label2id": {"reward": 0}}
-    model = LlamaForSequenceClassification(LlamaConfig(**{**policy.config.to_dict(), **label}))
-    model.model.load_state_dict(policy.model.state_dict())
-    torch.nn.init.zeros_(model.score.weight)  # it starts indifferent: the first loss is ln 2
+    model = make_reward_model(policy)
 
-    pairs = [(encode(tokenizer, row, a), encode(tokenizer, row, b)) for row, a, b in choices]
-    order = [i for _ in range(epochs) for i in rng.sample(range(len(pairs)), len(pairs))]
+    preferred_ids = [encode(tokenizer, c.row, c.preferred) for c in choices]
+    other_ids = [encode(tokenizer, c.row, c.other) for c in choices]
+
+    # each epoch sees every choice once, in a new order
+    order: list[int] = []
+    for _ in range(epochs):
+        order += rng.sample(range(len(choices)), len(choices))
     steps = max(1, len(order) // batch_size)
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
     for step in range(steps):
-        batch = [pairs[i] for i in order[step * batch_size : (step + 1) * batch_size]]
-        r = scores(
-            model, tokenizer, [preferred for preferred, _ in batch] + [other for _, other in batch]
-        )  # [2B]
-        preferred, other = r.chunk(2)
-        loss = -F.logsigmoid(preferred - other).mean()
+        # the loss L above, of a batch of B choices
+        start = step * batch_size
+        batch = order[start : start + batch_size]
+        sequences = [preferred_ids[i] for i in batch] + [other_ids[i] for i in batch]
+        r = scores(model, tokenizer, sequences)  # [2B]
+        r_preferred, r_other = r.chunk(2)  # [B] each
+        loss = -F.logsigmoid(r_preferred - r_other).mean()
 
+        # the update
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -119,16 +168,27 @@ def train_reward_model(
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, choices: list[tuple]) -> tuple[float, float]:
-    """(annotator, reward model): how often each agrees with gold, of the pairs that gold can tell
-    apart.
+def accuracy(model, tokenizer, choices: list[Choice]) -> tuple[float, float]:
+    """How often the annotator, and how often the reward model, agrees with gold.
+
+    Pairs that gold cannot tell apart do not count.
     """
-    r_preferred = scores(model, tokenizer, [encode(tokenizer, row, a) for row, a, _ in choices])
-    r_other = scores(model, tokenizer, [encode(tokenizer, row, b) for row, _, b in choices])
-    truth = torch.tensor(
-        [gold(row, a, row["meta"]) - gold(row, b, row["meta"]) for row, a, b in choices]
-    )
+    # the truth: above 0 where the annotator was right
+    differences = [gold_difference(c.row, c.preferred, c.other) for c in choices]
+    truth = torch.tensor(differences)  # [N]
+
+    # the reward model's opinion: above 0 where it prefers what the annotator preferred
+    preferred_ids = [encode(tokenizer, c.row, c.preferred) for c in choices]
+    other_ids = [encode(tokenizer, c.row, c.other) for c in choices]
+    r_preferred = scores(model, tokenizer, preferred_ids)  # [N]
+    r_other = scores(model, tokenizer, other_ids)  # [N]
+    opinion = r_preferred - r_other
+
     differ = truth != 0
-    annotator = truth > 0
-    agrees = (r_preferred - r_other) * truth > 0
-    return annotator[differ].float().mean().item(), agrees[differ].float().mean().item()
+    annotator_agrees = truth > 0
+    model_agrees = opinion * truth > 0
+    return share(annotator_agrees[differ]), share(model_agrees[differ])
+
+
+def share(flags: torch.Tensor) -> float:
+    return flags.float().mean().item()

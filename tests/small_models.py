@@ -25,8 +25,12 @@ TEMPLATES = {
     "chatml": dict(
         bos=None,
         eos="<|im_end|>",
-        template="{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}no thoughts\n{% endif %}"
+        template="{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}no thoughts\n{% endif %}"
         "{% endif %}",
     ),
     # Llama 3's shape: template and tokenizer both add a BOS (PITFALLS 1), and a turn's end is not
@@ -34,8 +38,11 @@ TEMPLATES = {
     "bos": dict(
         bos="<|bos|>",
         eos="<|eos|>",
-        template="{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|eot|>"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        template="{{ bos_token }}"
+        "{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|eot|>"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     ),
     # A base model: raw text only.
     "none": dict(bos="<|bos|>", eos="<|eos|>", template=None),
@@ -64,9 +71,12 @@ def tokenizer(folder, template: str = "chatml"):
             single="<|bos|> $A", special_tokens=[("<|bos|>", 1)]
         )
     tok = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=kind["bos"], eos_token=kind["eos"], pad_token="<|pad|>",
+        tokenizer_object=bpe,
+        bos_token=kind["bos"],
+        eos_token=kind["eos"],
+        pad_token="<|pad|>",
         additional_special_tokens=[s for s in SPECIAL[3:] if s != kind["eos"]],
-    )  # fmt: skip
+    )
     tok.chat_template = kind["template"]
     tok.save_pretrained(folder)
     return tok
@@ -75,12 +85,20 @@ def tokenizer(folder, template: str = "chatml"):
 def config(arch: str = "llama", **overrides):
     """A config of `arch` with 2 layers; "gemma3" is its text model. `overrides` win."""
     small = dict(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32,  # vLLM on a CPU knows no smaller one
-        max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # vLLM on a CPU knows no smaller one
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
         # transformers' 0.02 gives nearly uniform tokens, and so tests that would see no mistake
         initializer_range=0.1,
-    )  # fmt: skip
+    )
     if arch in ("gemma2", "gemma3"):
         small["query_pre_attn_scalar"] = 32
     if arch == "phi3":

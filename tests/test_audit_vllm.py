@@ -17,10 +17,9 @@ def test_the_trainer_agrees_with_vllm_about_the_demo_policy(stage, tmp_path):
     stage("demo/build.py", "--output", demo, "--policy_steps", 20, "--comparisons", 64)
     (tmp_path / "prompts.jsonl").write_text("".join(open(demo / "prompts.jsonl").readlines()[:32]))
     policy = ["--model", demo / "policy"]
-    stage(
-        "generate.py", *policy, "--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "candidates.jsonl",
-        "--backend", "vllm", "--max_new_tokens", 24, "--engine_args", "enforce_eager=true", timeout=600,
-    )  # fmt: skip
+    files = ["--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "candidates.jsonl"]
+    engine = ["--backend", "vllm", "--max_new_tokens", 24, "--engine_args", "enforce_eager=true"]
+    stage("generate.py", *policy, *files, *engine, timeout=600)
     scored = ["--candidates", tmp_path / "candidates.jsonl", "--output", tmp_path / "scored.jsonl"]
     stage("score.py", *scored, "--reward_model", demo / "reward_model")
     stage(

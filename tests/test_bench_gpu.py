@@ -75,7 +75,7 @@ def test_each_command_is_one_that_its_module_understands(phase, monkeypatch):
 
 
 def test_a_flag_that_no_module_has_would_be_seen(monkeypatch):
-    """The test above would fail: argparse ends the process before it could say that it understood."""
+    """The test above would fail: argparse ends the process before the test hears of it."""
     monkeypatch.setattr(sys, "argv", ["bench.gemms", "--cubes", "3"])
     with pytest.raises(SystemExit):
         importlib.import_module("bench.gemms").main()

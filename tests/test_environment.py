@@ -97,8 +97,10 @@ def test_a_machine_gets_the_engine_of_its_device(tmp_path, visible):
     )
     done = subprocess.run(
         ["bash", checkout / "tests/run.sh"],
-        env=machine(tmp_path, TWO, visible), capture_output=True, text=True,
-    )  # fmt: skip
+        env=machine(tmp_path, TWO, visible),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     installed = [
         line.split(" -r ")[1].strip()

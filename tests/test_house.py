@@ -21,7 +21,7 @@ def imports(path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_pitfalls_30_a_stage_imports_records_and_kernels_and_no_other_stage(stage):
+def test_pitfalls_30_a_stage_imports_no_other_stage(stage):
     """One process a stage: an engine's memory is free when the process ends, and no trainer ever
     holds an engine.
     """
@@ -46,13 +46,23 @@ def test_the_loop_runs_every_stage_as_a_process():
     )  # PITFALLS 35
 
 
-def test_every_setting_that_a_run_records_reaches_the_script_that_records_it():
-    """One that iterate.sh gives a default but does not export would stand empty in config.json."""
-    source = (ROOT / "tools/start_run.py").read_text()
-    recorded = " ".join(
-        re.findall(r'"([A-Z_ ]+)"', source.partition("SETTINGS")[2].partition(")")[0])
-    ).split()
-    exported = re.search(
-        r"^export (MODEL(?:[^\n]*\\\n)*[^\n]*)", (ROOT / "iterate.sh").read_text(), re.M
-    )[1]
-    assert sorted(recorded) == sorted(exported.replace("\\\n", " ").split()) and len(recorded) > 20
+def test_every_setting_of_iterate_sh_stands_in_it_once():
+    """It is stated, exported and recorded by one line: setting NAME DEFAULT."""
+    script = (ROOT / "iterate.sh").read_text()
+    stated = re.findall(r"^setting ([A-Z_]+)", script, re.M)
+    assert len(stated) == len(set(stated)) > 20
+    used = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", script))
+    assert used - {"BASH_SOURCE"} <= set(stated)
+
+
+def test_every_number_of_a_pitfall_stands_in_the_docs_and_names_a_test():
+    """docs/pitfalls.md: each row names a test that exists; each number in a test has its row."""
+    rows = re.findall(r"^\| (\d+) \|.*\| (\S.*) \|$", (ROOT / "docs/pitfalls.md").read_text(), re.M)
+    documented = {int(number) for number, _ in rows}
+    for _, test in rows:
+        file, _, name = test.partition(": ")
+        source = (ROOT / "tests" / file).read_text()
+        assert f"def {name}(" in source or not name, test
+    for path in (ROOT / "tests").glob("*.py"):
+        for number in re.findall(r"pitfalls_(\d+)", path.read_text()):
+            assert int(number) in documented, (path.name, number)

@@ -26,8 +26,10 @@ def decorate(*_, **__):
     return lambda thing: thing
 
 
-register_kernel_mapping = replace_kernel_forward_from_hub = use_kernel_mapping = get_kernel = kernelize = decorate
-use_kernel_forward_from_hub = use_kernelized_func = use_kernel_func_from_hub = decorate
+get_kernel = kernelize = decorate
+register_kernel_mapping = replace_kernel_forward_from_hub = decorate
+use_kernel_mapping = use_kernel_forward_from_hub = decorate
+use_kernelized_func = use_kernel_func_from_hub = decorate
 """
 
 OF_THE_PATH = """

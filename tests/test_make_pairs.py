@@ -21,9 +21,15 @@ from stage import parse
 def candidate(reward, text=None, tokens=3, finish="stop", logprob=-1.5, model="m"):
     text = f"answer {reward}" if text is None else text
     return {
-        "text": text, "token_ids": list(range(tokens)), "logprob": logprob, "finish_reason": finish,
-        "temperature": 1.0, "model": model, "rewards": {"rm": reward}, "reward": reward,
-    }  # fmt: skip
+        "text": text,
+        "token_ids": list(range(tokens)),
+        "logprob": logprob,
+        "finish_reason": finish,
+        "temperature": 1.0,
+        "model": model,
+        "rewards": {"rm": reward},
+        "reward": reward,
+    }
 
 
 def row(id, *candidates, prompt=None, **extra):
@@ -65,12 +71,24 @@ def test_a_pair_holds_all_that_the_trainer_and_trl_need(pairs_of):
         [row("p", candidate(0.5), best, worst, meta={"x": 1}, kept="yes")], "--iteration", "4"
     )
     assert pair == {
-        "id": "p", "prompt": [{"role": "user", "content": "question p"}], "prompt_token_ids": [1, 2], "kept": "yes",
-        "iteration": 4, "chosen": [{"role": "assistant", "content": "answer 2.0"}],
-        "rejected": [{"role": "assistant", "content": "answer -1.0"}], "score_chosen": 2.0, "score_rejected": -1.0,
-        "chosen_token_ids": [0, 1, 2], "rejected_token_ids": [0, 1, 2, 3, 4], "chosen_logprob": -3.0,
-        "rejected_logprob": -1.5, "chosen_index": 1, "rejected_index": 2, "chosen_model": "a", "rejected_model": "b",
-    }  # fmt: skip
+        "id": "p",
+        "prompt": [{"role": "user", "content": "question p"}],
+        "prompt_token_ids": [1, 2],
+        "kept": "yes",
+        "iteration": 4,
+        "chosen": [{"role": "assistant", "content": "answer 2.0"}],
+        "rejected": [{"role": "assistant", "content": "answer -1.0"}],
+        "score_chosen": 2.0,
+        "score_rejected": -1.0,
+        "chosen_token_ids": [0, 1, 2],
+        "rejected_token_ids": [0, 1, 2, 3, 4],
+        "chosen_logprob": -3.0,
+        "rejected_logprob": -1.5,
+        "chosen_index": 1,
+        "rejected_index": 2,
+        "chosen_model": "a",
+        "rejected_model": "b",
+    }
     assert counts["rows"] == {"in": 1, "out": 1, "dropped": {}}
 
 

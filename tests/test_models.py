@@ -98,7 +98,7 @@ def pairs(path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(stage, "--flag", value, …): a stage's main() in this process, on a tiny file of its kind."""
+    """run(stage, "--flag", value, …): a stage's main() in this process, on a tiny file."""
     inputs = {
         generate: [
             "--prompts",
@@ -219,7 +219,7 @@ def test_vllm_is_told_the_commit_and_to_run_no_code(hub, tmp_path, monkeypatch):
         "4",
     ]
     monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
-    args = generate.arguments()
+    args = generate.read_arguments()
     settings = generate.vllm_settings(args, generate.Policy(args))
     assert (settings["model"], settings["revision"], settings["trust_remote_code"]) == (
         POLICY,
@@ -245,7 +245,7 @@ def test_vllm_gets_the_name_and_the_commit_apart(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(
         vllm.LLMEngine, "from_engine_args", lambda given, usage_context: started.append(given)
     )
-    args = generate.arguments()
+    args = generate.read_arguments()
     generate.vllm_engine(args, generate.Policy(args))
     assert (started[0]["model"], started[0]["revision"]) == (POLICY, commit)
 
@@ -268,13 +268,27 @@ def world(tmp_path_factory):
         for name in (POLICY, ENHANCER, REWARD)
     }
     settings = {
-        "PYTHON": sys.executable, "HF_HOME": folder / "hf", "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": 1,
-        "MODEL": POLICY, "ENHANCER": ENHANCER, "REWARD_MODEL": REWARD, "REF": "init", "ITERS": 2,
-        "PROMPTS": prompts(folder / "prompts.jsonl", 0, 8), "HELDOUT": prompts(folder / "heldout.jsonl", 8, 10),
-        "RUN": folder / "run", "PROMPTS_PER_ITER": 4, "NUM_SAMPLES": 2, "EVAL_SAMPLES": 1, "NPROC": 1, "KEEP": "last",
-        "GENERATE_ARGS": "--max_new_tokens 6 --backend hf", "PAIRS_ARGS": "--keep_truncated",
+        "PYTHON": sys.executable,
+        "HF_HOME": folder / "hf",
+        "HF_HUB_CACHE": cache,
+        "HF_HUB_OFFLINE": 1,
+        "MODEL": POLICY,
+        "ENHANCER": ENHANCER,
+        "REWARD_MODEL": REWARD,
+        "REF": "init",
+        "ITERS": 2,
+        "PROMPTS": prompts(folder / "prompts.jsonl", 0, 8),
+        "HELDOUT": prompts(folder / "heldout.jsonl", 8, 10),
+        "RUN": folder / "run",
+        "PROMPTS_PER_ITER": 4,
+        "NUM_SAMPLES": 2,
+        "EVAL_SAMPLES": 1,
+        "NPROC": 1,
+        "KEEP": "last",
+        "GENERATE_ARGS": "--max_new_tokens 6 --backend hf",
+        "PAIRS_ARGS": "--keep_truncated",
         "TRAIN_ARGS": "--learning_rate 1e-3 --batch_size 4",
-    }  # fmt: skip
+    }
 
     def iterate(*command, **more):
         environment = os.environ | {name: str(value) for name, value in (settings | more).items()}
@@ -457,13 +471,14 @@ def test_a_model_that_is_not_whole_is_refused_everywhere(tmp_path, run, weight):
         spoil(tmp_path / folder, LOST, weight)
     causal_lm(tmp_path / "whole")
     reward_model(tmp_path / "judge")
-    for number, (stage, *flags) in enumerate((
+    commands = [
         (generate, "--model", tmp_path / "policy", "--backend", "hf"),
         (score, "--reward_model", tmp_path / "reward"),
         (score, "--reward_model", tmp_path / "judge", "--ref_model", tmp_path / "policy"),
         (dpo_train, "--model", tmp_path / "policy"),
         (dpo_train, "--model", tmp_path / "whole", "--ref_model", tmp_path / "policy"),
-    )):  # fmt: skip
+    ]
+    for number, (stage, *flags) in enumerate(commands):
         with pytest.raises(Stop, match=f"hold no weights for {LOST}"):
             run(stage, *flags, output=f"out{number}")
         if torch.distributed.is_initialized():

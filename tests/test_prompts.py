@@ -277,7 +277,7 @@ def test_iterations_deal_out_every_prompt_before_any_twice(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("total, n", [(10, 4), (7, 5), (5, 5), (3, 1), (11, 3)])
 def test_take_is_a_row_of_passes(total, n):
-    """Every pass holds each prompt once; no iteration holds one twice, not even across two passes."""
+    """Every pass holds each prompt once; no iteration holds one twice, not even across passes."""
     slices = [take_prompts.take(total, n, k, seed=3) for k in range(1, 3 * total + 1)]
     assert all(len(set(s)) == n for s in slices)
     flat = sum(slices, [])
@@ -286,7 +286,7 @@ def test_take_is_a_row_of_passes(total, n):
 
 
 def test_running_out_wraps_and_says_so(tmp_path, monkeypatch, capsys):
-    """PITFALLS 32: no empty slice, and a message in exactly the iteration that begins a new pass."""
+    """PITFALLS 32: no empty slice, and a message in just the iterations that begin a new pass."""
     said = []
     for k in (1, 2, 3, 4, 5, 6):
         assert len(taken(tmp_path, monkeypatch, iteration=k, num_prompts=4)) == 4
@@ -328,7 +328,7 @@ def test_seed_decides_the_slice(tmp_path, monkeypatch):
     ],
 )
 def test_heldout_prompts_are_never_dealt_out(tmp_path, monkeypatch, row, message):
-    """PITFALLS 15: by id and by content, whatever the spacing and whether string or conversation."""
+    """PITFALLS 15: by id and by content, whatever the spacing, string or conversation."""
     prompts = write(tmp_path / "prompts.jsonl", [{"id": "t0", "prompt": "train 0"}, row])
     held = write(tmp_path / "heldout.jsonl", [{"id": "h0", "prompt": "held 0"}])
     output = tmp_path / "out.jsonl"

@@ -198,13 +198,16 @@ import records
 from stage import Stage, parse, parser, run
 def main():
     p = parser("copy")
-    p.add_argument("--prompts"); p.add_argument("--output"); p.add_argument("--pause", type=float, default=0)
+    p.add_argument("--prompts")
+    p.add_argument("--output")
+    p.add_argument("--pause", type=float, default=0)
     args = parse(p)
     stage = Stage(args, {{"prompts": args.prompts}}, args.output, free=("pause",))
     n = records.count_rows(args.prompts, records.PROMPT)
     for index, rows in stage.todo(records.read_jsonl(args.prompts, records.PROMPT)):
         time.sleep(args.pause)
-        stage.write_part(index, rows, {{"rows": {{"in": len(rows), "out": len(rows), "dropped": {{}}}}}})
+        balance = {{"in": len(rows), "out": len(rows), "dropped": {{}}}}
+        stage.write_part(index, rows, {{"rows": balance}})
     stage.join(n)
 run(main)
 """

@@ -129,7 +129,7 @@ def with_refs(text, rm, gold, logprob, init, prev, **more):
 
 
 def small_run(run: Path) -> Path:
-    """Two prompts, two answers each, two policies: every figure below can be worked out on paper."""
+    """Two prompts, two answers each, two policies: every figure can be worked out on paper."""
     add_eval(
         run,
         0,
@@ -183,7 +183,7 @@ def call(run: Path, monkeypatch, *flags) -> list[dict]:
 
 def figures(run: Path, gold: str | None = None) -> list[dict]:
     """The rows of summary.jsonl, without the page."""
-    return report.read_run(run, gold)[2]
+    return report.read_run(run, gold).rows
 
 
 def test_figures_equal_those_on_paper(tmp_path, monkeypatch):
@@ -320,8 +320,9 @@ def test_without_gold_it_is_called_a_proxy(tmp_path, monkeypatch, capsys):
     for.
     """
     run = small_run(tmp_path / "run")
-    *_, rows, _, notes, gold = report.read_run(run)
-    assert gold == "gold" and "gold" in rows[0] and "no gold reward" not in " ".join(notes)
+    read = report.read_run(run)
+    assert read.gold == "gold" and "gold" in read.rows[0]
+    assert "no gold reward" not in " ".join(read.legend + read.warnings)
 
     write_meta(
         run / "iter_01" / "scored.jsonl", arguments={"rewards": ["gold"], "reward_weights": [1.0]}
@@ -364,12 +365,12 @@ def test_reads_what_score_writes(tmp_path, stage):
             *weights,
         ]
         stage("score.py", *files, *functions)
-        *_, rows, _, _, found = report.read_run(run)
-        assert found == gold and rows[0]["reward"] == 3.0 + sum(weights) - 1
+        read = report.read_run(run)
+        assert read.gold == gold and read.rows[0]["reward"] == 3.0 + sum(weights) - 1
 
 
 def test_unfinished_runs_give_what_exists(tmp_path, monkeypatch, capsys):
-    """Only the initial policy; then an iteration without evaluation; then one that has only begun."""
+    """Only the initial policy; an iteration without evaluation; one that has only begun."""
     run = small_run(tmp_path / "run")
     shutil.rmtree(run / "iter_01" / "eval")
     (run / "iter_02").mkdir()
@@ -416,7 +417,7 @@ def test_prompt_whose_answers_were_all_dropped(tmp_path, monkeypatch):
 def test_unlike_sampling_is_said(tmp_path):
     run = small_run(tmp_path / "run")
     write_meta(run / "iter_01/eval/candidates.jsonl", arguments={"temperature": [0.7], "seed": 0})
-    out = " ".join(report.read_run(run)[4])
+    out = " ".join(report.read_run(run).warnings)
     assert (
         "temperature was [1.0] from iter_00, [0.7] from iter_01" in out and "estimate no KL" in out
     )
@@ -436,7 +437,7 @@ def test_clustered_error_is_that_of_repeated_draws():
                 "reward": [level + rng.gauss(0, 0.3) for _ in range(4)],
                 "length": [1] * 4,
             }
-        figures = report.heldout_figures(prompts, None)
+        figures = report.heldout_figures(prompts, {})
         means.append(figures["reward"])
         errors.append(figures["reward_se"])
     spread = math.sqrt(sum(m * m for m in means) / len(means))

@@ -1,7 +1,7 @@
 """Turn a data set into prompts.jsonl, and hold some of it out for the evaluation.
 
-    python tools/prepare_prompts.py --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs \\
-        --as_conversation --output prompts.jsonl --heldout_output heldout.jsonl
+    python tools/prepare_prompts.py --dataset HuggingFaceH4/ultrafeedback_binarized \\
+        --split train_prefs --as_conversation --output prompts.jsonl --heldout_output heldout.jsonl
     python tools/prepare_prompts.py --dataset chats.jsonl --field messages --output prompts.jsonl
 
 --dataset is a file (.parquet, .jsonl, .json), a folder of them, or the name of a data set on the
@@ -9,21 +9,23 @@ Hugging Face hub (needs the package `datasets`). A row's prompt is its `prompt` 
 what --field names: a string, or a conversation [{"role", "content"}], whose trailing assistant
 turns are the answer and are cut off.
 
-Every row that does not come out is counted under a name: "empty" (nothing to answer: no text, or no
-turns but the system's and assistant's), "duplicate" (roles and words of an earlier row; spacing
-does not matter), "over the maximum", and, for either output, what went to the other one.
+Every row that does not come out is counted under a name:
+
+    empty               nothing to answer: no text, or no turns but the system's and assistant's
+    duplicate           roles and words of an earlier row; spacing does not matter
+    over the maximum    more than --max_prompts
+    held out, training  what went to the other file
 
 Which prompts are held out is decided by a hash of (seed, content): the two files share no id and no
 content, and shuffling the data set changes the order of the lines but not the split. Memory holds a
 hash of each prompt and no text.
 """
 
-import itertools
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py stands in the root
@@ -32,113 +34,141 @@ from stage import Stage, parse, parser, run, seed_of
 from take_prompts import content_key
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
+Row = tuple[str, dict]  # its place, as messages name it, and what it holds
 
 
 def arguments():
     p = parser(__doc__)
+    add = p.add_argument
+
     # Where the rows come from
-    p.add_argument(
-        "--dataset", required=True, help="a file, a folder, or a data set's name on the hub"
-    )
-    p.add_argument(
+    add("--dataset", required=True, help="a file, a folder, or a data set's name on the hub")
+    add(
         "--split",
         help='of a hub data set or a folder ("SPLIT.jsonl", "SPLIT-*.parquet"); default: train',
     )
-    p.add_argument("--config", help="of a hub data set that has several")
-    p.add_argument(
-        "--revision", help="of a hub data set: a commit, so that the same rows come back next year"
+    add("--config", help="of a hub data set that has several")
+    add(
+        "--revision",
+        help="of a hub data set: a commit, so that the same rows come back next year",
     )
+
     # What a prompt is
-    p.add_argument("--field", help="key that holds the prompt; default: prompt, or else messages")
-    p.add_argument(
+    add("--field", help="key that holds the prompt; default: prompt, or else messages")
+    add(
         "--new_ids",
         action="store_true",
         help='make ids from content even for rows that have an "id"',
     )
-    p.add_argument(
+    add(
         "--as_conversation",
         action="store_true",
         help="a string becomes one user turn: chat models need it",
     )
-    p.add_argument("--system", help="system turn put before each conversation that has none")
-    p.add_argument(
+    add("--system", help="system turn put before each conversation that has none")
+    add(
         "--meta",
         nargs="+",
         default=[],
         metavar="KEY",
         help='keys kept under "meta", for reward functions',
     )
+
     # Which prompts go where
-    p.add_argument("--output", required=True, help="prompts.jsonl: what is trained on")
-    p.add_argument("--heldout_output", help="heldout.jsonl: what is only evaluated on")
-    p.add_argument(
+    add("--output", required=True, help="prompts.jsonl: what is trained on")
+    add("--heldout_output", help="heldout.jsonl: what is only evaluated on")
+    add(
         "--heldout",
         type=int,
-        help="prompts held out; default 200: a standard error of 1/14 of the reward's standard deviation",
+        help="prompts held out; default 200: "
+        "a standard error of 1/14 of the reward's standard deviation",
     )
-    p.add_argument(
+    add(
         "--max_prompts",
         type=int,
         help="at most so many training prompts, drawn at random; default: all",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the split and of the draw; default 0")
+    add("--seed", type=int, default=0, help="of the split and of the draw; default 0")
     return p
+
+
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def find_files(args) -> list[Path]:
     """The files that --dataset names on this machine; none: it is a name on the hub."""
-    path, split = Path(args.dataset), args.split or "train"
+    path = Path(args.dataset)
     if not path.exists():
-        if (
-            path.suffix in SUFFIXES
-            or args.dataset.startswith((".", "/"))
-            or args.dataset.count("/") > 1
-        ):
+        is_no_hub_name = args.dataset.startswith((".", "/")) or args.dataset.count("/") > 1
+        if is_no_hub_name or path.suffix in SUFFIXES:
             raise Stop(f"{path}: no such file or folder.")
         return []
-    idle = [
-        f
-        for f in ("config", "revision", *(["split"] if path.is_file() else []))
-        if getattr(args, f)
-    ]
-    if idle:
-        raise Stop(
-            f"--{idle[0]} has no effect here: {path} is on this machine, and rows of a file are all read."
-        )
-    every = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
-    name = re.compile(re.escape(split) + r"([-.].*)?")
-    files = [f for f in every if path.is_file() or name.fullmatch(f.stem) or f.parent.name == split]
+
+    # flags that only the hub, or only a folder, can follow
+    idle = {"config": args.config, "revision": args.revision}
+    if path.is_file():
+        idle["split"] = args.split
+    for flag, value in idle.items():
+        if value:
+            raise Stop(
+                f"--{flag} has no effect here: {path} is on this machine, "
+                "and rows of a file are all read."
+            )
+
+    split = args.split or "train"
+    files = [path] if path.is_file() else files_of_split(path, split)
     if not files or files[0].suffix not in SUFFIXES:
         raise Stop(
-            f"{path}: expected {' or '.join(SUFFIXES)}, and in a folder {split}.*, {split}-*.* or {split}/*.*"
+            f"{path}: expected {' or '.join(SUFFIXES)}, "
+            f"and in a folder {split}.*, {split}-*.* or {split}/*.*"
         )
     return files
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) for each row of one file; `where` names the place in messages."""
-    if path.suffix == ".parquet":
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """SPLIT.jsonl, SPLIT-00000-of-00002.parquet, SPLIT/anything.json; in order."""
+    name = re.compile(re.escape(split) + r"([-.].*)?")
+    files = []
+    for path in sorted(folder.rglob("*")):
+        in_split = name.fullmatch(path.stem) or path.parent.name == split
+        if path.suffix in SUFFIXES and in_split:
+            files.append(path)
+    return files
+
+
+def read_rows(args, files: list[Path], hub) -> Iterator[Row]:
+    """All rows: of the files, or of the hub's data set."""
+    for path in files:
+        rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
+        for number, row in enumerate(rows, 1):
+            yield f"{path}: row {number}", row
+    if hub is not None:
+        for number, row in enumerate(hub, 1):
+            yield f"{args.dataset}: row {number}", row
+
+
+def parquet_rows(path: Path) -> Iterator[dict]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise Stop(
+            f"{path}: reading parquet needs the package pyarrow: pip install pyarrow"
+        ) from None
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        yield from batch.to_pylist()
+
+
+def json_rows(path: Path) -> Iterable[dict]:
+    """The rows of one JSON array, or of JSON lines, which a .json file often holds instead."""
+    with open(path, encoding="utf-8") as file:
+        is_array = file.read(4096).lstrip().startswith("[")
+        if not is_array:
+            return read_jsonl(path, {})
+        file.seek(0)
         try:
-            import pyarrow.parquet
-        except ImportError:
-            raise Stop(
-                f"{path}: reading parquet needs the package pyarrow: pip install pyarrow"
-            ) from None
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    else:
-        with open(path, encoding="utf-8") as file:
-            if (
-                file.read(4096).lstrip().startswith("[")
-            ):  # one array; often a .json file holds JSON lines instead
-                file.seek(0)
-                try:
-                    rows = json.load(file)
-                except json.JSONDecodeError as e:
-                    raise Stop(f"{path}: not JSON ({e}).") from None
-            else:
-                rows = read_jsonl(path, {})
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+            return json.load(file)
+        except json.JSONDecodeError as e:
+            raise Stop(f"{path}: not JSON ({e}).") from None
 
 
 def open_hub(name: str, config: str | None, split: str, revision: str | None):
@@ -155,33 +185,40 @@ def open_hub(name: str, config: str | None, split: str, revision: str | None):
         raise Stop(f"{name}, split {split}: the hub did not give this data set. {e}") from None
 
 
-def to_prompt(row, args, where: str, seen: Counter) -> str | list[dict] | None:
-    """The row's prompt in the contract's shape; None when there is nothing to answer."""
+# ---- one row -----------------------------------------------------------------------------------
+
+
+def field_of(row: dict, asked: str | None) -> str:
+    """The key under which a row holds its prompt. `asked` is --field."""
+    if asked:
+        return asked
+    return "prompt" if "prompt" in row else "messages"
+
+
+def given_prompt(row, args, where: str) -> str | list | None:
+    """What the row holds as its prompt, as it stands there."""
     if not isinstance(row, dict):
         raise Stop(f"{where}: expected a JSON object, found {type(row).__name__}.")
-    field = args.field or ("prompt" if "prompt" in row else "messages")
+    field = field_of(row, args.field)
     if field not in row:
+        keys = ", ".join(row)
         raise Stop(
-            f'{where}: no key "{field}"; name the prompt\'s with --field. The row has: {", ".join(row)}.'
+            f'{where}: no key "{field}"; name the prompt\'s with --field. The row has: {keys}.'
         )
-    prompt = row[field]
+    return row[field]
+
+
+def to_prompt(row: dict, args, where: str) -> str | list[dict] | None:
+    """The row's prompt in the contract's shape; None when there is nothing to answer."""
+    prompt = given_prompt(row, args, where)
     if prompt is None:
         return None
+    if isinstance(prompt, str) and not args.as_conversation:
+        return prompt if prompt.strip() else None
     if isinstance(prompt, str):
-        seen["strings"] += 1
-        if not args.as_conversation:
-            return prompt if prompt.strip() else None
         prompt = [{"role": "user", "content": prompt}]
-    seen["conversations"] += 1
-    try:
-        turns = [{"role": t["role"], "content": t["content"]} for t in prompt]
-        if not all(isinstance(v, str) for t in turns for v in t.values()):
-            raise TypeError
-    except (TypeError, KeyError):
-        raise Stop(
-            f'{where}: "{field}" must be text or a list of {{"role", "content"}} with text in both, '
-            f"found {str(prompt)[:80]}."
-        ) from None
+
+    turns = to_turns(prompt, f'{where}: "{field_of(row, args.field)}"')
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns or turns[-1]["role"] == "system" or not turns[-1]["content"].strip():
@@ -191,123 +228,170 @@ def to_prompt(row, args, where: str, seen: Counter) -> str | list[dict] | None:
     return turns
 
 
-def to_row(row: dict, prompt, args, where: str) -> dict:
+def to_turns(conversation, where: str) -> list[dict]:
+    """Copies of the turns with role and content alone."""
+    try:
+        turns = [{"role": t["role"], "content": t["content"]} for t in conversation]
+        for turn in turns:
+            if not isinstance(turn["role"], str) or not isinstance(turn["content"], str):
+                raise TypeError
+    except (TypeError, KeyError):
+        found = str(conversation)[:80]
+        raise Stop(
+            f'{where} must be text or a list of {{"role", "content"}} with text in both, '
+            f"found {found}."
+        ) from None
+    return turns
+
+
+def to_record(row: dict, prompt: str | list[dict], args, where: str) -> dict:
     """A row of prompts.jsonl."""
-    made = "p" + content_key(prompt).hex()[:16]
-    record = {
-        "id": made if args.new_ids or row.get("id") is None else str(row["id"]),
-        "prompt": prompt,
-    }
+    if args.new_ids or row.get("id") is None:
+        id = "p" + content_key(prompt).hex()[:16]
+    else:
+        id = str(row["id"])
+    record = {"id": id, "prompt": prompt}
+    if args.meta:
+        record["meta"] = {}
     for key in args.meta:
         if key not in row:
-            raise Stop(
-                f'{where}: no key "{key}", which --meta names. The row has: {", ".join(row)}.'
-            )
-        whole_meta = key == "meta" and isinstance(
-            row[key], dict
-        )  # a file that this tool, say, has written
-        record.setdefault("meta", {}).update(row[key] if whole_meta else {key: row[key]})
+            keys = ", ".join(row)
+            raise Stop(f'{where}: no key "{key}", which --meta names. The row has: {keys}.')
+        if key == "meta" and isinstance(row[key], dict):  # as in a file that this tool has written
+            record["meta"] |= row[key]
+        else:
+            record["meta"][key] = row[key]
     return record
 
 
-def sort_out(rows, args) -> list[str]:
+# ---- what becomes of each row ------------------------------------------------------------------
+
+
+def sort_out(rows: Iterator[Row], args) -> list[str]:
     """What becomes of each row: "training", "held out", or the reason why it is dropped."""
     fates: list[str] = []
     first: dict[bytes, int] = {}  # content -> the row that holds it first
-    seen: Counter = Counter()
+    strings = conversations = False  # was there one?
     for number, (where, row) in enumerate(rows):
-        prompt = to_prompt(row, args, where, seen)
-        fates.append("empty" if prompt is None else "training")
-        if prompt is not None and first.setdefault(content_key(prompt), number) != number:
-            fates[-1] = "duplicate"
-    if args.as_conversation and not seen["strings"]:
+        given = given_prompt(row, args, where)
+        is_string = isinstance(given, str)
+        if is_string:
+            strings = True
+        if given is not None and (args.as_conversation or not is_string):
+            conversations = True
+
+        prompt = to_prompt(row, args, where)
+        if prompt is None:
+            fates.append("empty")
+            continue
+        content = content_key(prompt)
+        if content in first:
+            fates.append("duplicate")
+            continue
+        first[content] = number
+        fates.append("training")
+
+    if args.as_conversation and not strings:
         raise Stop("--as_conversation has no effect: every prompt is a conversation already.")
-    if args.system and not seen["conversations"]:
+    if args.system and not conversations:
         raise Stop("--system has no effect: every prompt is a string. Pass --as_conversation, too.")
     if len(first) <= args.heldout:
         raise Stop(
-            f"{args.dataset}: {len(first):,} different prompts, {args.heldout:,} of them to hold out: none are left "
-            "to train on. Lower --heldout."
+            f"{args.dataset}: {len(first):,} different prompts, {args.heldout:,} of them "
+            "to hold out: none are left to train on. Lower --heldout."
         )
-    order = sorted(first, key=lambda content: seed_of("prepare_prompts", args.seed, content))
-    for content in order[: args.heldout]:
+
+    # draw the held-out prompts, and the training prompts where there is a maximum
+    drawn = sorted(first, key=lambda content: seed_of("prepare_prompts", args.seed, content))
+    for content in drawn[: args.heldout]:
         fates[first[content]] = "held out"
     if args.max_prompts is not None:
-        for content in order[args.heldout + args.max_prompts :]:
+        kept = args.heldout + args.max_prompts
+        for content in drawn[kept:]:
             fates[first[content]] = "over the maximum"
     return fates
 
 
-def write(stage: Stage, rows, fates: list[str], fate: str, args) -> None:
+# ---- the stage ---------------------------------------------------------------------------------
+
+
+def write(stage: Stage, rows: Iterator[Row], fates: list[str], wanted: str, args) -> None:
     """Write the rows of one fate, in the order they came in."""
-    ids: dict[str, str] = {}
+    place_of: dict[str, str] = {}  # id -> the row that has it, in either file
     with whole(stage.output) as temporary:
         with open(temporary, "w", encoding="utf-8") as out:
-            for (where, row), f in zip(rows, fates, strict=True):
-                if f not in ("training", "held out"):
+            for (where, row), fate in zip(rows, fates, strict=True):
+                if fate not in ("training", "held out"):
                     continue
-                record = to_row(row, to_prompt(row, args, where, Counter()), args, where)
-                if ids.setdefault(record["id"], where) != where:
+                prompt = to_prompt(row, args, where)
+                record = to_record(row, prompt, args, where)
+                id = record["id"]
+                if id in place_of:
                     raise Stop(
-                        f'{where}: id "{record["id"]}" was used for another prompt, at {ids[record["id"]]}. '
+                        f'{where}: id "{id}" was used for another prompt, at {place_of[id]}. '
                         "Pass --new_ids to make every id from the content."
                     )
-                if f == fate:
-                    try:
-                        out.write(dump(record))
-                    except (ValueError, TypeError) as e:
-                        raise Stop(
-                            f"{where}: --meta {' '.join(args.meta)}: no JSON can be made of it ({e})."
-                        ) from None
-        balance = Counter(fates)
-        stage.count("rows", balance.total(), balance.pop(fate), balance)
+                place_of[id] = where
+                if fate == wanted:
+                    out.write(to_line(record, args, where))
+
+        dropped = Counter(fates)
+        written = dropped.pop(wanted)
+        stage.count("rows", len(fates), written, dropped)
         stage.write_meta()
     stage.clean()
 
 
-def settle(args, files: list[Path], output: str) -> Stage | None:
-    """The stage that writes this output; None where that is done."""
-    inputs = {"dataset": files} if files else {}
-    stage = Stage(args, inputs, output, free=("heldout_output",))
-    if stage.done:
-        return None
-    remove(
-        stage.parts
-    )  # there are none: after a mended row the next run is not held against this one
-    return stage
+def to_line(record: dict, args, where: str) -> str:
+    try:
+        return dump(record)
+    except (ValueError, TypeError) as e:
+        names = " ".join(args.meta)
+        raise Stop(f"{where}: --meta {names}: no JSON can be made of it ({e}).") from None
+
+
+def check_arguments(args) -> None:
+    """Stop at flags that contradict each other; fill in the default of --heldout."""
+    if args.heldout is not None and not args.heldout_output:
+        raise Stop(
+            "--heldout has no effect without --heldout_output, "
+            "the file that the held-out prompts go to."
+        )
+    if args.heldout is None:
+        args.heldout = 200 if args.heldout_output else 0
+    least = 1 if args.heldout_output else 0
+    too_few = args.max_prompts is not None and args.max_prompts < 1
+    if args.heldout < least or too_few:
+        raise Stop("--heldout and --max_prompts must be at least 1.")
 
 
 def main():
     args = parse(arguments())
-    if args.heldout is not None and not args.heldout_output:
-        raise Stop(
-            "--heldout has no effect without --heldout_output, the file that the held-out prompts go to."
-        )
-    if args.heldout is None:
-        args.heldout = 200 if args.heldout_output else 0
-    if args.heldout < bool(args.heldout_output) or (args.max_prompts or 1) < 1:
-        raise Stop("--heldout and --max_prompts must be at least 1.")
-
+    check_arguments(args)
     files = find_files(args)
+
     # The held-out prompts first: whoever finds the training prompts finds them, too.
-    outputs = [("held out", args.heldout_output), ("training", args.output)]
-    stages = [(fate, settle(args, files, output)) for fate, output in outputs if output]
-    if not any(stage for _, stage in stages):
+    outputs = {"held out": args.heldout_output, "training": args.output}
+    inputs = {"dataset": files} if files else {}
+    stages = {}
+    for fate, output in outputs.items():
+        if not output:
+            continue
+        stage = Stage(args, inputs, output, free=("heldout_output",))
+        if not stage.done:
+            stages[fate] = stage
+            # There are no parts. Without their folder, a run after a mended row is not compared
+            # with this one.
+            remove(stage.parts)
+    if not stages:
         return
-    hub = (
-        None if files else open_hub(args.dataset, args.config, args.split or "train", args.revision)
-    )
 
-    def rows() -> Iterator[tuple[str, dict]]:
-        for file in files:
-            yield from file_rows(file)
-        if hub is not None:
-            yield from ((f"{args.dataset}: row {number}", row) for number, row in enumerate(hub, 1))
-
-    fates = sort_out(rows(), args)
-    for fate, stage in stages:
-        if stage:
-            write(stage, rows(), fates, fate, args)
+    hub = None
+    if not files:
+        hub = open_hub(args.dataset, args.config, args.split or "train", args.revision)
+    fates = sort_out(read_rows(args, files, hub), args)
+    for fate, stage in stages.items():
+        write(stage, read_rows(args, files, hub), fates, fate, args)
 
 
 if __name__ == "__main__":
