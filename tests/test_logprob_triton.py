@@ -208,10 +208,10 @@ def compile_for(capability: int, variant: str) -> dict:
     from triton.compiler import ASTSource
 
     bias, cap, grad = VARIANTS[variant]
-    types = dict(x="*fp32", bias="*bf16", target="*i64", q="*bf16", s_out="*fp32", d_out="*fp32", V="i32", stride="i32",
+    types = dict(x="*fp32", bias="*bf16", target="*i64", q_out="*bf16", s_out="*fp32", d_out="*fp32", V="i32", stride="i32",
                  scale="fp32", cap="fp32", far="fp32")  # fmt: skip
     constants = dict(BIAS=bias, CAP=cap, GRAD=grad, BLOCK=kernel.BLOCK)
-    constants |= ({} if bias else {"bias": None}) | ({} if grad else {"q": None})
+    constants |= ({} if bias else {"bias": None}) | ({} if grad else {"q_out": None})
     names = kernel.row_kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or n == "stride"]

@@ -1,0 +1,46 @@
+"""Which of its two paths the code takes: that of a GPU, or that of a CPU.
+
+Both compute the same numbers and allocate different memory. A dry run wants to count what a GPU
+would allocate on a machine that has none, so it asks for the GPU's path:
+
+    with FakeTensorMode(), counted_as_gpu():
+        loss = model(batch)     # tensors have shapes and no content
+        loss.backward()
+
+Whoever chooses between the paths asks `device_kind(tensor)`, and never the tensor itself.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_counting = False
+
+
+@contextmanager
+def counted_as_gpu() -> Iterator[None]:
+    """Within it every tensor takes a GPU's path: chunk size, stash, products, flash attention.
+
+    For tensors without content only: where the GPU's path has no CPU kernel, nothing is computed,
+    and memory is allocated as the GPU's kernel would.
+    """
+    global _counting
+    before = _counting
+    _counting = True
+    try:
+        yield
+    finally:
+        _counting = before
+
+
+def counting() -> bool:
+    """Whether counted_as_gpu() is on, so that GPU kernels must allocate only."""
+    return _counting
+
+
+def device_kind(tensor: torch.Tensor) -> str:
+    """ "cuda" or "cpu": the path that `tensor` takes. Any other device takes that of a CPU."""
+    if _counting or tensor.is_cuda:
+        return "cuda"
+    return "cpu"
