@@ -26,7 +26,7 @@ from stage import parse
 
 def predicted_gib(model: Path, flags: list[str]) -> float:
     """The last line of the dry run, which is printed, too."""
-    command = [sys.executable, "dpo_train.py", "--model", str(model), "--dry_run", *flags]
+    command = [sys.executable, "tools/memory.py", "--model", str(model), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr if done.returncode else "", sep="", flush=True)
     done.check_returncode()

@@ -410,7 +410,7 @@ def train(model: Path, folder: Path) -> str:
     return call(
         dpo_train.main, "dpo_train.py", "--model", model, "--pairs", folder / "pairs.jsonl",
         "--output", folder / "policy", "--beta", BETA, "--learning_rate", 1e-3, "--num_train_epochs", 2,
-        "--warmup_ratio", 0, "--min_lr_ratio", 0, "--save_dtype", "fp32",
+        "--warmup_ratio", 0, "--save_dtype", "fp32",
     )  # fmt: skip
 
 

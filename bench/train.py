@@ -53,7 +53,7 @@ from bench.headline import headline
 from bench.trl_dpo import trl_trainer
 from records import dump
 from stage import parse
-from training import footprint
+from training import speed
 
 ROOT = Path(__file__).resolve().parent.parent
 # of the published config.json files; "small" has 0.5B's proportions, head and layers, at a fiftieth
@@ -130,7 +130,7 @@ def useful_flops(config, lengths: list[tuple[int, int, int]]) -> float:
     """Forward and backward flops of one step over these pairs, nothing computed twice."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return footprint.flops(footprint.matmul_weights(model.model.layers, config), config, lengths)
+    return speed.flops(speed.matmul_weights(model.model.layers, config), config, lengths)
 
 
 # ---- one contender, in a process of its own ----------------------------------------------------
@@ -190,12 +190,16 @@ def run_ours(task: dict, folder: Path, meter=None) -> dict:
 
     meter = meter or Meter()
 
-    def log(row):  # dpo_train calls it at the end of each step
-        meter.losses.append(row["loss"])
-        meter.end()
-        if row["step"] == task["steps"]:
-            raise Done  # before the export
-        meter.begin()
+    class Log:  # dpo_train writes to it at the end of each step
+        def __init__(self, *_):
+            pass
+
+        def write(self, row):
+            meter.losses.append(row["loss"])
+            meter.end()
+            if row["step"] == task["steps"]:
+                raise Done  # before the export
+            meter.begin()
 
     def compiled(module, **options):  # each layer, before it is sharded
         if task["compile"] and isinstance(module, fsdp.GradientCheckpointingLayer):
@@ -204,7 +208,7 @@ def run_ours(task: dict, folder: Path, meter=None) -> dict:
 
     fully_shard, fsdp.fully_shard = fsdp.fully_shard, compiled
     meter.begin()
-    dpo_train.open_log = lambda *_: log
+    dpo_train.TrainLog = Log
     flags = ["--model", task["model"], "--pairs", task["pairs"], "--output", folder / "policy"]
     flags += [
         "--batch_size",
@@ -430,7 +434,7 @@ def main():
     p.add_argument(
         "--packing",
         nargs="+",
-        default=["padded", "packed", "prefix"],
+        default=["padded", "prefix"],
         help="ours; dpo_train.py --help",
     )
     p.add_argument(
@@ -467,9 +471,7 @@ def main():
     dtype = "bf16" if cuda else "fp32"
     gpu = torch.cuda.get_device_name() if cuda else None
     peak = (
-        args.peak_tflops * 1e12
-        if args.peak_tflops
-        else footprint.peak_flops(torch.device(args.device))
+        args.peak_tflops * 1e12 if args.peak_tflops else speed.peak_flops(torch.device(args.device))
     )
     lengths = draw_lengths(args.pairs, args.scale)
     p_, c_, r_ = (statistics.mean(x) for x in zip(*lengths, strict=True))

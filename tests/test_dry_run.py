@@ -1,4 +1,4 @@
-"""What --dry_run predicts is what two ranks allocate; the flops behind MFU are what torch counts."""
+"""What tools/memory.py predicts is what two ranks allocate; the flops behind MFU are what torch counts."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-import dpo_train
 from conftest import ROOT
 from dpo_train import Policy
-from kernels import attention, logprob
 from kernels.attention import ATTENTION
 from records import dump
 from small_models import causal_lm, config
-from training import footprint
+from stage import parse
+from tools import memory
+from training import speed
 from training.batches import collate
 from training.fsdp import layers_of
 
@@ -99,20 +99,12 @@ def two_ranks(folder, code, *arguments):
 
 
 @pytest.fixture
-def predict(monkeypatch):
+def predict():
     """predict(flags…) -> bytes of the dry run's rows, in order, under short names."""
 
     def call(*flags):
-        args = dpo_train.parse(dpo_train.arguments(), [str(x) for x in ("--dry_run", *flags)])
-        rows, footprint_predict = {}, footprint.predict
-        with (
-            monkeypatch.context() as m
-        ):  # a dry run is the end of its process, and changes what it likes
-            m.setattr(attention, "_flash_takes", attention._flash_takes)
-            for name in ("rows_torch", "CHUNK", "STASH_BYTES"):
-                m.setattr(logprob, name, getattr(logprob, name))
-            m.setattr(footprint, "predict", lambda *a: rows.update(footprint_predict(*a)) or rows)
-            dpo_train.dry_run(args)
+        args = parse(memory.arguments(), [str(x) for x in flags])
+        rows, _ = memory.rows_of(args)
         torch.distributed.destroy_process_group()
         names = "weights adam gradients root layers reduce activations logprobs working".split()
         return dict(zip(names, rows.values(), strict=True))
@@ -127,7 +119,7 @@ def test_two_ranks_hold_exactly_the_bytes_predicted(tmp_path, predict, tie):
     """
     causal_lm(tmp_path / "m", "qwen2", tie=tie)
     flags = ["--model", tmp_path / "m", "--dtype", "bf16"]
-    found = two_ranks(tmp_path, MEASURE, *flags)
+    found = two_ranks(tmp_path, MEASURE, *flags, "--pairs", "none", "--output", "none")
     said = predict(*flags, "--world_size", 2)
     assert {k: said[k] for k in ("weights", "adam", "gradients", "root")} == {
         k: found[k] for k in ("weights", "adam", "gradients", "root")
@@ -202,9 +194,8 @@ def test_a_dry_run_needs_a_config_only_and_adds_up(tmp_path, stage):
         8,
         "--shard_size",
         4,
-        "--dry_run",
     ]
-    lines = stage("dpo_train.py", *flags, "--cpu_offload").stdout.splitlines()
+    lines = stage("tools/memory.py", *flags, "--cpu_offload").stdout.splitlines()
     assert "rank 0 of 8, bf16" in lines[0]
     sizes = {line[12:]: float(line[:10]) for line in lines[1:]}
     host = [name for name in sizes if "(host memory)" in name]
@@ -235,33 +226,21 @@ def test_a_dry_run_of_one_rank_says_what_gathered_weights_take(tmp_path, stage):
     weights, layer = (
         sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0])
     )
-    flags = ["--model", tmp_path, "--tokens_per_batch", 900, "--dry_run"]
-    for more, beside in ((["--cpu_offload"], 0), ([], 16)):
-        *_, last = stage("dpo_train.py", *flags, *more).stdout.splitlines()
+    flags = ["--model", tmp_path, "--tokens_per_batch", 900]
+    for more, factor, beside in (("--cpu_offload", 4, 0), ("--gradient_checkpointing", 2, 16)):
+        *_, last = stage("tools/memory.py", *flags, more).stdout.splitlines()
         said = float(last[:10]), float(last.split("with")[1].split()[0])
         assert "stay gathered" in last
         assert said[0] == pytest.approx(2 * 6 * layer / 2**30, abs=0.006)
-        assert said[1] == pytest.approx(2 * weights * (2 + beside) / 2**30, abs=0.06)
-    assert "stay gathered" not in stage("dpo_train.py", *flags, "--world_size", 2).stdout
+        assert said[1] == pytest.approx(factor * weights * (2 + beside) / 2**30, abs=0.06)
+    assert "stay gathered" not in stage("tools/memory.py", *flags, "--world_size", 2).stdout
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (
-            ["--pairs", "p", "--output", "o", "--world_size", "2"],
-            "--world_size has no effect without --dry_run",
-        ),
-        (["--output", "o"], "--pairs and --output are needed"),
-        (
-            ["--dry_run", "--world_size", "8", "--shard_size", "3"],
-            "must divide the number of ranks (8",
-        ),
-    ],
-)
-def test_a_flag_without_effect_is_an_error(stage, flags, says):
-    done = stage("dpo_train.py", "--model", "m", *flags, check=False)
-    assert done.returncode == 1 and says in done.stderr
+def test_ranks_that_cannot_share_are_refused(tmp_path, stage):
+    config("llama").save_pretrained(tmp_path)
+    flags = ["--model", tmp_path, "--world_size", "8", "--shard_size", "3"]
+    done = stage("tools/memory.py", *flags, check=False)
+    assert done.returncode == 1 and "must divide the number of ranks (8" in done.stderr
 
 
 # ---- the flops behind MFU ----------------------------------------------------------------------
@@ -302,8 +281,8 @@ def test_model_flops_are_what_torch_counts(tmp_path, arch, tie):
                 scaled_dot_product_attention(q, k, k)
     looking = 3 * c.num_hidden_layers * counter.get_total_flops()
     lengths = [tuple(map(len, pair.values())) for pair in pairs]
-    weights = footprint.matmul_weights(layers_of(policy), c)
-    assert footprint.flops(weights, c, lengths) == products + looking
+    weights = speed.matmul_weights(layers_of(policy), c)
+    assert speed.flops(weights, c, lengths) == products + looking
 
 
 def test_an_expert_that_a_token_does_not_see_is_no_flop(tmp_path):
@@ -312,4 +291,4 @@ def test_an_expert_that_a_token_does_not_see_is_no_flop(tmp_path):
         policy = Policy(AutoModelForCausalLM.from_config(c))
     experts = 3 * 64 * 32 * c.num_hidden_layers  # gate, up and down of one
     every = sum(p.numel() for n, p in policy.named_parameters() if p.ndim > 1 and ".layers." in n)
-    assert footprint.matmul_weights(layers_of(policy), c) == every - 3 * experts
+    assert speed.matmul_weights(layers_of(policy), c) == every - 3 * experts

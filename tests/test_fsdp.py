@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import dpo_train
 from conftest import ROOT
 from kernels.attention import Layout
 from test_dpo_train import Run
-from training import batches, footprint, fsdp
+from training import batches, fsdp, speed
 
 
 @pytest.fixture
@@ -66,8 +67,6 @@ def test_weights_that_stay_gathered_change_no_bit_and_are_gathered_once_a_step(
     ]
     run("let_go", *flags)
     log, let_go = run.log(), gathered["of a step"]
-    for cache in run.folder.glob("*.reference-*"):
-        cache.unlink()
     monkeypatch.setattr(fsdp, "stays_gathered", lambda *_: True)
     assert "stay gathered" in run("kept", *flags)
 
@@ -80,20 +79,23 @@ def test_weights_that_stay_gathered_change_no_bit_and_are_gathered_once_a_step(
 
 
 @pytest.mark.parametrize(
-    ("free", "ranks_per_copy", "dtype", "offload", "stays"),
+    ("free", "checkpointing", "ranks_per_copy", "dtype", "offload", "stays"),
     [
-        (36_000, 1, torch.bfloat16, False, True),  # 2 (4 + 8 + 4 + 2) bytes per weight
-        (35_999, 1, torch.bfloat16, False, False),
-        (36_000, 2, torch.bfloat16, False, False),  # there is another rank to gather from
-        (39_999, 1, torch.float32, False, False),
-        (4_000, 1, torch.bfloat16, True, True),  # all else is in host memory
+        (36_000, True, 1, torch.bfloat16, False, True),  # 2 (4 + 8 + 4 + 2) bytes per weight
+        (35_999, True, 1, torch.bfloat16, False, False),
+        (36_000, True, 2, torch.bfloat16, False, False),  # there is another rank to gather from
+        (39_999, True, 1, torch.float32, False, False),
+        (4_000, True, 1, torch.bfloat16, True, True),  # all else is in host memory
+        (72_000, False, 1, torch.bfloat16, False, True),  # every layer keeps its activations
+        (71_999, False, 1, torch.bfloat16, False, False),
     ],
 )
 def test_weights_stay_gathered_where_there_is_room(
-    monkeypatch, free, ranks_per_copy, dtype, offload, stays
+    monkeypatch, free, checkpointing, ranks_per_copy, dtype, offload, stays
 ):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10**6))
     policy = torch.nn.Linear(10, 100, bias=False, device="meta")
+    policy.model = SimpleNamespace(is_gradient_checkpointing=checkpointing)
     assert fsdp.stays_gathered(policy, dtype, ranks_per_copy, offload, "cuda") == stays
     assert not fsdp.stays_gathered(policy, dtype, ranks_per_copy, offload, "cpu")
 
@@ -163,7 +165,7 @@ def tensors(x):
     return [x] if isinstance(x, torch.Tensor) else []
 
 
-@pytest.mark.parametrize("packing", ["prefix", "packed", "padded"])
+@pytest.mark.parametrize("packing", ["prefix", "padded"])
 def test_microbatches_arrive_in_order_and_are_built_one_ahead(monkeypatch, packing):
     built, collate = [], batches.collate
     monkeypatch.setattr(
@@ -174,14 +176,15 @@ def test_microbatches_arrive_in_order_and_are_built_one_ahead(monkeypatch, packi
         assert len(built) == min(k + 2, len(GROUPS))
         assert batch["rows"].tolist() == rows
         expected = collate([PAIRS[i] for i in rows], packing)
-        found = {name: value for name, value in batch.items() if name != "rows"}
+        assert batch["weights"].tolist() == [float(bool(GROUPS[k]))] * len(rows)
+        found = {k: v for k, v in batch.items() if k not in ("rows", "weights")}
         assert found["split"] == expected["split"] and found.keys() == expected.keys()
         assert all(map(torch.equal, tensors(found), tensors(expected)))
     assert k == len(GROUPS) - 1
     assert list(batches.feed(PAIRS, [], packing, "cpu")) == []
 
 
-@pytest.mark.parametrize("packing", ["prefix", "packed", "padded"])
+@pytest.mark.parametrize("packing", ["prefix", "padded"])
 def test_all_of_a_microbatch_is_on_the_device(packing):
     """Of the layout, too; a tensor left behind would be copied in every layer."""
     found = tensors(batches.collate(PAIRS, packing, "meta"))
@@ -190,7 +193,7 @@ def test_all_of_a_microbatch_is_on_the_device(packing):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("packing", ["prefix", "packed", "padded"])
+@pytest.mark.parametrize("packing", ["prefix", "padded"])
 def test_a_microbatch_reaches_a_gpu_unchanged_and_without_waiting(packing):
     torch.cuda.set_sync_debug_mode("error")  # a copy that waits for the GPU raises
     try:
@@ -242,7 +245,7 @@ def test_the_allocator_is_told_before_torch_is_imported(stage, user, expected):
 def test_reserved_memory_is_recorded_beside_allocated(monkeypatch, run):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
-    assert footprint.peak_memory(torch.device("cuda")) == {
+    assert speed.peak_memory(torch.device("cuda")) == {
         "peak_memory_bytes": 5,
         "peak_reserved_bytes": 7,
     }

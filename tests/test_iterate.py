@@ -331,10 +331,7 @@ def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_pat
     os.killpg(process.pid, sent)
     assert process.wait(60) == 75
     assert list(rows.parent.glob("step_*"))
-    assert (
-        "the same command resumes"
-        in (tmp_path / "run/iter_01/logs/train.log").read_text()
-    )
+    assert "the same command resumes" in (tmp_path / "run/iter_01/logs/train.log").read_text()
 
 
 @pytest.mark.slow

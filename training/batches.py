@@ -1,13 +1,14 @@
-"""From preference pairs to the tensors of a forward: which pairs share a microbatch, and how they
-lie in it.
+"""From preference pairs to the tensors of a forward pass: which pairs share a microbatch, and how.
 
-A pair is three integer arrays, prompt P, chosen C and rejected R. Three ways to lay n of them out:
+A pair is three integer arrays: prompt P, chosen C and rejected R. There are two ways to lay n pairs
+out for a forward pass:
 
-    prefix   input_ids [1, T]    [P|C|R][P|C|R]…              no padding, each prompt once   T = sum of p + c + r
-    packed   input_ids [1, T]    [P|C][P|R][P|C][P|R]…        no padding                     T = sum of 2p + c + r
-    padded   input_ids [2n, L]   a row a sequence, padded on the right, for attention that cannot be packed
+    prefix   input_ids [1, T]     [P|C|R][P|C|R]…   no padding, each prompt once: T is the sum of
+                                                    p + c + r
+    padded   input_ids [2n, L]    [P|C], [P|R], …   one row per sequence, padded on the right, for
+                                                    models whose attention cannot be packed
 
-With UltraFeedback-like lengths (p 200, c and r 350) that is 900, 1100 and about 1900 tokens a pair.
+With UltraFeedback's lengths (p 200, c and r 350) that is 900 and about 1900 tokens per pair.
 """
 
 import heapq
@@ -18,15 +19,25 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kernels.attention import Layout, packed_layout, prefix_layout
+from kernels.attention import Layout, prefix_layout
 
 PARTS = ("prompt", "chosen", "rejected")
 
 
+def lengths_of(pair: dict) -> tuple[int, int, int]:
+    """(p, c, r): the tokens of prompt, chosen and rejected."""
+    return len(pair["prompt"]), len(pair["chosen"]), len(pair["rejected"])
+
+
+# ---- which pairs share a microbatch ------------------------------------------------------------
+
+
 def cost(pair: dict, packing: str) -> int:
-    """Tokens that a pair adds to a forward; padded: if no pair beside it is longer."""
-    p, c, r = (len(pair[k]) for k in PARTS)
-    return {"prefix": p + c + r, "packed": 2 * p + c + r, "padded": 2 * (p + max(c, r))}[packing]
+    """Tokens that a pair adds to a forward pass; padded: where no pair beside it is longer."""
+    p, c, r = lengths_of(pair)
+    if packing == "prefix":
+        return p + c + r
+    return 2 * (p + max(c, r))
 
 
 def shortest_and_longest(pairs: list[dict], packing: str, budget: int) -> tuple[dict, dict]:
@@ -34,8 +45,9 @@ def shortest_and_longest(pairs: list[dict], packing: str, budget: int) -> tuple[
 
     For checks: the longest shows most, and if it fits, training runs microbatches as large anyway.
     """
-    shortest = min(pairs, key=lambda pair: cost(pair, packing))
-    fitting = [pair for pair in pairs if cost(pair, packing) <= budget]
+    by_cost = sorted(pairs, key=lambda pair: cost(pair, packing))
+    shortest = by_cost[0]
+    fitting = [pair for pair in by_cost if cost(pair, packing) <= budget]
     longest = max(fitting, key=lambda pair: cost(pair, packing), default=shortest)
     return shortest, longest
 
@@ -43,146 +55,181 @@ def shortest_and_longest(pairs: list[dict], packing: str, budget: int) -> tuple[
 def microbatches(
     costs: dict[int, int], budget: int, world: int, packing: str
 ) -> list[list[list[int]]]:
-    """Cut a step's pairs into microbatches of at most `budget` tokens: [rank][microbatch] -> pairs.
+    """Cut the pairs of a step into microbatches of at most `budget` tokens.
 
-    costs: pair -> its tokens in a forward, see `cost`; any number may name a pair.
-
-    FSDP's collectives need as many forwards on one rank as on another, and no rank should wait, so
-    all ranks get the same number of bins of about the same weight: the longest pair first, each
-    into the lightest bin (Graham's LPT rule, within 4/3 of the best balance), with as few bins as
-    will do. Padded rows cost as much as the longest beside them, so there the bins are runs of
-    similar length instead. A bin may be empty. A pair above the budget goes alone.
+    costs: pair -> its tokens in a forward pass (`cost`); any number may name a pair.
+    Returns [rank][microbatch] -> pairs. A microbatch may be empty: FSDP's collectives need as many
+    forward passes on one rank as on another. A pair above the budget goes alone.
     """
-    order = sorted(costs, key=lambda i: -costs[i])
+    longest_first = sorted(costs, key=lambda pair: -costs[pair])
     if packing == "padded":
-        bins: list[list[int]] = []
-        for i in order:
-            if not bins or (len(bins[-1]) + 1) * costs[bins[-1][0]] > budget:
-                bins.append([])
-            bins[-1].append(i)
-        bins += [[] for _ in range(-len(bins) % world)]
+        bins = bins_of_like_length(longest_first, costs, budget)
+        missing = -len(bins) % world
+        bins += [[] for _ in range(missing)]
     else:
-        budget = max(budget, costs[order[0]])
-        count = math.ceil(sum(costs.values()) / budget / world) * world
-        while True:
-            bins, loads = (
-                [[] for _ in range(count)],
-                [(0, b) for b in range(count)],
-            )  # loads is a heap
-            for i in order:
-                load, b = loads[0]
-                heapq.heapreplace(loads, (load + costs[i], b))
-                bins[b].append(i)
-            if max(loads)[0] <= budget:
-                break
-            count += world
+        bins = bins_of_like_weight(longest_first, costs, budget, world)
     return [bins[rank::world] for rank in range(world)]
 
 
+def bins_of_like_length(order: list[int], costs: dict[int, int], budget: int) -> list[list[int]]:
+    """Runs of the pairs in `order`, longest first. Each costs as much as the longest beside it."""
+    bins: list[list[int]] = []
+    for pair in order:
+        fits = bool(bins) and (len(bins[-1]) + 1) * costs[bins[-1][0]] <= budget
+        if not fits:
+            bins.append([])
+        bins[-1].append(pair)
+    return bins
+
+
+def bins_of_like_weight(
+    order: list[int], costs: dict[int, int], budget: int, world: int
+) -> list[list[int]]:
+    """As few bins as will do, a multiple of `world`, so that no rank waits for another.
+
+    The longest pair first, each into the lightest bin: Graham's LPT rule, within 4/3 of the best.
+    """
+    budget = max(budget, costs[order[0]])
+    least = math.ceil(sum(costs.values()) / budget / world)
+    for rounds in range(least, len(order) + 1):
+        bins: list[list[int]] = [[] for _ in range(rounds * world)]
+        loads = [(0, b) for b in range(len(bins))]  # a heap of (tokens, bin)
+        for pair in order:
+            load, lightest = loads[0]
+            heapq.heapreplace(loads, (load + costs[pair], lightest))
+            bins[lightest].append(pair)
+        if max(loads)[0] <= budget:
+            break
+    return bins
+
+
+# ---- how they lie in it ------------------------------------------------------------------------
+
+
 def collate(pairs: list[dict], packing: str, device="cpu") -> dict:
-    """The tensors of one forward, made on the CPU and moved to `device`. With n pairs of Tc answer
-    tokens in all:
+    """The tensors of one forward pass. With n pairs of Tc answer tokens in all:
 
     inputs     keyword arguments of the base model, laid out as above
-    positions  [Tc] int64, where in the flattened input stands the hidden state that predicts each
-    answer token:
-               one before it, and for the first token of either answer the last token of the prompt
+    positions  [Tc] int64: where, in the flattened input, the hidden state stands that predicts each
+               answer token. That is one before it; for the first token of either answer it is the
+               last token of the prompt
     targets    [Tc] int64, those tokens: chosen 0, rejected 0, chosen 1, …
-    split      2n lengths of those answers, on the host
+    split      the 2n lengths of those answers, on the host
     lengths    [n, 2] int64, the same as a tensor
     """
-    answers = [pair[k] for pair in pairs for k in PARTS[1:]]
-    prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
-    sizes = [len(p) + len(y) for p, y in zip(prompts, answers, strict=True)]
-    if packing == "padded":
-        width = max(sizes)
-        ids, mask = np.zeros((len(sizes), width), np.int64), np.zeros((len(sizes), width), np.int64)
-        for i, (p, y) in enumerate(zip(prompts, answers, strict=True)):
-            ids[i, : sizes[i]], mask[i, : sizes[i]] = np.concatenate([p, y]), 1
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": np.arange(width)[None].repeat(len(sizes), 0),
-        }
-        starts = [i * width for i in range(len(sizes))]
-    elif packing == "packed":
-        inputs = {
-            "input_ids": np.concatenate(
-                [x for py in zip(prompts, answers, strict=True) for x in py]
-            )[None]
-        }
-        inputs["position_ids"], inputs["layout"] = packed_layout(sizes)
-        starts = np.cumsum([0, *sizes[:-1]])
-    else:
-        parts = [[pair[k] for k in PARTS] for pair in pairs]
-        inputs = {"input_ids": np.concatenate([x for pcr in parts for x in pcr])[None]}
-        inputs["position_ids"], inputs["layout"] = prefix_layout(
-            [tuple(map(len, pcr)) for pcr in parts]
-        )
-        # Seen from R, its prompt would begin len(C) later than it does; only the first position of
-        # R needs the truth.
-        pair_starts = np.cumsum([0, *(sum(map(len, pcr)) for pcr in parts[:-1])])
-        starts = [
-            s
-            for start, (_, c, _) in zip(pair_starts, parts, strict=True)
-            for s in (start, start + len(c))
-        ]
-    positions = [
-        s + len(p) - 1 + np.arange(len(y)) for s, p, y in zip(starts, prompts, answers, strict=True)
-    ]
     if packing == "prefix":
-        for i in range(1, len(positions), 2):
-            positions[i][0] = positions[i - 1][0]  # both answers begin behind the same token
-
-    def tensor(x):
-        return torch.as_tensor(x, dtype=torch.long)
-
+        inputs, positions = prefix_rows(pairs)
+    else:
+        inputs, positions = padded_rows(pairs)
+    answers = []
+    for pair in pairs:
+        answers += [pair["chosen"], pair["rejected"]]
+    split = [len(answer) for answer in answers]
     batch = {
-        "inputs": {k: x if k == "layout" else tensor(x) for k, x in inputs.items()},
-        "positions": tensor(np.concatenate(positions)),
-        "targets": tensor(np.concatenate(answers)),
-        "split": [len(y) for y in answers],
-        "lengths": tensor([len(y) for y in answers]).view(-1, 2),
+        "inputs": inputs,
+        "positions": torch.from_numpy(np.concatenate(positions)),
+        "targets": torch.from_numpy(np.concatenate(answers)).long(),
+        "split": split,
+        "lengths": torch.tensor(split).view(-1, 2),
     }
     return to_device(batch, torch.device(device))
 
 
+def prefix_rows(pairs: list[dict]) -> tuple[dict, list[np.ndarray]]:
+    """One row [P|C|R][P|C|R]…: inputs, and the positions of each answer, chosen 0, rejected 0, …"""
+    tokens, positions = [], []
+    start = 0  # of the pair, in the row
+    for pair in pairs:
+        p, c, r = lengths_of(pair)
+        tokens += [pair["prompt"], pair["chosen"], pair["rejected"]]
+        end_of_prompt = start + p - 1
+        start_of_rejected = start + p + c
+        positions.append(end_of_prompt + np.arange(c))
+        positions.append(np.concatenate([[end_of_prompt], start_of_rejected + np.arange(r - 1)]))
+        start += p + c + r
+
+    lengths = [lengths_of(pair) for pair in pairs]
+    position_ids, layout = prefix_layout(lengths)
+    input_ids = torch.from_numpy(np.concatenate(tokens)).long()[None]  # [1, T]
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "layout": layout}
+    return inputs, positions
+
+
+def padded_rows(pairs: list[dict]) -> tuple[dict, list[np.ndarray]]:
+    """2n rows [P|C], [P|R], …, padded on the right: inputs, and the positions of each answer."""
+    sequences, starts = [], []  # and where the prompt of each ends
+    for pair in pairs:
+        for answer in (pair["chosen"], pair["rejected"]):
+            sequences.append(np.concatenate([pair["prompt"], answer]))
+            starts.append(len(pair["prompt"]) - 1)
+    width = max(len(sequence) for sequence in sequences)
+
+    input_ids = np.zeros((len(sequences), width), np.int64)  # [2n, L]
+    mask = np.zeros((len(sequences), width), np.int64)  # [2n, L]
+    positions = []
+    for row, (sequence, end_of_prompt) in enumerate(zip(sequences, starts, strict=True)):
+        length = len(sequence)
+        input_ids[row, :length] = sequence
+        mask[row, :length] = 1
+        in_row = np.arange(end_of_prompt, length - 1)
+        positions.append(row * width + in_row)
+
+    position_ids = torch.arange(width)[None].repeat(len(sequences), 1)  # [2n, L]
+    inputs = {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(mask),
+        "position_ids": position_ids,
+    }
+    return inputs, positions
+
+
+# ---- on their way to the device ----------------------------------------------------------------
+
+
 def to_device(x, device: torch.device):
-    """x with all its tensors on `device`: a tensor, a Layout or a dict of them; anything else stays
-    as it is.
+    """x with all its tensors on `device`. x: a tensor, a Layout, a dict of them, or anything else.
 
     To a GPU through pinned memory: such a copy waits in the GPU's queue, and the program goes on.
-    From ordinary memory, the program would wait until the GPU has done all that was asked of it
+    From ordinary memory, the program would wait until the GPU has done all that it was given
     before.
     """
     if isinstance(x, dict):
-        return {k: to_device(v, device) for k, v in x.items()}
+        return {name: to_device(value, device) for name, value in x.items()}
     if isinstance(x, Layout):
-        names = ("cu_seqlens_q", "cu_seqlens_k", "kv_index")
-        return replace(x, **{name: to_device(getattr(x, name), device) for name in names})
+        return replace(
+            x,
+            cu_seqlens_q=to_device(x.cu_seqlens_q, device),
+            cu_seqlens_k=to_device(x.cu_seqlens_k, device),
+            kv_index=to_device(x.kv_index, device),
+        )
     if not isinstance(x, torch.Tensor):
         return x
-    if (
-        device.type == "cuda" and torch.cuda.is_available()
-    ):  # it is not under FakeTensorMode on a laptop
+    gpu_exists = device.type == "cuda" and torch.cuda.is_available()  # not under FakeTensorMode
+    if gpu_exists:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def feed(pairs: list[dict], groups: Iterable[list[int]], packing: str, device) -> Iterator[dict]:
-    """Yield what `collate` makes of each group of indices into `pairs`, and "rows", [n] int64,
-    those indices.
+    """Yield the batch of each group of indices into `pairs`: what `collate` makes of it, and
 
-    One group ahead: the next one is built and on its way while a GPU still works on those before.
-    An empty group is pair 0, for a rank without pairs, which takes part in the collectives only.
+    rows     [n] int64, the indices
+    weights  [n] fp32: 1, or 0 for a stand-in. An empty group is pair 0 with weight 0, for a rank
+    that
+             has no pairs left and takes part in the collectives only
+
+    One group ahead: the next batch is built and on its way while a GPU still works on this one.
     """
+    device = torch.device(device)
     ready = None
     for group in groups:
         rows = group or [0]
-        following = collate([pairs[i] for i in rows], packing, device)
-        following["rows"] = to_device(torch.tensor(rows), torch.device(device))
+        weight = 1.0 if group else 0.0
+        batch = collate([pairs[i] for i in rows], packing, device)
+        batch["rows"] = to_device(torch.tensor(rows), device)
+        batch["weights"] = to_device(torch.full((len(rows),), weight), device)
         if ready is not None:
             yield ready
-        ready = following
+        ready = batch
     if ready is not None:
         yield ready

@@ -1,14 +1,15 @@
 """FSDP2 for a Hugging Face model: what there is to know about sharding, and nothing of DPO.
 
-    start, leave                        join torchrun's ranks, and part
-    shard                               a layer is whole only while it works; else each rank holds its share of it
-    reshard                             let go of whole weights: before anyone changes, saves or lists the shares
-    load_weights                        whole weights, which rank 0 has read, become everyone's shards
-    save_checkpoint, load_checkpoint    shards of weights and Adam states; another number of ranks may go on
-    gather_weights, export              whole weights again, on rank 0, and a Hugging Face folder of them
+    start, leave              join torchrun's ranks, and part
+    shard                     a layer is whole only while it works; else each rank holds a share
+    reshard                   let go of whole weights: before anyone changes, saves or lists shares
+    load_weights              whole weights, which rank 0 has read, become everyone's shards
+    save_checkpoint           shards of weights and Adam states
+    load_checkpoint           and back; another number of ranks may resume from them
+    gather_weights, export    whole weights again, on rank 0, and a Hugging Face folder
 
 `policy` is the module that becomes the root, and `policy.model` the Hugging Face model in it.
-Whatever reads a weight, the head, say, is called in the root's forward: there the weight is whole
+Whatever reads a weight (the head, say) is called in the root's forward: there the weight is whole
 and a plain tensor, elsewhere a shard. Every rank calls these functions, together; `export` is rank
 0's alone.
 """
@@ -44,21 +45,23 @@ import models
 from records import Stop, remove
 from stage import barrier, ranks, say
 
-# While rank 0 reads or writes a large model from a slow disk, the others wait for it in a
-# collective.
+# While rank 0 reads or writes a large model from a slow disk, the others wait in a collective.
 TIMEOUT = timedelta(hours=2)
 
 
 def start() -> torch.device:
     """Join torchrun's ranks, or make a group of one: no other code knows that case."""
     cuda = torch.cuda.is_available()
-    alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **alone)
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
-    if cuda:
-        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, timeout=TIMEOUT, rank=0, world_size=1, store=store)
+    if not cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     return device
 
 
@@ -66,7 +69,7 @@ def leave() -> None:
     """Part from the other ranks."""
     barrier()
     # A thread of gloo may still hold a tensor of the last collective. If it lets go when the
-    # interpreter has ended, the process aborts (pytorch/pytorch#179291); asleep, the interpreter
+    # interpreter has ended, the process aborts (pytorch/pytorch#179291). Asleep, the interpreter
     # lets it.
     time.sleep(0.1)
     dist.destroy_process_group()
@@ -76,19 +79,20 @@ def layers_of(policy) -> list:
     return [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def shard(policy, dtype, size: int | None, offload: bool, device_type: str, world: int):
-    """`policy` as the FSDP root. Its parameters become shards; layers work in `dtype`, gradients
-    are summed in fp32.
+# ---- sharding ----------------------------------------------------------------------------------
 
-    size: ranks that share one copy of the weights, None for all `world` of them; else a copy on
-    each group of so many, whose gradients are then added up (HSDP). offload: shards and the
-    optimizer's step in host memory.
+
+def shard(policy, dtype, size: int | None, offload: bool, device_type: str, world: int):
+    """`policy` as the FSDP root: parameters become shards, layers work in `dtype`.
+
+    Gradients are summed in fp32. size: ranks that share one copy of the weights, None for all
+    `world` of them; else each group of so many has a copy, and their gradients are added up (HSDP).
+    offload: shards and the optimizer's step in host memory.
     """
+    compute_dtype = None if dtype == torch.float32 else dtype
     options = {
         "mesh": mesh_of(device_type, world, size),
-        "mp_policy": MixedPrecisionPolicy(
-            None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
-        ),
+        "mp_policy": MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     stays = stays_gathered(policy, dtype, size or world, offload, device_type)
@@ -97,9 +101,8 @@ def shard(policy, dtype, size: int | None, offload: bool, device_type: str, worl
         say("there is room: the weights stay gathered from a step's first microbatch to its last")
     for layer in layers_of(policy):
         fully_shard(layer, **options)
-    root = fully_shard(
-        policy, **options
-    )  # embedding, norm and head stay together: they may be tied
+    # Embedding, norm and head stay together in the root: they may be tied.
+    root = fully_shard(policy, **options)
     root.set_reshard_after_backward(not stays)
     return root
 
@@ -112,19 +115,21 @@ def mesh_of(device_type: str, world: int, size: int | None) -> DeviceMesh:
     # init_device_mesh would make these groups with torch's timeout, 10 minutes with NCCL.
     shards, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=TIMEOUT)
     copies, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=TIMEOUT)
-    return DeviceMesh.from_group(
-        [copies, shards], device_type, grid, mesh_dim_names=("copies", "shards")
-    )
+    names = ("copies", "shards")
+    return DeviceMesh.from_group([copies, shards], device_type, grid, mesh_dim_names=names)
 
 
-def room_to_stay_gathered(weights: int, dtype: torch.dtype, offload: bool) -> int:
-    """Bytes of a GPU that must be free, before anything is on it, for `weights` to stay gathered in
-    `dtype`.
+def room_to_stay_gathered(policy, dtype: torch.dtype, offload: bool) -> int:
+    """Bytes of a GPU that must be free at the start for all weights to stay gathered in `dtype`.
 
-    Twice the copy and what stands beside it, which is 16 bytes per weight: fp32 weights, gradients
-    and Adam's states, unless they are in host memory. The other half is for activations.
+    The copy and what stands beside it, 16 bytes per weight (fp32 weights, gradients and Adam's
+    states, unless they are in host memory), may take a quarter of the GPU. The rest is for
+    activations. With gradient checkpointing, which keeps few of those, they may take half.
     """
-    return 2 * weights * (dtype.itemsize + (0 if offload else 16))
+    weights = sum(p.numel() for p in policy.parameters())
+    bytes_per_weight = dtype.itemsize + (0 if offload else 16)
+    share = 2 if policy.model.is_gradient_checkpointing else 4
+    return share * weights * bytes_per_weight
 
 
 def stays_gathered(policy, dtype, ranks_per_copy: int, offload: bool, device_type: str) -> bool:
@@ -137,15 +142,14 @@ def stays_gathered(policy, dtype, ranks_per_copy: int, offload: bool, device_typ
     if device_type != "cuda" or ranks_per_copy > 1:
         return False
     free, _ = torch.cuda.mem_get_info()
-    weights = sum(p.numel() for p in policy.parameters())
-    return room_to_stay_gathered(weights, dtype, offload) <= free
+    return room_to_stay_gathered(policy, dtype, offload) <= free
 
 
 def reshard(policy) -> None:
-    """Let go of all gathered weights: policy.parameters() are the shards again, and the next
-    forward gathers anew.
+    """Let go of all gathered weights: policy.parameters() are the shards again.
 
-    After a forward without a backward the root is still whole; with stays_gathered, everything is.
+    The next forward gathers anew. After a forward without a backward the root is still whole, and
+    with stays_gathered everything is.
     """
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -153,99 +157,118 @@ def reshard(policy) -> None:
 
 
 def load_weights(policy, source, device, offload: bool) -> None:
-    """Give the sharded `policy`, which is on the meta device, memory on `device` and the weights of
-    `source`.
+    """Give the sharded `policy`, which is on the meta device, memory and the weights of `source`.
 
     source: the same model, whole, on rank 0; None elsewhere.
     """
     model = policy.model
     policy.to_empty(device="cpu" if offload else device)
     model.tie_weights()
-    if model.config.tie_word_embeddings:
-        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-            kind = type(model).__name__
-            raise Stop(
-                f"{kind}: its config ties head and embedding, its code does not. Training would part them."
-            )
+    check_tie(model)
+
+    weights = source.state_dict() if source else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, source.state_dict() if source else {}, options=options)
-    for (
-        name,
-        buffer,
-    ) in model.named_buffers():  # rotary frequencies and their like are in no state dict
-        value = (
-            source.get_buffer(name).to(device, buffer.dtype)
-            if source
-            else torch.empty_like(buffer, device=device)
-        )
+    set_model_state_dict(model, weights, options=options)
+
+    # Rotary frequencies and their like are in no state dict.
+    for name, buffer in model.named_buffers():
+        if source:
+            value = source.get_buffer(name).to(device, buffer.dtype)
+        else:
+            value = torch.empty_like(buffer, device=device)
         dist.broadcast(value, 0)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, value)
 
 
-def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
-    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all; only the last
-    one is kept.
+def check_tie(model) -> None:
+    if not model.config.tie_word_embeddings:
+        return
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        raise Stop(
+            f"{type(model).__name__}: its config ties head and embedding, its code does not. "
+            "Training would part them."
+        )
 
-    Nothing else needs saving: training draws no random number, and the order of pairs is a function
-    of (seed, epoch).
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
+    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all.
+
+    Only the last one is kept. Nothing else needs saving: training draws no random number, and the
+    order of the pairs is a function of (seed, epoch).
     """
+    rank, _ = ranks()
     folder = parts / f"step_{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
-    if ranks()[0] == 0:
+    if rank == 0:
         remove(temporary)
     barrier()
     weights, adam = get_state_dict(policy, optimizer)
     dcp.save({"weights": weights, "adam": adam}, checkpoint_id=temporary)
     barrier()
-    if ranks()[0] == 0:
+    if rank == 0:
         os.replace(temporary, folder)
-        for old in set(parts.glob("step_??????")) - {folder}:
-            remove(old)
+        for old in checkpoints(parts):
+            if old != folder:
+                remove(old)
     barrier()
 
 
+def checkpoints(parts: Path) -> list[Path]:
+    return sorted(parts.glob("step_??????"))
+
+
 def load_checkpoint(parts: Path, policy, optimizer) -> int:
-    """Load the last checkpoint, whatever number of ranks wrote it; the number of steps it has done,
-    0 without one.
+    """Load the last checkpoint, whatever number of ranks wrote it.
+
+    Returns the number of steps it has done, 0 without one.
     """
-    assert all(
-        isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]
-    ), "no shards"
-    folders = [sorted(parts.glob("step_??????"))]
-    dist.broadcast_object_list(
-        folders
-    )  # one rank looks: file systems need not show all of them the same
-    if not folders[0]:
+    for group in optimizer.param_groups:
+        assert all(isinstance(p, DTensor) for p in group["params"]), "the optimizer has no shards"
+    # One rank looks: file systems need not show all of them the same.
+    found = [checkpoints(parts)]
+    dist.broadcast_object_list(found)
+    if not found[0]:
         return 0
+    last = found[0][-1]
     weights, adam = get_state_dict(policy, optimizer)
-    dcp.load({"weights": weights, "adam": adam}, checkpoint_id=folders[0][-1])
+    dcp.load({"weights": weights, "adam": adam}, checkpoint_id=last)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=adam)
-    return int(folders[0][-1].name[-6:])
+    return int(last.name.removeprefix("step_"))
+
+
+# ---- the end -----------------------------------------------------------------------------------
 
 
 def gather_weights(policy) -> dict[str, torch.Tensor]:
     """All weights, whole, in fp32 and host memory, on rank 0; {} elsewhere."""
-    return get_model_state_dict(
-        policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(policy.model, options=options)
 
 
 def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
-    """Write `weights` in `dtype` (None: as `model` came) as a folder like `model`; the share of
-    them that differ.
+    """Write `weights` in `dtype` (None: as `model` came) as a folder like `model`.
+
+    Returns the share of the weights that changed.
     """
-    # Loaded again, because it knows how it wants to be saved; it computes nothing, so any attention
+    # Loaded again, because it knows how it wants to be saved. It computes nothing, so any attention
     # will do.
     result = models.load_model(AutoModelForCausalLM, model, dtype or "auto", "eager")
-    before = dict(result.named_parameters())  # a tied weight once
-    changed = sum((weights[name].to(p.dtype) != p).sum().item() for name, p in before.items())
+    total, changed = 0, 0
+    for name, before in result.named_parameters():  # a tied weight once
+        after = weights[name].to(before.dtype)
+        changed += (after != before).sum().item()
+        total += before.numel()
     result.load_state_dict(weights)
     try:
         result.generation_config.validate(strict=True)
-    # some hub models set temperature but not do_sample, which transformers reads but will not write
     except ValueError:
+        # Some hub models set temperature but not do_sample, which transformers reads and will not
+        # write.
         result.generation_config.do_sample = True
     result.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return changed / sum(p.numel() for p in before.values())
+    return changed / total

@@ -1,0 +1,128 @@
+"""pairs.jsonl -> the pairs that are trained on, as token ids.
+
+A pair is a dict:
+
+    "id"                              of the prompt, or file and line where the row has none
+    "prompt", "chosen", "rejected"    int32 arrays of token ids, a tenth of a list's memory
+    "logprobs"                        what the generator computed for (chosen, rejected), or None
+    "models"                          hashes of the policies that wrote (chosen, rejected), or None
+
+The generator's token ids are taken as they are. A row without any is anyone's preference data: it
+is rendered once, with the chat template of the model that is trained (chat.py).
+"""
+
+from collections import Counter
+
+import numpy as np
+
+import chat
+import models
+from kernels.attention import positions
+from records import Stop, read_jsonl
+from stage import Stage, say
+
+# What a row must hold: text, or turns. Token ids are optional.
+PREFERENCE = {"prompt": (str, list), "chosen": (str, list), "rejected": (str, list)}
+TOKEN_IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+
+
+def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
+    """Read args.pairs. What cannot be trained on is counted under a reason, in stage.counts.
+
+    args: pairs, model, max_length. Raises Stop for bad rows, and where no pair is left.
+    """
+    reader = Reader(args, tokenizer, config)
+    pairs = []
+    for path in args.pairs:
+        for line, row in enumerate(read_jsonl(path, PREFERENCE), 1):
+            pair = reader.read(row, f"{path}:{line}")
+            if pair is not None:
+                pairs.append(pair)
+    reader.say_what_was_rendered()
+
+    total = len(pairs) + reader.dropped.total()
+    if not pairs:
+        files = ", ".join(args.pairs)
+        reasons = dict(reader.dropped)
+        raise Stop(f"{files}: none of {total:,} pairs can be trained on: {reasons}")
+    stage.count("rows", total, len(pairs), reader.dropped)
+    return pairs
+
+
+class Reader:
+    """Makes pairs of rows, and counts on the way."""
+
+    def __init__(self, args, tokenizer, config):
+        self.model = args.model
+        self.tokenizer = tokenizer
+        generation_config = models.load_generation_config(args.model, config)
+        self.stop_ids, _ = chat.find_stop_ids(tokenizer, generation_config, {})
+        self.max_length = args.max_length or positions(config)
+        self.vocab_size = config.get_text_config().vocab_size
+        self.dropped: Counter = Counter()
+        self.rendered = 0  # pairs that came without token ids
+        self.endless = 0  # of those, the pairs with an answer that holds no stop id
+
+    def read(self, row: dict, where: str) -> dict | None:
+        """The pair of a row; None where it is dropped."""
+        token_ids = [row.get(key) for key in TOKEN_IDS]
+        if token_ids == [None, None, None]:
+            token_ids = self.render(row, where)
+        elif None in token_ids:
+            together = "prompt_, chosen_ and rejected_token_ids come together, or not at all"
+            raise Stop(f"{where}: {together}")
+        reason = self.why_not(token_ids)
+        if reason:
+            self.dropped[reason] += 1
+            return None
+
+        prompt_ids, chosen_ids, rejected_ids = token_ids
+        self.check_vocabulary([*prompt_ids, *chosen_ids, *rejected_ids], where)
+        return {
+            "id": row.get("id", where),
+            "prompt": np.asarray(prompt_ids, dtype=np.int32),
+            "chosen": np.asarray(chosen_ids, dtype=np.int32),
+            "rejected": np.asarray(rejected_ids, dtype=np.int32),
+            "logprobs": [row.get("chosen_logprob"), row.get("rejected_logprob")],
+            "models": [row.get("chosen_model"), row.get("rejected_model")],
+        }
+
+    def render(self, row: dict, where: str) -> list[list[int]] | None:
+        self.rendered += 1
+        token_ids = chat.encode_pair(self.tokenizer, row, where, self.stop_ids)
+        if token_ids is None:
+            return None
+        _, chosen_ids, rejected_ids = token_ids
+        both_end = chat.ends(chosen_ids, self.stop_ids) and chat.ends(rejected_ids, self.stop_ids)
+        if not both_end:
+            self.endless += 1
+        return token_ids
+
+    def why_not(self, token_ids: list[list[int]] | None) -> str | None:
+        """The reason why these cannot be trained on; None where they can."""
+        if token_ids is None:
+            return "template_not_prefix"
+        prompt_ids, chosen_ids, rejected_ids = token_ids
+        if not (prompt_ids and chosen_ids and rejected_ids):
+            return "no_tokens"
+        if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > self.max_length:
+            return "too_long"
+        return None
+
+    def check_vocabulary(self, ids: list[int], where: str) -> None:
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            known = f"0 … {self.vocab_size - 1}"
+            raise Stop(f"{where}: a token id outside {known}: another model's tokenizer?")
+
+    def say_what_was_rendered(self) -> None:
+        if self.rendered:
+            say(
+                f"{self.rendered:,} pairs carry no token ids: "
+                f"rendered with the tokenizer and chat template of {self.model}"
+            )
+        if self.endless:
+            say(
+                f"note: in {self.endless:,} of them the chat template writes no stop id behind an "
+                "answer, so training does not teach where to end "
+                f"(stop ids: {self.stop_ids})"
+            )
