@@ -394,7 +394,8 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
 
     # The same pair twice gives the same numbers: nothing random is left on.
     short, long = shortest_and_longest(pairs, args.packing, args.tokens_per_batch)
-    first = first_logprobs(policy, long, args, device, f"{path}: {config.model_type}")
+    name = f"{path}: cannot be trained: {config.model_type}"
+    first = first_logprobs(policy, long, args, device, name)  # [2]
     second = logprobs_of_one(policy, long, args, device)  # [2]
     checks.check_repeat(first, second, long, device.type, random_fields, path)
 
@@ -414,7 +415,9 @@ def first_logprobs(policy, pair: dict, args, device, name: str) -> Tensor:
         raise
     except Exception as e:
         fault = f"{type(e).__name__}: {e}"
-        raise Stop(f"{name} does not run on token ids as dpo_train.py gives them: {fault}") from e
+        raise Stop(
+            f"{name} does not run on token ids alone, as dpo_train.py lays them in rows ({fault})."
+        ) from e
 
 
 def logprobs_of_one(policy, pair: dict, args, device) -> Tensor:

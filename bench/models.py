@@ -1,22 +1,21 @@
-"""Which models work: each causal language model that transformers knows, small and random, through
-our own stages.
+"""Which models work: each causal language model that transformers knows, small and random.
 
-    python -m bench.models --save docs/models.md                       all of them, one after another
-    python -m bench.models --only qwen3 gemma3_text                    some; what they print is shown
-    python -m bench.models --only qwen3 --save docs/models.md          … and their rows of the table are written anew
+    python -m bench.models --save docs/models.md                 all of them, one after another
+    python -m bench.models --only qwen3 gemma3_text              some; what they print is shown
+    python -m bench.models --only qwen3 --save docs/models.md    … and their rows are written anew
 
-A model is made from its configuration class with small sizes (SMALL and OWN below), random weights
-and a tokenizer of bytes. Then it goes the way that a user's model goes, by the same main()
-functions:
+A model is made from its configuration class with small sizes (SIZES and OWN below), random weights
+and a tokenizer of bytes. Then it goes the way of a user's model, by the same main() functions:
 
-    1. generate.py --backend hf    two prompts, two answers each. A model that is refused there gets answers drawn
-                                   at random, as if another engine had written them.
-    2. dpo_train.py                two steps on those answers; its own checks are on. The learning rate of the last
-                                   step is zero, so the log-probs that it logs are those of the exported weights.
-    3. compare                     with transformers' own attention, logits and autograd, in fp32: the log-prob of
-                                   each sampled answer, and the gradient of the first step
-    4. reload                      the exported folder in transformers: no weight is missing, some have changed, and
-                                   the log-probs of the answers are those that the trainer logged
+    1. generate.py --backend hf    two prompts, two answers each. A model that is refused there gets
+                                   random answers, as if another engine had written them.
+    2. dpo_train.py                two steps on those answers; its own checks are on. The learning
+                                   rate of the last step is zero, so the log-probs that it logs are
+                                   those of the exported weights.
+    3. compare                     with transformers' own attention, logits and autograd in fp32:
+                                   the log-prob of each answer, and the gradient of the first step
+    4. reload                      the exported folder in transformers: no weight is missing, some
+                                   have changed, the log-probs are those that the trainer logged
 
 What is written of a model:
 
@@ -39,8 +38,10 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
@@ -68,69 +69,52 @@ VOCAB = 307  # a prime, and more than the tokenizer knows
 
 # ---- small configurations ----------------------------------------------------------------------
 
-# Field of a configuration -> its small value, wherever a configuration has such a field.
-SMALL = (
-    dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size"), VOCAB)
-    | dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim"), 64
-    )
-    | dict.fromkeys(("word_embed_proj_dim", "attention_hidden_size", "input_embedding_size"), 64)
-    | dict.fromkeys(
-        ("output_embedding_size", "lru_width", "backbone_hidden_size", "hidden_size_global"), 64
-    )
-    | dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "d_ff", "dff", "dim_ff", "d_inner", "n_inner"), 96
-    )
-    | dict.fromkeys(
-        ("ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "feed_forward_size"), 96
-    )
-    | dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size"), 96)
-    | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2)
-    | dict.fromkeys(("encoder_layers", "num_blocks", "num_layers_per_stack"), 2)
-    | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4)
-    | dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4)
-    | dict.fromkeys(("swa_num_attention_heads", "linear_num_value_heads", "linear_num_heads"), 4)
-    | dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2)
-    | dict.fromkeys(("num_query_groups", "linear_num_key_heads"), 2)
-    | dict.fromkeys(("head_dim", "d_head", "dim_head", "kv_channels", "attention_head_size"), 16)
-    | dict.fromkeys(
-        ("swa_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16
-    )
-    | dict.fromkeys(("global_head_dim", "query_pre_attn_scalar"), 16)
-    | dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 256
-    )
-    | dict.fromkeys(
-        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32
-    )
-    | dict.fromkeys(
-        ("moe_shared_expert_intermediate_size", "shared_intermediate_size", "router_hidden_size"),
-        32,
-    )
-    | dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4)
-    | dict.fromkeys(
-        ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2
-    )
-    | dict.fromkeys(("n_group", "topk_group"), 1)
-    | dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "laurel_rank", "v_head_dim"), 16)
-    | dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), 8)
-    | dict.fromkeys(("index_head_dim", "hidden_size_per_layer_input"), 16)
-    | dict.fromkeys(
-        ("mamba_d_state", "state_size", "ssm_state_size", "mamba_n_heads", "mamba_num_heads"), 16
-    )
-    | dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_d_head", "mamba_head_dim"), 8)
-    | {"index_n_heads": 2, "mamba_d_ssm": 128}
-    # Far more likely tokens than others, so that a mistake is seen: transformers' 0.02 gives nearly
-    # uniform ones.
-    | dict.fromkeys(("initializer_range", "init_std"), 0.1)
-    # ChatML's end of a turn is the tokenizer's EOS, see tokenizer().
-    | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    # Families that are encoders otherwise: BERT and its relatives, and XLM.
-    | {"is_decoder": True, "causal": True}
+# A small value, and the fields of a configuration that get it, wherever there is such a field.
+SIZES = (
+    (VOCAB, "vocab_size vocab_size_per_layer_input audio_vocab_size"),
+    # Width
+    (64, "hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim"),
+    (64, "attention_hidden_size input_embedding_size output_embedding_size hidden_size_global"),
+    (64, "lru_width backbone_hidden_size"),
+    (96, "intermediate_size intermediate_size_mlp dense_intermediate_size feed_forward_size"),
+    (96, "ffn_dim d_ff dff dim_ff d_inner n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim"),
+    (16, "hidden_size_per_layer_input"),
+    # Depth and length
+    (2, "num_hidden_layers n_layer n_layers num_layers num_blocks decoder_layers encoder_layers"),
+    (256, "max_position_embeddings n_positions n_ctx max_seq_len context_length"),
+    # Heads
+    (4, "num_attention_heads n_head n_heads num_heads attention_heads swa_num_attention_heads"),
+    (4, "decoder_attention_heads encoder_attention_heads linear_num_value_heads linear_num_heads"),
+    (2, "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups"),
+    (2, "linear_num_key_heads index_n_heads"),
+    (16, "head_dim d_head dim_head kv_channels attention_head_size swa_head_dim global_head_dim"),
+    (16, "linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim v_head_dim"),
+    (16, "query_pre_attn_scalar kv_lora_rank q_lora_rank o_lora_rank laurel_rank"),
+    (8, "qk_rope_head_dim qk_nope_head_dim rotary_dim"),
+    # Experts
+    (4, "num_experts n_routed_experts num_local_experts moe_num_experts"),
+    (2, "num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts"),
+    (1, "n_group topk_group"),
+    (32, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size"),
+    (32, "moe_shared_expert_intermediate_size shared_intermediate_size router_hidden_size"),
+    # Recurrent layers
+    (16, "mamba_d_state state_size ssm_state_size mamba_n_heads mamba_num_heads"),
+    (8, "mamba_chunk_size chunk_size mamba_d_head mamba_head_dim"),
+    (128, "mamba_d_ssm"),
+    # Tokens far from equally likely, so that a mistake is seen: 0.02 gives nearly uniform ones.
+    (0.1, "initializer_range init_std"),
+    # Ids of the tokenizer below
+    (0, "pad_token_id"),
+    (1, "bos_token_id"),
+    (2, "eos_token_id"),
+    # Families that are encoders otherwise: BERT and its relatives, and XLM
+    (True, "is_decoder causal"),
 )
+SMALL = {}
+for size, names in SIZES:
+    SMALL |= dict.fromkeys(names.split(), size)
 
-# Model type -> arguments without which its configuration cannot be made at all: it is put together
-# from others.
+# Model type -> arguments without which its configuration cannot be made: it is made of others.
 GEMMA4_DRAFT = {
     "model_type": "gemma4_text",
     "hidden_size_per_layer_input": 0,
@@ -145,9 +129,8 @@ NEEDED: dict[str, dict] = {
         "decoder": {"model_type": "musicgen_decoder"},
     },
 }
-NEEDED["musicgen_melody"] = NEEDED["musicgen"] | {
-    "decoder": {"model_type": "musicgen_melody_decoder"}
-}
+MELODY = {"decoder": {"model_type": "musicgen_melody_decoder"}}
+NEEDED["musicgen_melody"] = NEEDED["musicgen"] | MELODY
 
 # Model type -> fields that need another value than SMALL's, and why.
 OWN: dict[str, dict] = {
@@ -155,15 +138,16 @@ OWN: dict[str, dict] = {
     "blt": {"encoder_hash_byte_group_vocab": 500},
     "mamba2": {"num_heads": 8},  # times head_dim it is twice hidden_size
     "cpmant": {"prompt_length": 8},  # of its own, before each sequence
-    # product: positions; sum: hidden size
+    # The product is the number of positions, the sum the hidden size.
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
     "zaya": {"num_experts_per_tok": 1},  # it knows no other
     # A layer of each kind, where the kinds are no "layer_types"
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "zamba": {  # its attention is shared by the hybrid layers, so there are two of them
-        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "layers_block_type": ["linear_attention"] * 2 + ["hybrid", "linear_attention", "hybrid"],
         "num_hidden_layers": 5,
     },
     "zamba2": {
@@ -176,7 +160,9 @@ OWN: dict[str, dict] = {
     # Fields that published configurations have and the class does not set
     "cohere_compass_text": {
         "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            "full_attention": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
+            },
         },
     },
     "dbrx": {
@@ -202,13 +188,10 @@ def small_fields(kind: type) -> dict:
         elif isinstance(value, dict) and "model_type" in value and name in default.sub_configs:
             part = small_fields(type(getattr(default, name)))
             fields[name] = {"model_type": value["model_type"]} | part | needed.get(name, {})
-    if (
-        "kv_lora_rank" in fields
-    ):  # DeepSeek's attention: no groups, and the size of a head follows from its parts
-        fields |= {"num_key_value_heads": SMALL["num_attention_heads"]}
-        fields.pop("head_dim", None)
-    # A layer of each kind that the default has: derived lists of kinds may not reach the second one
-    # in two layers.
+    if "kv_lora_rank" in fields:  # DeepSeek's attention has no groups, and rotates a part of a head
+        fields["num_key_value_heads"] = SMALL["num_attention_heads"]
+        fields["head_dim"] = SMALL["qk_rope_head_dim"]
+    # A layer of each kind that the default has, which the first two of its list need not be
     kinds = list(dict.fromkeys(default.to_dict().get("layer_types") or []))
     if len(kinds) > 1:
         fields["layer_types"] = kinds
@@ -233,9 +216,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     letters = Tokenizer(models.BPE())
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters.decoder = decoders.ByteLevel()
-    letters.train_from_iterator(
-        [], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet)
-    )
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet)
+    letters.train_from_iterator([], trainer)
     result = PreTrainedTokenizerFast(
         tokenizer_object=letters, eos_token="<|im_end|>", pad_token="<|pad|>"
     )
@@ -264,9 +246,7 @@ class Disagreement(Exception):
 
 
 def call(main, script: str, *arguments) -> str:
-    """Run a stage's main() as its command would; what it printed. A refusal is a SystemExit that
-    has its message.
-    """
+    """Run a stage's main() as its command would; what it printed. SystemExit: it has refused."""
     sys.argv = [script, *map(str, arguments)]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -280,14 +260,18 @@ def sample(model: Path, folder: Path) -> list[dict]:
     # Of two lengths, so that one row of the batch is padded.
     texts = ["name a fruit", "name three fruits for a picnic"]
     turns = [[{"role": "user", "content": text}] for text in texts]
-    prompts.write_text(
-        "".join(dump({"id": f"p{i}", "prompt": turn}) for i, turn in enumerate(turns))
-    )
+    rows = [{"id": f"p{i}", "prompt": turn} for i, turn in enumerate(turns)]
+    prompts.write_text("".join(map(dump, rows)))
     call(
-        generate.main, "generate.py", "--model", model, "--prompts", prompts, "--output", candidates,
-        "--backend", "hf", "--num_samples", 2, "--max_new_tokens", 8,
+        generate.main, "generate.py", "--model", model, "--prompts", prompts,
+        "--output", candidates, "--backend", "hf", "--num_samples", 2, "--max_new_tokens", 8,
     )  # fmt: skip
-    return list(read_jsonl(candidates, {}))
+    rows = list(read_jsonl(candidates, {}))
+    for row, other in zip(rows, made_up(), strict=True):
+        first, second = row["candidates"]
+        if first["token_ids"] == second["token_ids"]:  # so sure a model gives no preference
+            row["candidates"][1] = other["candidates"][1]
+    return rows
 
 
 def made_up() -> list[dict]:
@@ -315,18 +299,15 @@ def write_pairs(rows: list[dict], file: Path) -> None:
 
 
 def plain_logprobs(model, rows: list[dict]) -> torch.Tensor:
-    """[n, 2], log-probs of both answers of each row by transformers alone, one plain sequence at a
-    time.
-    """
+    """[n, 2], log-probs of both answers of each row by transformers, a plain sequence at a time."""
     sums = []
     for row in rows:
         for candidate in row["candidates"]:
             answer = candidate["token_ids"]
             ids = torch.tensor([row["prompt_token_ids"] + answer])  # [1, L]
-            logits = model(input_ids=ids, use_cache=False).logits[
-                0, -len(answer) - 1 : -1
-            ]  # [|answer|, V]
-            sums.append(logprob_from_logits(logits, ids[0, -len(answer) :]).sum())
+            n = len(answer)
+            logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]  # [n, V]
+            sums.append(logprob_from_logits(logits, ids[0, -n:]).sum())
     return torch.stack(sums).view(-1, 2)
 
 
@@ -342,9 +323,7 @@ def agree(what: str, gap: float, limit: float) -> float:
 
 
 def load_plain(folder: Path, **options):
-    """The model as transformers loads it, in fp32 and with the attention that computes all that its
-    class means.
-    """
+    """The model as transformers loads it, in fp32, with the attention that leaves nothing out."""
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", **options
     )
@@ -356,7 +335,7 @@ def examine(name: str, folder: Path) -> Row:
     try:
         build(name, model)
     except Exception as e:
-        return Row(name, "not built", "-", "-", one_line(e))
+        return Row(name, "not built", "-", "-", textwrap.shorten(one_line(e), 120))
 
     # 1. Answers
     notes = []
@@ -383,10 +362,11 @@ def examine(name: str, folder: Path) -> Row:
     plain = load_plain(model)
     expected = plain_logprobs(plain, rows)  # [n, 2]
     gaps = []
-    if sampling == "hf":
-        sampled = torch.tensor([[c["logprob"] for c in row["candidates"]] for row in rows])
-        gap = ((sampled - expected).abs() / lengths(rows)).max().item()
-        gaps.append(agree("a sampled answer's log-prob per token", gap, 1e-4))
+    for row, own in zip(rows, expected.tolist(), strict=True):
+        for candidate, logprob in zip(row["candidates"], own, strict=True):
+            if candidate["logprob"] is not None:
+                gap = abs(candidate["logprob"] - logprob) / len(candidate["token_ids"])
+                gaps.append(agree("a sampled answer's log-prob per token", gap, 1e-4))
     first, last = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
     gradient = first_gradient(plain, expected)
     agree("the gradient's norm (relative)", abs(first["grad_norm"] / gradient - 1), 1e-3)
@@ -409,16 +389,16 @@ def train(model: Path, folder: Path) -> str:
     """dpo_train.py's two steps, from folder/pairs.jsonl to folder/policy; what it printed."""
     return call(
         dpo_train.main, "dpo_train.py", "--model", model, "--pairs", folder / "pairs.jsonl",
-        "--output", folder / "policy", "--beta", BETA, "--learning_rate", 1e-3, "--num_train_epochs", 2,
-        "--warmup_ratio", 0, "--save_dtype", "fp32",
+        "--output", folder / "policy", "--beta", BETA, "--learning_rate", 1e-3,
+        "--num_train_epochs", 2, "--warmup_ratio", 0, "--save_dtype", "fp32",
     )  # fmt: skip
 
 
 def first_gradient(plain, logprobs: torch.Tensor) -> float:
     """The norm of DPO's gradient at the first step, where the policy is its own reference.
 
-    The loss is -log sigmoid(beta d) with d = 0, so its derivative to d is -beta / 2. logprobs: [n,
-    2] of `plain`.
+    The loss is -log sigmoid(beta d) with d = 0, so its derivative to d is -beta / 2. logprobs:
+    [n, 2], of `plain`.
     """
     margins = logprobs[:, 0] - logprobs[:, 1]  # [n]
     (-BETA / 2 * margins).mean().backward()
@@ -430,7 +410,8 @@ def message(refusal: SystemExit, model: Path) -> str:
     """What a user reads, without the folder that this run happened to use."""
     if not isinstance(refusal.code, str):
         raise Disagreement(f"ended with exit code {refusal.code} and no message")
-    return one_line(refusal.code.removeprefix("error: ")).replace(f"{model}: ", "")
+    told = one_line(refusal.code.removeprefix("error: ")).replace(f"{model}: ", "")
+    return told.removesuffix(".")
 
 
 def one_line(text) -> str:
@@ -449,11 +430,8 @@ def guarded(name: str, seconds: float) -> Row:
     process.start()
     sender.close()
     try:
-        row = (
-            receiver.recv()
-            if receiver.poll(seconds)
-            else failed(name, f"no end after {seconds:g} s")
-        )
+        in_time = receiver.poll(seconds)
+        row = receiver.recv() if in_time else failed(name, f"no end after {seconds:g} s")
     except EOFError:
         process.join()
         row = failed(name, f"the process died, exit code {process.exitcode}")
@@ -508,18 +486,22 @@ def document(rows: list[Row]) -> str:
 
 HEADER = """# Which models work
 
-Each causal language model that transformers knows, made small and random, sampled by generate.py, trained by
-dpo_train.py, exported, loaded again, and compared with transformers' own attention, logits and autograd in fp32:
+Each causal language model that transformers knows, made small and random, sampled by generate.py,
+trained by dpo_train.py, exported, loaded again, and compared with transformers' own attention,
+logits and autograd in fp32:
 
     python -m bench.models --save docs/models.md
 
-`trains` is what dpo_train.py makes of it. *packed*: without padding, each prompt computed once. *padded*: in padded
-batches. *refused*: it ends with the line in `remark`, before anything is trained. *not built*: transformers makes no
-small model of it here, so nothing is known. `samples` is hf where generate.py --backend hf writes answers, else - and
-its refusal in `remark`; vLLM was not asked. `gap` is the largest difference to transformers' own log-probs in nats per
-token: of sampled answers to those of the model, and of the policy in training to those of the exported folder.
+- `trains`: what dpo_train.py makes of it. *packed*: without padding, each prompt computed once.
+  *padded*: in padded batches. *refused*: it ends with the line in `remark`, before anything is
+  trained. *not built*: transformers makes no small model of it here, so nothing is known.
+- `samples`: hf where generate.py --backend hf writes answers, else - with its refusal in `remark`.
+  vLLM was not asked.
+- `gap`: the largest difference to transformers' own log-probs, in nats per token: of the sampled
+  answers, and of the policy in training to the exported folder.
 
-Sequences are short here. A window of attention that is shorter than prompt + answer turns packed into padded.
+Sequences are short here. A window of attention that is shorter than prompt + answer turns packed
+into padded. Models of pictures or sound are given text alone.
 """
 
 
@@ -527,12 +509,8 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--only", nargs="+", choices=NAMES, metavar="NAME", help="these model types; default: all"
-    )
-    p.add_argument(
-        "--save", type=Path, help="write the table; rows of models that are not asked for stay"
-    )
+    p.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help="default: all")
+    p.add_argument("--save", type=Path, help="the table; rows of models not asked for stay")
     p.add_argument("--timeout", type=float, default=120, help="seconds per model")
     args = stage.parse(p)
     if not args.only:  # of hundreds of models no one reads warnings
@@ -545,7 +523,9 @@ def main() -> None:
         print(line(rows[name]), end="", flush=True)
         if args.save:
             args.save.write_text(document([rows[n] for n in NAMES if n in rows]))
-    print(f"{counts(list(rows.values()))}; {time.time() - began:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    print(f"{counts(list(rows.values()))}; {time.time() - began:.0f} s, {cpu:.0f} s of a core")
     sys.exit(any(row.outcome == "FAILED" for row in rows.values()))
 
 

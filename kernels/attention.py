@@ -49,10 +49,20 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch.nn.attention.varlen import varlen_attn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
 
 ATTENTION = "iterdpo_packed"  # pass it as attn_implementation
+
+
+def asks_for_gqa(varlen) -> bool:
+    """torch 2.12 and later must be told that query heads share key heads; 2.11 has no such word."""
+    return "enable_gqa" in inspect.signature(varlen).parameters
+
+
+VARLEN_ASKS_FOR_GQA = asks_for_gqa(varlen_attn)
 
 
 # ---- the row: who looks at whom ----------------------------------------------------------------
@@ -155,9 +165,10 @@ def packed_attention(
     if _flash_takes(q, v):
         # window_size (-1, 0) is causal, and causal is aligned to the bottom right: query i of n
         # sees keys up to m-n+i.
+        told = {"enable_gqa": gqa} if VARLEN_ASKS_FOR_GQA else {}
         out = varlen_attn(
             q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k,
-            scale=scaling, window_size=(-1, 0), enable_gqa=gqa,
+            scale=scaling, window_size=(-1, 0), **told,
         )  # fmt: skip
         return out[None], None  # [1, T, H, D]
 
@@ -269,6 +280,12 @@ def causal_lm_refusal(config) -> str | None:
     )
 
 
+# As of transformers 5.19. Others would stop in _check.
+WITHOUT_LAYOUT = {"doge", "moshi", "nemotron"}
+if Version(transformers.__version__) < Version("5.18"):
+    WITHOUT_LAYOUT.add("opt")  # it makes a mask of ones where it is given none
+
+
 def packing_refusal(config, max_length: int) -> str | None:
     """None where packing is exact for sequences (prompt + answer) of up to max_length tokens, else
     why it is not.
@@ -287,11 +304,7 @@ def packing_refusal(config, max_length: int) -> str | None:
         return f"{kind} computes attention in code of its own (models with ALiBi do)"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{kind} takes no position_ids, so positions cannot restart"
-    if kind in (
-        "doge",
-        "moshi",
-        "nemotron",
-    ):  # as of transformers 5.19; others would stop in _check
+    if kind in WITHOUT_LAYOUT:
         return f"{kind} does not hand the layout to its attention, or adds a mask of its own"
     if _soft_capped(config):
         return f"{kind} soft-caps its attention scores, which neither SDPA nor varlen_attn can do"

@@ -22,6 +22,7 @@ SCALES = {
     "hyperclovax": lambda config: config.logits_scaling,
     # MiniCPM 3 divides the hidden states, which is the same thing.
     "minicpm3": lambda config: 1 / config.logits_scaling,
+    "inkling": lambda config: 1 / config.logits_mup_width_multiplier,
     "falcon_h1": lambda config: config.lm_head_multiplier,
 }
 # Fields that hold a soft-cap of the logits.

@@ -332,9 +332,28 @@ def test_a_layout_says_the_same_on_the_host_and_on_the_device():
 # ---- the GPU's branch --------------------------------------------------------------------------
 
 
-def varlen_as_documented(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def varlen_of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1),
+):  # fmt: skip
+    """Its signature in torch 2.11."""
+    seqlens = cu_seq_q, cu_seq_k, max_q, max_k
+    return varlen_as_documented(query, key, value, *seqlens, scale, window_size)
+
+
+def varlen_of_torch_2_12(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    """In 2.12 and 2.13: numbers of heads that differ are refused unless it is told."""
+    assert (query.shape[1] != key.shape[1]) == enable_gqa
+    seqlens = cu_seq_q, cu_seq_k, max_q, max_k
+    return varlen_as_documented(query, key, value, *seqlens, scale, window_size)
+
+
+def varlen_as_documented(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size):
     """torch.nn.attention.varlen.varlen_attn by its documentation, in plain tensor algebra."""
-    assert window_size == (-1, 0) and (q.shape[1] != k.shape[1]) == enable_gqa
+    assert window_size == (-1, 0)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [Tk, H, D]
     outs = []
     for i in range(len(cu_q) - 1):
@@ -347,17 +366,21 @@ def varlen_as_documented(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_siz
     return torch.cat(outs)
 
 
-def test_both_branches_compute_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    "varlen", [varlen_of_torch_2_11, varlen_of_torch_2_12], ids=["2.11", "2.12"]
+)
+def test_pitfalls_52_both_branches_compute_the_same_by_any_signature(monkeypatch, varlen):
     """What we hand to the flash kernel means what we hand to SDPA: forward, and the gradient
-    through the gather.
+    through the gather. PITFALLS 52: whether this torch's varlen_attn has enable_gqa or not.
     """
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "VARLEN_ASKS_FOR_GQA", attention.asks_for_gqa(varlen))
     _, layout = prefix_layout(LENGTHS)
     tokens = sum(layout.q_lengths)
     q, k, v = (torch.randn(1, heads, tokens, 16, requires_grad=True) for heads in (4, 2, 2))
     results = []
     for flash in (False, True):
         monkeypatch.setattr(attention, "_flash_takes", lambda q, v, flash=flash: flash)
-        monkeypatch.setattr(attention, "varlen_attn", varlen_as_documented)
         out, _ = attention.packed_attention(
             torch.nn.Identity(), q, k, v, None, 0.3, layout=layout
         )  # [1, T, H, D]

@@ -265,9 +265,11 @@ def test_model_flops_are_what_torch_counts(tmp_path, arch, tie):
     ]
     with FlopCounterMode(display=False) as counter:
         policy(collate(pairs, "prefix", "cpu")).sum().backward()
-    products = sum(
-        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
-    )
+    counts = counter.get_flop_counts()  # module -> operation -> flops
+    products = sum(n for op, n in counts["Global"].items() if "attention" not in str(op))
+    # Older versions of transformers make the rotary angles with a matrix product.
+    rotary = [module for module in counts if module.endswith("rotary_emb")]
+    products -= sum(sum(counts[module].values()) for module in rotary)
 
     # Attention a query at a time: every key that is counted is one that is seen. Backward is twice
     # the forward.

@@ -182,13 +182,31 @@ def load_weights(policy, source, device, offload: bool) -> None:
 
 
 def check_tie(model) -> None:
-    if not model.config.tie_word_embeddings:
-        return
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+    """Stop where a weight that stands in two places would come apart."""
+    name = type(model).__name__
+    if getattr(model.config, "tie_word_embeddings", False):  # Inkling's config has no such field
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            raise Stop(
+                f"{name}: cannot be trained: its config ties head and embedding, its code does not."
+            )
+    shared = shared_weight(model)
+    if shared:
         raise Stop(
-            f"{type(model).__name__}: its config ties head and embedding, its code does not. "
-            "Training would part them."
+            f"{name}: cannot be trained: {shared[0]} and {shared[1]} are one weight, and FSDP shards "
+            "each layer for itself."
         )
+
+
+def shared_weight(model) -> tuple[str, str] | None:
+    """Two names of one weight within the layers, where layers share any, as Zamba's do."""
+    inside = {id(p) for layer in layers_of(model) for p in layer.parameters()}
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            return names[id(parameter)], name
+        if id(parameter) in inside:
+            names[id(parameter)] = name
+    return None
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
