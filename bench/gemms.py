@@ -1,7 +1,7 @@
 """What the machine can do at most, and the log-prob kernel's three matrix products, each by itself.
 
-    python -m bench.gemms                                                    a GPU in bf16, four models' heads
-    python -m bench.gemms --shapes 256x64x1009 --square 256 --copy_gib 0.01  a CPU
+    python -m bench.gemms               a GPU in bf16, four models' heads
+    python -m bench.gemms --shapes 256x64x1009 --square 256 --copy_gib 0.01            a CPU
 
 The ceilings: a square product of random numbers (zeros run faster), and a copy that reads and
 writes each byte once. The products are called as kernels/logprob.py calls them: logits a chunk at a
@@ -83,9 +83,8 @@ def three_products(T: int, D: int, V: int, dtype, repeats: int) -> list[str]:
     for name, run in (("logits", forward), ("dH", hidden_gradient), ("dW", weight_gradient)):
         ms = median_ms(run, repeats)
         total += ms
-        lines.append(
-            f"  {name:6} {ms:9.2f} ms {2 * T * D * V / ms / 1e9:7.1f} TFLOP/s  {slowest_kernel(run)[:150]}"
-        )
+        speed = 2 * T * D * V / ms / 1e9
+        lines.append(f"  {name:6} {ms:9.2f} ms {speed:7.1f} TFLOP/s  {slowest_kernel(run)[:150]}")
     lines.append(f"  all    {total:9.2f} ms {6 * T * D * V / total / 1e9:7.1f} TFLOP/s")
     return lines
 

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in three phases of at most nine and a half minutes each on one H200:
 #
-#     bash bench/gpu.sh A    ceilings, the GPU tests, the log-prob kernel and its products, attention
+#     bash bench/gpu.sh A    ceilings, the GPU tests, the log-prob kernel, attention
 #     bash bench/gpu.sh B    a training step against TRL at Qwen2.5's 0.5B and 1.5B
-#     bash bench/gpu.sh C    memory beside the dry run's, offload, where a step's time goes, the audit, the demo
+#     bash bench/gpu.sh C    memory, offload, a step's profile, the audit, the demo interrupted
 #
 #     bash bench/gpu.sh A --rehearse    the same steps with small shapes, on a CPU
 #     bash bench/gpu.sh A --list        names, seconds and commands, and nothing runs
 #
-# A phase leaves two files, PHASE.summary.txt (each step, its seconds, its headlines beside what was predicted) and
-# PHASE.log (all output), and B its tables. It needs torch 2.11 or later, Triton, transformers, pytest, and no vLLM.
-# No step stops the others: each runs under `timeout`, and the seconds of a phase add up to 570 at most.
+# A phase leaves PHASE.summary.txt (each step, its seconds, its headlines beside what was predicted)
+# and PHASE.log (all output); B leaves its tables, too. It needs torch 2.11 or later, Triton,
+# transformers and pytest, and no vLLM. No step stops the others: each runs under `timeout`, and the
+# seconds of a phase add up to 570 at most.
 #
 #     OUT      folder of the results; default bench/results/gpu-NAME-DATE
-#     WHEELS   folder of wheels of what we are compared with, for a machine without a network: trl, datasets, dill,
-#              multiprocess, liger-kernel, cut-cross-entropy. What is missing is left out of the tables
+#     WHEELS   folder of wheels of what we are compared with, for a machine without a network:
+#              trl, datasets, dill, multiprocess, liger-kernel, cut-cross-entropy.
+#              What is missing is left out of the tables
 #     PYTHON   default: python3
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,7 +31,7 @@ usage="bash bench/gpu.sh A|B|C [--rehearse|--list]"
 rehearse=
 [[ $mode != --rehearse ]] || rehearse=1
 
-# ---- where things are ------------------------------------------------------------------------------------------------
+# ---- where things are ----------------------------------------------------------------------------
 
 export PYTHON=${PYTHON:-$(command -v python3)}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -52,9 +54,10 @@ if [[ -z $list ]]; then
 fi
 OUT=${OUT:-bench/results/gpu}
 
-# ---- sizes -----------------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
-heads=(16384x896x151936 16384x1536x151936 16384x3584x151936 16384x4096x128256) # Qwen2.5 0.5B, 1.5B, 7B; Llama 3 8B
+# T x D x V of the heads of Qwen2.5 0.5B, 1.5B and 7B, and of Llama 3 8B
+heads=(16384x896x151936 16384x1536x151936 16384x3584x151936 16384x4096x128256)
 ceilings=()
 rounds=(--repeats 5)
 attention=()
@@ -67,26 +70,27 @@ audit=(--backends hf --dtypes bf16 --max_new_tokens 64 256 1024)
 epochs=12 # of the demo's training, so that the signal finds it at work
 if [[ -n $rehearse ]]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
-    slower=10
+    slower=30
     heads=(96x32x1009 96x48x1009)
     ceilings=(--square 256 --copy_gib 0.01)
     rounds=(--repeats 1)
     attention=(--pairs 1)
     small=small
     middle=small
-    train=(--pairs 2 --scale 0.05 --packing prefix --tokens_per_batch 96 --trl_batch_sizes 2 --steps 2)
-    large=(--shape small --pairs 2 --scale 0.05 --gradient_checkpointing --tokens_per_batch 96)
-    offload=(--shape small --pairs 2 --scale 0.05 --tokens_per_batch 96) # host memory is all there is
+    tiny=(--pairs 2 --scale 0.05 --tokens_per_batch 96)
+    train=("${tiny[@]}" --packing prefix --trl_batch_sizes 2 --steps 2)
+    large=(--shape small "${tiny[@]}" --gradient_checkpointing)
+    offload=(--shape small "${tiny[@]}") # host memory is all there is
     audit=(--backends hf --dtypes bf16 --max_new_tokens 4 --num_samples 2)
     epochs=4
 fi
 
-# ---- the phases ------------------------------------------------------------------------------------------------------
+# ---- the phases ----------------------------------------------------------------------------------
 
 install_peers() {
     if [[ -n $list || -d ${WHEELS:-} ]]; then
-        step "install the peers" 25 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
-            --upgrade --target "$peers" "${WHEELS:-wheels}"/*.whl
+        step "install the peers" 25 "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+            --no-index --no-deps --upgrade --target "$peers" "${WHEELS:-wheels}"/*.whl
     else
         skip "install the peers" "WHEELS names no folder; those that are installed take part"
     fi
@@ -98,12 +102,13 @@ A() {
     step "ceilings and GEMMs" 60 "$PYTHON" -m bench.gemms --shapes "${heads[@]}" "${ceilings[@]}"
     step "GPU tests" 110 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
     step "log-prob kernel" 150 "$PYTHON" -m bench.kernel --shapes "${heads[@]}" "${rounds[@]}"
-    step "tuning" 55 "$PYTHON" -m bench.kernel --tune --shapes "${heads[0]}" "${heads[1]}" "${rounds[@]}"
+    step "tuning" 55 "$PYTHON" -m bench.kernel --tune --shapes "${heads[@]:0:2}" "${rounds[@]}"
     if [[ -n $list ]] || { [[ -z $rehearse ]] && command -v ncu >/dev/null; }; then
         # One launch of the row kernel behind the warm-up; the clocks stay as they are.
-        step "row kernel under ncu" 45 ncu --clock-control none --kernel-name row_kernel --launch-skip 8 \
-            --launch-count 1 --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
-            --section LaunchStats "$PYTHON" -m bench.kernel --shapes "${heads[0]}" --rows "ours, stash" --repeats 1
+        step "row kernel under ncu" 45 ncu --clock-control none --kernel-name row_kernel \
+            --launch-skip 8 --launch-count 1 --section SpeedOfLight --section Occupancy \
+            --section MemoryWorkloadAnalysis --section LaunchStats \
+            "$PYTHON" -m bench.kernel --shapes "${heads[0]}" --rows "ours, stash" --repeats 1
         pick "Duration|DRAM Throughput|Memory Throughput|Registers Per Thread|Achieved Occupancy"
     else
         skip "row kernel under ncu" "no ncu, or a rehearsal"
@@ -113,10 +118,10 @@ A() {
 
 B() {
     install_peers
-    step "0.5B against TRL" 140 "$PYTHON" -m bench.train --shapes "$small" "${train[@]}" --compile \
-        --checkpointing off --save "$OUT/B.train-0.5B.txt"
-    step "1.5B against TRL" 190 "$PYTHON" -m bench.train --shapes "$middle" "${train[@]}" --compile \
-        --checkpointing off --save "$OUT/B.train-1.5B.txt"
+    step "0.5B against TRL" 140 "$PYTHON" -m bench.train --shapes "$small" "${train[@]}" \
+        --compile --checkpointing off --save "$OUT/B.train-0.5B.txt"
+    step "1.5B against TRL" 190 "$PYTHON" -m bench.train --shapes "$middle" "${train[@]}" \
+        --compile --checkpointing off --save "$OUT/B.train-1.5B.txt"
     step "1.5B, checkpointing" 110 "$PYTHON" -m bench.train --shapes "$middle" "${train[@]}" \
         --checkpointing on --save "$OUT/B.train-1.5B-checkpointing.txt"
     step "0.5B, checkpointing" 75 "$PYTHON" -m bench.train --shapes "$small" "${train[@]}" \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One iteration of a small demo, told to stop (SIGTERM) in training, and resumed with the same command.
+# One iteration of a small demo, told to stop (SIGTERM) in training, and resumed with the same
+# command.
 #
 #     bash bench/interrupt_demo.sh [EPOCHS]
 #
@@ -11,7 +12,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 demo=$folder/build
 export RUN=$folder/run ITERS=1 PROMPTS_PER_ITER=256 EVAL_SAMPLES=1
-export MODEL=$demo/policy REWARD_MODEL=$demo/reward_model PROMPTS=$demo/prompts.jsonl HELDOUT=$demo/heldout.jsonl
+export MODEL=$demo/policy REWARD_MODEL=$demo/reward_model
+export PROMPTS=$demo/prompts.jsonl HELDOUT=$demo/heldout.jsonl
 export GOLD_FN=demo/gold.py:gold GENERATE_ARGS="--max_new_tokens 40"
 export TRAIN_ARGS="--learning_rate 2e-4 --batch_size 32 --num_train_epochs ${1:-4}"
 rows=$RUN/iter_01/policy.parts/train.jsonl

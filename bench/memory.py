@@ -1,8 +1,10 @@
 """Peak memory of a training step beside what `dpo_train.py --dry_run` says of it, and the seconds
 it takes.
 
-    python -m bench.memory --shape Qwen2.5-7B --gradient_checkpointing --tokens_per_batch 4096   one GPU of 141 GB
-    python -m bench.memory --shape Qwen2.5-1.5B --cpu_offload                                    weights in host memory
+    python -m bench.memory --shape Qwen2.5-7B --gradient_checkpointing --tokens_per_batch 4096
+    python -m bench.memory --shape Qwen2.5-1.5B --cpu_offload            weights in host memory
+
+The first one needs a GPU of 141 GB.
 
 The prediction is for a GPU and bf16. On a CPU this file runs, and the two numbers have nothing to
 do with each other.
@@ -28,8 +30,10 @@ def predicted_gib(model: Path, flags: list[str]) -> float:
     """The last line of the dry run, which is printed, too."""
     command = [sys.executable, "tools/memory.py", "--model", str(model), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout, done.stderr if done.returncode else "", sep="", flush=True)
-    done.check_returncode()
+    print(done.stdout, flush=True)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1]
+        raise SystemExit(f"{done.stderr}\nthe dry run failed: {why}")
     return float(re.search(r"([\d.]+)  sum on the GPU", done.stdout)[1])
 
 
@@ -66,10 +70,11 @@ def main():
             AutoConfig.from_pretrained(model).vocab_size,
         )
         result = measure({
-            "name": args.shape, "side": "ours", "folder": name, "model": str(model), "pairs": str(pairs),
-            "count": args.pairs, "steps": args.steps, "dtype": "bf16" if cuda else "fp32", "beta": 0.1,
-            "learning_rate": 1e-5, "packing": "prefix", "tokens_per_batch": args.tokens_per_batch,
-            "checkpointing": args.gradient_checkpointing, "compile": False, "ours_args": offload,
+            "name": args.shape, "side": "ours", "model": str(model), "pairs": str(pairs),
+            "count": args.pairs, "steps": args.steps, "dtype": "bf16" if cuda else "fp32",
+            "beta": 0.1, "learning_rate": 1e-5, "packing": "prefix",
+            "tokens_per_batch": args.tokens_per_batch, "checkpointing": args.gradient_checkpointing,
+            "compile": False, "ours_args": offload,
         })  # fmt: skip
     if "failed" in result:
         raise SystemExit(f"{args.shape}: {result['failed']}; the dry run says {predicted} GiB")

@@ -1,13 +1,13 @@
 # Sourced by bench/gpu.sh: steps of which none stops the others.
 #
-#     step NAME SECONDS COMMAND…   run it under `timeout`; its output goes to $log, a line about it to $summary
+#     step NAME SECONDS COMMAND…   run it under `timeout`; output to $log, a line to $summary
 #     skip NAME WHY                only the line
 #     pick PATTERN                 lines of the last step's output that match, as headlines
 #     finish                       print the summary; false if a step failed
 #
-# Below a step's line stand its headlines: the lines of its output that begin with "headline: " (bench/headline.py).
-# With list=1 nothing runs, and each step's name, seconds and command are printed. A slower machine takes the seconds
-# `slower` times.
+# Below a step's line stand its headlines: the lines of its output that begin with "headline: "
+# (bench/headline.py), or the last one where there are none. With list=1 nothing runs, and each
+# step's name, seconds and command are printed. A slower machine takes the seconds `slower` times.
 
 from=0 # where the last step's output begins in $log
 grace=5 # seconds from SIGTERM to SIGKILL
@@ -19,7 +19,7 @@ failed=0
 note() { printf '%s\n' "$1" | tee -a "$summary"; }
 
 step() {
-    local name=$1 seconds=$2 began=$SECONDS status=0 verdict
+    local name=$1 seconds=$2 began=$SECONDS status=0 limit took verdict words
     shift 2
     if [[ -n $list ]]; then
         printf '%s\t%s\t%s\n' "$name" "$((seconds + grace))" "${*@Q}"
@@ -28,17 +28,21 @@ step() {
 
     printf '\n==== %s\n+ %s\n' "$name" "$*" >>"$log"
     from=$(wc -c <"$log")
-    timeout --kill-after="$grace" "$((seconds * slower))" "$@" </dev/null >>"$log" 2>&1 || status=$?
+    limit=$((seconds * slower))
+    timeout --kill-after="$grace" "$limit" "$@" </dev/null >>"$log" 2>&1 || status=$?
+    took=$((SECONDS - began))
 
     case $status in
         0) verdict=ok ;;
-        124 | 137) verdict="timed out" ;;
+        124) verdict="timed out" ;;
+        137) verdict="timed out"; ((took >= limit)) || verdict="killed" ;; # for want of memory?
         *) verdict="failed ($status)" ;;
     esac
-    note "$(printf '%-22s %-12s %5d s' "$name" "$verdict" "$((SECONDS - began))")"
+    note "$(printf '%-22s %-12s %5d s' "$name" "$verdict" "$took")"
     output | sed -n 's/^headline: /    /p' | tee -a "$summary"
-    if ((status)) || ! output | grep -q '^headline: '; then
-        note "    last words: $(output | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-200)"
+    if ((status)) || (($(output | grep -c '^headline: ') == 0)); then
+        words=$(output | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-200)
+        [[ -z $words ]] || note "    last words: $words"
     fi
     ((status == 0)) || failed=1
 }

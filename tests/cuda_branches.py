@@ -55,7 +55,7 @@ CONFIG = dict(
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-# ---- what stands for the device ------------------------------------------------------------------
+# ---- what stands for the device ----------------------------------------------------------------
 
 
 class Operations(TorchDispatchMode):
@@ -224,7 +224,7 @@ def check_gradients(found: dict, parameters) -> None:
         assert found[p].shape == p.shape and found[p].dtype == p.dtype and found[p].is_cuda
 
 
-# ---- the cases -----------------------------------------------------------------------------------
+# ---- the cases ---------------------------------------------------------------------------------
 
 
 def network(kind, dtype: str, attention: str):

@@ -75,7 +75,7 @@ def test_each_command_is_one_that_its_module_understands(phase, monkeypatch):
 
 
 def test_a_flag_that_no_module_has_would_be_seen(monkeypatch):
-    """The test above would fail: argparse ends the process before the test hears of it."""
+    """The test above would fail: argparse ends the process before it says that it understood."""
     monkeypatch.setattr(sys, "argv", ["bench.gemms", "--cubes", "3"])
     with pytest.raises(SystemExit):
         importlib.import_module("bench.gemms").main()
@@ -95,13 +95,16 @@ def test_other_commands_exist():
 
 
 STEPS = """
+set -uo pipefail
 . bench/steps.sh
 summary=$1/summary.txt log=$1/log.txt grace=1
+step "says much" 20 bash -c 'echo "headline: much: 1 GiB"; seq 200000'
 step "goes well" 20 echo "headline: products: 3 ms (predicted 2: 1.50 times)"
 pick "times"
 step "goes wrong" 20 bash -c 'echo why; exit 3'
 step "hangs" 1 sleep 60
 step "cannot be stopped" 1 bash -c 'trap "" TERM; while true; do sleep 0.2; done'
+step "is killed" 20 bash -c 'kill -KILL $$'
 step "is not there" 20 ./no_such_program
 skip "needs more" "there is no more"
 step "comes last" 20 echo done
@@ -119,15 +122,18 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(tmp_path):
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     verdicts = [" ".join(line.split()[:-2]) for line in lines if line.endswith(" s")]
     assert verdicts == [
+        "says much ok",
         "goes well ok",
         "goes wrong failed (3)",
         "hangs timed out",
         "cannot be stopped timed out",
+        "is killed killed",
         "is not there failed (127)",
         "comes last ok",
     ]
-    assert lines[1] == "    products: 3 ms (predicted 2: 1.50 times)"
-    assert lines[2] == "    headline: products: 3 ms (predicted 2: 1.50 times)"  # what was picked
+    assert lines[1] == "    much: 1 GiB"  # and no last words, where there is a headline
+    assert lines[3] == "    products: 3 ms (predicted 2: 1.50 times)"
+    assert lines[4] == "    headline: products: 3 ms (predicted 2: 1.50 times)"  # what was picked
     assert "    last words: why" in lines
     assert lines[-1] == "    last words: done"  # what has no headline
     assert any(line.split(maxsplit=2)[:2] == ["needs", "more"] for line in lines)

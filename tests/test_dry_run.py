@@ -1,4 +1,6 @@
-"""What tools/memory.py predicts is what two ranks allocate; the flops behind MFU are what torch counts."""
+"""What tools/memory.py predicts is what two ranks allocate; the flops behind MFU are what torch
+counts.
+"""
 
 import json
 import os

@@ -13,7 +13,7 @@ import sys
 import pytest
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
-import models
+import small_models
 from conftest import ROOT
 from records import dump
 
@@ -26,10 +26,9 @@ def decorate(*_, **__):
     return lambda thing: thing
 
 
+register_kernel_mapping = replace_kernel_forward_from_hub = use_kernel_mapping = decorate
 get_kernel = kernelize = decorate
-register_kernel_mapping = replace_kernel_forward_from_hub = decorate
-use_kernel_mapping = use_kernel_forward_from_hub = decorate
-use_kernelized_func = use_kernel_func_from_hub = decorate
+use_kernel_forward_from_hub = use_kernelized_func = use_kernel_func_from_hub = decorate
 """
 
 OF_THE_PATH = """
@@ -99,8 +98,8 @@ def test_pitfalls_53_every_file_of_ours_imports_ours(installed):
 
 
 def test_pitfalls_53_every_stage_runs(installed, stage, tmp_path):
-    models.causal_lm(tmp_path / "policy")
-    models.reward_model(tmp_path / "reward")
+    small_models.causal_lm(tmp_path / "policy")
+    small_models.reward_model(tmp_path / "reward")
     prompts = [
         {"id": f"p{i}", "prompt": [{"role": "user", "content": f"name {i} fruits"}]}
         for i in range(4)

@@ -1,10 +1,11 @@
-"""Begin a run, or resume it: record its settings in config.json, its held-out prompts in heldout.jsonl.
+"""Begin a run, or resume it: record its settings in config.json, its held-out prompts in
+heldout.jsonl.
 
     python tools/start_run.py NAME…        names of settings, whose values are in the environment
 
 The held-out prompts are copied, so that a later change of the file cannot move the yardstick in the
-middle of a run: if it has changed, this stops. So it does when the hub now gives another commit for a
-model's name than it gave when the run began; iterate.sh puts the commit behind each name.
+middle of a run: if it has changed, this stops. So it does when the hub now gives another commit for
+a model's name than it gave when the run began; iterate.sh puts the commit behind each name.
 """
 
 import json
