@@ -11,7 +11,7 @@ and order the candidates by s. Equal s stand in random order: the order in the f
 sources (two policies, two temperatures), and would make one of them the chosen and the other the
 rejected. The strategy says which two meet; pair k = 0, 1, … of --pairs_per_prompt is
 
-    max_min      the k-th best and the k-th worst: the widest margin; RLHFlow's and OpenRLHF's choice
+    max_min      the k-th best and the k-th worst: the widest margin, as RLHFlow and OpenRLHF do
     max_random   the best and the k-th of the others, in random order ("RLHF Workflow", 2405.07863)
     max_second   the k-th best and the (k+1)-th: hard pairs, close to the policy's frontier
     random       two drawn at random, the better one chosen: no selection effect; the control

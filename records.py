@@ -143,7 +143,8 @@ def finite(value: float, where: str) -> float:
     """`value`, or Stop naming the place: a NaN in a ranking would poison every later stage."""
     if not math.isfinite(value):
         raise Stop(
-            f"{where}: the value is {value}. Nothing was written from it; mend its source and run again."
+            f"{where}: the value is {value}. "
+            "Nothing was written from it; mend its source and run again."
         )
     return value
 
@@ -198,8 +199,8 @@ def _merged_rows(paths: list, places: dict[str, list[tuple[str, int]]]) -> Itera
                 if merged[key] != row[key]:
                     first_path, _ = found[0]
                     raise Stop(
-                        f'{path}: id "{id}": {key} differs from that in {first_path}. Candidates of '
-                        "different prompts cannot be merged: generate both files from one "
+                        f'{path}: id "{id}": {key} differs from that in {first_path}. Candidates '
+                        "of different prompts cannot be merged: generate both files from one "
                         "prompts.jsonl."
                     )
             merged = merged | {"candidates": merged["candidates"] + row["candidates"]}
@@ -233,7 +234,7 @@ def answers_of(rows: list[dict], strip_reasoning: bool) -> list[Answer]:
 
 
 def drop_unscored(rows: list[dict], answers: list[Answer]) -> dict[str, dict]:
-    """Take what has no reward out of its row, in place; return the balances of rows and candidates."""
+    """Take what has no reward out of its row, in place. Returns the balances."""
     kept: dict[int, list[dict]] = {id(row): [] for row in rows}
     dropped: Counter = Counter()
     for answer in answers:

@@ -458,6 +458,7 @@ def run(main: Callable[[], None]) -> None:
             ) from None
         if e.errno in NOT_WRITABLE:
             raise Stop(
-                f"{e.filename}: cannot write here ({e.strerror}). Check --output and its permissions."
+                f"{e.filename}: cannot write here ({e.strerror}). "
+                "Check --output and its permissions."
             ) from None
         raise

@@ -1,6 +1,6 @@
 """Packed, prefix-shared attention: is it exact on this device, and what does it save?
 
-    python -m bench.attention                              # a GPU in bf16 (varlen_attn), else this CPU in fp32 (SDPA)
+    python -m bench.attention        # a GPU in bf16 (varlen_attn), else this CPU in fp32 (SDPA)
     python -m bench.attention --device cuda --dtype fp32   # the fallback of fp32 on a GPU (SDPA)
 
 First the error of output and gradients against plain softmax(Q K^T) V in fp64 with the dense mask,
@@ -109,9 +109,7 @@ def main():
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     ]
-    print(
-        f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {dtype}"
-    )
+    print(f"torch {torch.__version__}, {name}, {dtype}")
 
     # UltraFeedback-like: prompts of about 200 tokens, answers of about 350, both with heavy tails.
     torch.manual_seed(0)

@@ -129,13 +129,18 @@ def test_only_equal_losses_and_no_more_memory_win():
         }
 
     tasks = [
-        task("small", "ours", 2.0, 100, 0.6), task("large", "ours", 1.0, 300, 0.6), task("wrong", "ours", 0.5, 50, 0.5),
-        task("slow", "trl", 9.0, 900, 0.6), task("fair", "trl", 4.0, 200, 0.6), task("unfair", "trl", 1.0, 200, 0.5),
+        task("small", "ours", 2.0, 100, 0.6),
+        task("large", "ours", 1.0, 300, 0.6),
+        task("wrong", "ours", 0.5, 50, 0.5),
+        task("slow", "trl", 9.0, 900, 0.6),
+        task("fair", "trl", 4.0, 200, 0.6),
+        task("unfair", "trl", 1.0, 200, 0.5),
         task("none", "trl", 1.0, 1, 0.6) | {"runs": [{"failed": "out of memory"}]},
     ]  # fmt: skip
     lines = train.table(tasks, [(4, 3, 2)], train.Qwen2Config(**train.SHAPES["small"]), 1e12, 1e-4)
     assert [line for line in lines if line.startswith("checkpointing")] == [
-        "checkpointing off, fair (its fastest at equal loss): small: 2.00x its pairs a second, 0.50x its peak memory"
+        "checkpointing off, fair (its fastest at equal loss): "
+        "small: 2.00x its pairs a second, 0.50x its peak memory"
     ]
     assert any(line.split() == ["none", "no", "out", "of", "memory"] for line in lines)
 

@@ -281,7 +281,7 @@ def test_pitfalls_18_the_first_loss_is_ln_2(run):
 
 
 def test_pitfalls_22_one_batch_accumulated_batches_and_packings_agree(run):
-    """One forward a step, many, padded, and recomputed layers: the same losses and weights (1e-5)."""
+    """One forward pass, many, padded, recomputed layers: the same losses and weights (1e-5)."""
     flags = ["--learning_rate", "1e-4", "--num_train_epochs", "2"]
     run("whole", *flags)
     log = run.log()
@@ -298,7 +298,7 @@ def test_pitfalls_22_one_batch_accumulated_batches_and_packings_agree(run):
 
 
 def test_pitfalls_22_one_rank_two_ranks_and_hsdp_agree(run, stage):
-    """Through torchrun and gloo; 25 pairs by 8 leave a last step of one pair, so one rank has none."""
+    """Through torchrun and gloo; 25 pairs by 8 leave a last step of one pair: one rank has none."""
     write(run.pairs, make_pairs(run.folder / "model", run.model, n=25))
     flags = [
         "--learning_rate",
@@ -423,7 +423,8 @@ def test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_drop
         t for t in sorted(tokenizer.get_vocab()) if len(t) == 2 and t.isascii() and merges(t)
     )
     rows = [
-        {"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "yes"}],
+        {"prompt": [{"role": "user", "content": "hi"}],
+         "chosen": [{"role": "assistant", "content": "yes"}],
          "rejected": [{"role": "assistant", "content": "no"}]},
         {"prompt": "x " + merged[0], "chosen": merged[1], "rejected": "?"},
         {"prompt": "one two", "chosen": "; three", "rejected": "; four"},
@@ -456,7 +457,7 @@ def test_answers_without_a_stop_id_are_trained_and_reported(run):
 
 
 def test_pitfalls_51_the_training_sees_no_token_behind_the_end_of_a_turn(run):
-    """A pair of text alone and one with the ids that generation would give train the same policy."""
+    """A pair of text alone, and one with the ids of generation, train the same policy."""
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     talk = {"prompt": [{"role": "user", "content": "hi"}]}
     talk |= {k: [{"role": "assistant", "content": k}] for k in ("chosen", "rejected")}

@@ -40,7 +40,8 @@ layers = dpo_train.fsdp.layers_of(policy)
 within = {p for layer in layers for p in layer.parameters()}
 root = [n for n, p in policy.named_parameters() if p not in within]
 seen = lambda *_: found.update(
-    layer=size(layers[0].parameters()), root=size(p for n, p in policy.named_parameters() if n in root)
+    layer=size(layers[0].parameters()),
+    root=size(p for n, p in policy.named_parameters() if n in root),
 )
 layers[0].mlp.register_forward_hook(seen)
 optimizer = torch.optim.AdamW(policy.parameters())
@@ -52,7 +53,8 @@ for last in (False, True):
         assert all(p.unsharded_accumulated_grad is None for g in groups for p in g.fsdp_params)
 optimizer.step()
 local = [p.to_local() for p in policy.parameters()]
-found["weights"], found["gradients"] = size(local), size(p.grad.to_local() for p in policy.parameters())
+found["weights"] = size(local)
+found["gradients"] = size(p.grad.to_local() for p in policy.parameters())
 states = [s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
 found["adam"] = size(states)
 if torch.distributed.get_rank() == 0:
@@ -67,7 +69,8 @@ import json, re, dpo_train
 def status(field):
     return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def train(*args):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew: loading is not what is predicted
+    # The peak starts anew: loading is not what is predicted.
+    open("/proc/self/clear_refs", "w").write("5")
     figures = original(*args)
     if dpo_train.ranks()[0] == 0:
         print(json.dumps({"resident": status("VmHWM") - before}))

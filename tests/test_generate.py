@@ -112,7 +112,7 @@ def check_answers(rows, folder, stops, max_new_tokens, tolerance=1e-3):
 
 
 def test_answers_hold_what_the_policy_wrote(run, policy, tmp_path):
-    """Law 1: ids, log-probs, finish reasons and EOS of 64 prompts x 8 samples (PITFALLS 4, 5, 33)."""
+    """Law 1: ids, log-probs, finish reasons, EOS of 64 prompts x 8 samples (PITFALLS 4, 5, 33)."""
     turns = [
         [*CHAT[i % 3][:-1], {"role": "user", "content": f"{i} figs" + " please" * (i % 7)}]
         for i in range(64)
@@ -255,7 +255,7 @@ def flags_of(arguments: dict) -> list:
 
 
 def test_samples_follow_the_distribution(run, policy):
-    """20,000 samples at each of 0.7 and 1.0 against exact probabilities, for two tokens in a row."""
+    """20,000 samples at 0.7 and at 1.0 against exact probabilities, for two tokens in a row."""
     flags = ("--num_samples", 400, "--max_new_tokens", 2)
     rows = run(policy, [CHAT[0]] * 100, *flags, "--temperature", 0.7, 1.0)
     for temperature in (0.7, 1.0):
@@ -417,7 +417,8 @@ def test_stop_ids_come_from_everywhere(tmp_path, monkeypatch):
         # an error of Python's inside it
         "{% for m in messages %}<|im_start|>{{ m.content + m.name }}{% endfor %}",
         # not shown
-        "<|im_start|>{% for m in messages if m.role != 'assistant' %}{{ m.content }}<|eot|>{% endfor %}",
+        "<|im_start|>{% for m in messages if m.role != 'assistant' %}"
+        "{{ m.content }}<|eot|>{% endfor %}",
         # not to be found again
         "<|im_start|>{% for m in messages %}{{ m.content | upper }}<|eot|>{% endfor %}",
     ],
@@ -461,7 +462,8 @@ def test_prompts_that_look_like_templates_survive(run, tmp_path, template):
     tok = AutoTokenizer.from_pretrained(tmp_path / "m")
     for word, row in zip(words, rows, strict=True):
         begin, end = ("", "<|im_end|>\n") if template == "chatml" else ("<|bos|>", "<|eot|>")
-        text = f"{begin}<|im_start|>user\n{word if template == 'chatml' else word.strip()}{end}<|im_start|>assistant\n"
+        content = word if template == "chatml" else word.strip()
+        text = f"{begin}<|im_start|>user\n{content}{end}<|im_start|>assistant\n"
         assert tok.decode(row["prompt_token_ids"]) == text
 
 
@@ -514,7 +516,8 @@ def command(policy, folder, nproc=1):
         if nproc > 1
         else []
     )
-    flags = f"--model {policy} --prompts {folder}/prompts.jsonl --max_new_tokens 20 --num_samples 4 --batch_size 32"
+    flags = f"--model {policy} --prompts {folder}/prompts.jsonl "
+    flags += "--max_new_tokens 20 --num_samples 4 --batch_size 32"
     return [sys.executable, *torchrun, str(ROOT / "generate.py"), *flags.split(), "--output"]
 
 

@@ -188,7 +188,7 @@ def many(run):
 
 
 def test_samples_follow_the_distribution(many, folder):
-    """10,000 samples at each temperature against the exact probabilities, for two tokens in a row."""
+    """10,000 samples at each temperature against the exact probabilities, two tokens in a row."""
     prompt = many[0]["prompt_token_ids"]
     for temperature in (0.7, 1.0):
         mine = [

@@ -70,15 +70,19 @@ def judge(tmp_path_factory):
         optimizer.zero_grad()
     model.save_pretrained(folder / "model")
     return {
-        "ITERS": 0, "REWARD_FN": "", "JUDGE": folder / "model", "JUDGE_SERVER_ARGS": "--enforce-eager",
+        "ITERS": 0,
+        "REWARD_FN": "",
+        "JUDGE": folder / "model",
+        "JUDGE_SERVER_ARGS": "--enforce-eager",
         "JUDGE_ARGS": f"--judge_prompt {folder}/prompt.txt --judge_max_tokens 30",
-    }  # fmt: skip
+    }
 
 
 def settings(world, run, **more):
     given = {
-        "PYTHON": sys.executable, "MODEL": world / "model", "REWARD_FN": f"{world}/reward.py:reward",
-        "PROMPTS": world / "prompts.jsonl", "HELDOUT": world / "heldout.jsonl", "RUN": run, "ITERS": 1,
+        "PYTHON": sys.executable, "MODEL": world / "model",
+        "REWARD_FN": f"{world}/reward.py:reward", "PROMPTS": world / "prompts.jsonl",
+        "HELDOUT": world / "heldout.jsonl", "RUN": run, "ITERS": 1,
         "PROMPTS_PER_ITER": 40, "NUM_SAMPLES": 4, "EVAL_SAMPLES": 2, "NPROC": 1,
         "GENERATE_ARGS": "--max_new_tokens 12 --backend hf", "PAIRS_ARGS": "--keep_truncated",
         "TRAIN_ARGS": "--learning_rate 1e-3 --batch_size 2 --save_every 4",
@@ -188,7 +192,7 @@ def test_law_1_what_was_sampled_is_what_is_scored_is_what_is_trained(world, whol
 
 
 def test_the_printed_commands_can_be_run_by_hand(whole):
-    """Each is done, so each says so and exits with 0: the exact strings that a reader would copy."""
+    """Each is done, says so, and exits with 0: the exact strings that a reader would copy."""
     _, printed = whole
     commands = [line[2:] for line in printed.splitlines() if line.startswith("+ ")]
     assert len(commands) >= 11
@@ -302,7 +306,8 @@ def all_gone(session, seconds):
 def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent):
     """Sent to the script alone; it passes the signal on, waits, and leaves no child behind."""
     process = subprocess.Popen(
-        ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", ITERS=0), start_new_session=True,
+        ["bash", ROOT / "iterate.sh"],
+        env=settings(world, tmp_path / "run", ITERS=0), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     while not list((tmp_path / "run").glob("iter_00/logs/generate.log")):
@@ -322,7 +327,8 @@ def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_pat
     """
     more = {"TRAIN_ARGS": "--learning_rate 1e-4 --batch_size 1 --num_train_epochs 50"}
     process = subprocess.Popen(
-        ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **more), start_new_session=True,
+        ["bash", ROOT / "iterate.sh"],
+        env=settings(world, tmp_path / "run", **more), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     rows = tmp_path / "run/iter_01/policy.parts/train.jsonl"
@@ -367,7 +373,8 @@ def test_a_policy_that_is_needed_again_is_not_removed(world, tmp_path):
 def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_path):
     """The real vLLM server; then the same command again, which starts none."""
     process = subprocess.Popen(
-        ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **judge), start_new_session=True,
+        ["bash", ROOT / "iterate.sh"],
+        env=settings(world, tmp_path / "run", **judge), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     printed = process.communicate(timeout=600)[0]
@@ -395,7 +402,8 @@ def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_pa
 )
 def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge, tmp_path, sent):
     process = subprocess.Popen(
-        ["bash", ROOT / "iterate.sh"], env=settings(world, tmp_path / "run", **judge), start_new_session=True,
+        ["bash", ROOT / "iterate.sh"],
+        env=settings(world, tmp_path / "run", **judge), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     log = tmp_path / "run/iter_00/logs/judge_server.log"
@@ -452,7 +460,7 @@ def test_pitfalls_15_heldout_prompts_that_are_trained_on_stop_the_run(world, tmp
 
 
 def test_ref_init_history_enhancer_and_keep_last(world, tmp_path):
-    """The settings that change what is compared with what, in one run; then the same command again."""
+    """The settings that change what is compared with what, in one run; then the command again."""
     more = {
         "ITERS": 2,
         "REF": "init",

@@ -15,7 +15,7 @@ TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / s f
 
 
 def commands():
-    """Every command of a stage in the texts, continuation lines joined: (where, script, arguments)."""
+    """Every command of a stage in the texts, lines joined: (where, script, arguments)."""
     for path in TEXTS:
         text = path.read_text().replace("\\\\\n", "\\\n").replace("\\\n", " ")
         for line in text.splitlines():

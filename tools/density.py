@@ -1,8 +1,8 @@
 """How dense is the code? Reading takes time per thought, and a line should hold one.
 
     python tools/density.py                 every Python file of the project, the densest first
-    python tools/density.py FILE.py …       these files, which may stand anywhere: compare with another project
-    python tools/density.py --limits        fail where a file of the house is over a limit (tests/test_house.py does)
+    python tools/density.py FILE.py …       these files, of any project, to compare with
+    python tools/density.py --limits        fail where a file of the house is over a limit
 
 Per file: tokens per code line (a docstring, a comment and a blank line are no code), code lines,
 comment lines per code line, lines over 100 columns, the longest function, and comprehensions within
@@ -159,16 +159,19 @@ def mean_tokens(files: list[Density]) -> float:
 
 def print_table(files: list[Density]) -> None:
     print(
-        f"{'tokens/line':>11} {'code':>5} {'comments':>8} {'wide':>4} {'nested':>6}  file, longest function"
+        f"{'tokens/line':>11} {'code':>5} {'comments':>8} {'wide':>4} {'nested':>6}"
+        "  file, longest function"
     )
     for d in sorted(files, key=lambda d: -d.tokens_per_line):
         comments = d.comment_lines / max(1, d.code_lines)
-        numbers = f"{d.tokens_per_line:11.1f} {d.code_lines:5} {comments:8.2f} {d.wide_lines:4} {d.nested:6}"
+        numbers = f"{d.tokens_per_line:11.1f} {d.code_lines:5} {comments:8.2f}"
+        numbers += f" {d.wide_lines:4} {d.nested:6}"
         print(f"{numbers}  {d.path}, {d.longest_name} {d.longest}")
     house = [d for d in files if in_house(d.path)]
     if house:
         print(
-            f"{mean_tokens(house):11.1f} {sum(d.code_lines for d in house):5}  the root, kernels/ and training/"
+            f"{mean_tokens(house):11.1f} {sum(d.code_lines for d in house):5}"
+            "  the root, kernels/ and training/"
         )
 
 

@@ -141,7 +141,7 @@ def predict(policy, make_policy, tokens: int, packing: str, dtype: torch.dtype) 
 
 
 def table(rows: dict[str, int], offload: bool) -> str:
-    """predict()'s rows in GiB, and their sum. offload: the shares are in host memory, not summed."""
+    """predict()'s rows in GiB, and their sum. offload: shares in host memory are not summed."""
     lines = []
     total = 0
     for row, size in rows.items():

@@ -90,8 +90,8 @@ def loss_by_hand(pair: dict, policies: dict[str, str]) -> str:
 | log ref: the same policy, by the trainer's side | {before[0]:.5f} | {before[1]:.5f} |
 | log pi: after the iteration's training | {after[0]:.5f} | {after[1]:.5f} |
 
-The first two lines must agree, or the audit stops the run. Before the first step pi = ref, so d = 0 and
-the loss is -log sigmoid(0) = ln 2 = 0.69315. After training
+The first two lines must agree, or the audit stops the run. Before the first step pi = ref, so d = 0
+and the loss is -log sigmoid(0) = ln 2 = 0.69315. After training
 
     d    = {by_hand} = {d:.5f}
     loss = -log sigmoid({BETA} * {d:.5f}) = {loss:.5f}
@@ -124,8 +124,8 @@ The first iteration of the demo, `bash iterate.sh`, seen through one prompt. Mad
 The chat template makes token ids of the conversation, `prompt_token_ids`:
 
 {token_table(tokenizer, scored["prompt_token_ids"])}
-The policy writes {len(scored["candidates"])} answers to it. The `token_ids` of the chosen one end in
-a stop id, because the policy wrote it:
+The policy writes {len(scored["candidates"])} answers to it. The `token_ids` of the chosen one end
+in a stop id, because the policy wrote it:
 
 {token_table(tokenizer, chosen["token_ids"])}
 ## scored.jsonl: what the reward makes of them

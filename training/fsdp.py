@@ -192,8 +192,8 @@ def check_tie(model) -> None:
     shared = shared_weight(model)
     if shared:
         raise Stop(
-            f"{name}: cannot be trained: {shared[0]} and {shared[1]} are one weight, and FSDP shards "
-            "each layer for itself."
+            f"{name}: cannot be trained: {shared[0]} and {shared[1]} are one weight, and FSDP "
+            "shards each layer for itself."
         )
 
 
