@@ -109,6 +109,7 @@ def main():
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     ]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}, {dtype}")
 
     # UltraFeedback-like: prompts of about 200 tokens, answers of about 350, both with heavy tails.

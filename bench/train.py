@@ -1,34 +1,43 @@
-"""One optimizer step of DPO, ours against TRL 1.16's DPOTrainer: pairs and answer tokens a second,
+"""One optimizer step of DPO, ours against TRL 1.16's DPOTrainer: pairs and tokens per second,
 MFU, peak memory.
 
-    OMP_NUM_THREADS=1 python -m bench.train --rounds 2 --steps 4 --save bench/results/train_cpu.txt   a small model, CPU
-    python -m bench.train --shapes Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-7B --save bench/results/train_gpu.txt   a GPU
+    OMP_NUM_THREADS=1 python -m bench.train --rounds 2 --steps 4 --save bench/results/train_cpu.txt
+    python -m bench.train --shapes Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-7B --save bench/results/gpu.txt
+
+The first command takes a small model on a CPU, the second needs a GPU.
 
 Without trl in the environment it measures our side alone. What is compared, and how it is kept
 fair:
 
-  pairs    one file for both, UltraFeedback-like: log-normal lengths, mean 200 (prompt) and 350 (answers), heavy tails,
-           the two answers to a prompt alike in length (correlation 0.5 of the logs); on a CPU a quarter of that. The
-           text is one word a token, so TRL's tokenising gives exactly our ids; this is checked.
-  step     all pairs in one optimizer step; the same weights, optimizer, learning rate and clipping; reference log-probs
-           computed beforehand by both; losses of all steps are compared: no one is fast by computing something else.
-           bf16 products over fp32 weights on a GPU, fp32 on a CPU.
-  TRL      as fast as its options make it: precomputed reference, its chunked log-probs (1.16 has no other), pairs
-           sorted by length, several microbatch sizes, Liger's layer kernels on a GPU if installed. `padding_free` is
-           switched off by 1.16 itself. "rebalanced" (microbatches of unequal size) is shown, but it weighs a pair by
-           the size of its microbatch, so its loss is another one and it cannot win. On a CPU, TRL puts every position
-           through the head; on a GPU only those of answers. "answers only" is TRL changed to do so on a CPU as well:
-           what is left of our lead there is not an accident of the device.
+  pairs    one file for both, UltraFeedback-like: log-normal lengths, mean 200 (prompt) and 350
+           (answers), heavy tails, the two answers to a prompt alike in length (correlation 0.5 of
+           the logs); on a CPU a quarter of that. The text is one word per token, so TRL's
+           tokenising gives exactly our ids; this is checked.
+  step     all pairs in one optimizer step; the same weights, optimizer, learning rate and clipping;
+           reference log-probs computed beforehand by both; losses of all steps are compared: no one
+           is fast by computing something else. bf16 products over fp32 weights on a GPU, fp32 on a
+           CPU.
+  TRL      as fast as its options make it: precomputed reference, its chunked log-probs (1.16 has no
+           other), pairs sorted by length, several microbatch sizes, Liger's layer kernels on a GPU
+           if installed. `padding_free` is switched off by 1.16 itself. "rebalanced" (microbatches
+           of unequal size) is shown, but it weighs a pair by the size of its microbatch, so its
+           loss is another one and it cannot win. On a CPU, TRL puts every position through the
+           head; on a GPU only those of answers. "answers only" is TRL changed to do so on a CPU as
+           well: what is left of our lead there is not an accident of the device.
   ours     dpo_train.py's own main(), stopped before the export.
-  time     from the step's first collation to the end of optimizer.step(), without the first step; median over steps and
-           rounds. Each contender runs in a process of its own, and rounds alternate between them. GPU: wall clock. CPU:
-           processor time of the process, all its threads, so that other work on the machine is not counted (on an idle
-           machine and with one thread it is the wall clock); the shortest wall time stands in the last column.
-  memory   GPU: torch.cuda.max_memory_allocated over those steps. CPU: the peak of resident memory over them (VmHWM,
-           reset after the first step), without pages of files, less what there was before a model was loaded.
-  tokens   only useful ones count: p + c + r a pair, however often a contender computes the prompt or a pad.
-  MFU      6 flops a weight and useful token (the head: answer tokens only) and 12 a head dimension and visible pair of
-           tokens, per second, over the GPU's dense bf16 peak. Recomputation in checkpointing does not count.
+  time     from the step's first collation to the end of optimizer.step(), without the first step;
+           median over steps and rounds. Each contender runs in a process of its own, and rounds
+           alternate between them. GPU: wall clock. CPU: processor time of the process, all its
+           threads, so that other work on the machine is not counted (on an idle machine and with
+           one thread it is the wall clock); the shortest wall time stands in the last column.
+  memory   GPU: torch.cuda.max_memory_allocated over those steps. CPU: the peak of resident memory
+           over them (VmHWM, reset after the first step), without pages of files, less what there
+           was before a model was loaded.
+  tokens   only useful ones count: p + c + r a pair, however often a contender computes the prompt
+           or a pad.
+  MFU      6 flops per weight and useful token (the head: answer tokens only) and 12 per head
+           dimension and visible pair of tokens, per second, over the GPU's dense bf16 peak.
+           Recomputation in checkpointing does not count.
 """
 
 import argparse
@@ -58,15 +67,43 @@ from training import speed
 ROOT = Path(__file__).resolve().parent.parent
 # of the published config.json files; "small" has 0.5B's proportions, head and layers, at a fiftieth
 SHAPES = {
-    "Qwen2.5-0.5B": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-                         num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-    "Qwen2.5-1.5B": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                         num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-    "Qwen2.5-7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                       num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
-    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4,
-                  num_key_value_heads=2, vocab_size=8192, tie_word_embeddings=True),
-}  # fmt: skip
+    "Qwen2.5-0.5B": dict(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "Qwen2.5-1.5B": dict(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "Qwen2.5-7B": dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    ),
+    "small": dict(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        tie_word_embeddings=True,
+    ),
+}
 
 
 # ---- the task ----------------------------------------------------------------------------------
@@ -77,9 +114,13 @@ def build_model(folder: Path, shape: str, dtype: torch.dtype) -> None:
     are the same thing.
     """
     config = Qwen2Config(
-        **SHAPES[shape], max_position_embeddings=32768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        **SHAPES[shape],
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 7B take a minute on a CPU
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -118,11 +159,18 @@ def build_pairs(
     for i, (p, c, r) in enumerate(lengths):
         ids = [[rng.randrange(2, vocabulary) for _ in range(n)] for n in (p, c - 1, r - 1)]
         prompt, chosen, rejected = (" ".join(f"w{t}" for t in x) for x in ids)
-        rows.append({
-            "id": f"p{i}", "prompt": prompt, "chosen": f" {chosen} <eos>", "rejected": f" {rejected} <eos>",
-            "length": p + max(c, r),  # the column by which TRL sorts
-            "prompt_token_ids": ids[0], "chosen_token_ids": ids[1] + [1], "rejected_token_ids": ids[2] + [1],
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": f"p{i}",
+                "prompt": prompt,
+                "chosen": f" {chosen} <eos>",
+                "rejected": f" {rejected} <eos>",
+                "length": p + max(c, r),  # the column by which TRL sorts
+                "prompt_token_ids": ids[0],
+                "chosen_token_ids": ids[1] + [1],
+                "rejected_token_ids": ids[2] + [1],
+            }
+        )
     path.write_text("".join(map(dump, rows)))
 
 
@@ -263,12 +311,22 @@ def run_trl(task: dict, folder: Path) -> dict:
             meter.end()
 
     trainer = trl_trainer(
-        task["model"], task["pairs"], folder, task["steps"], task["microbatch"], beta=task["beta"],
-        learning_rate=task["learning_rate"], bf16=task["dtype"] == "bf16", checkpointing=task["checkpointing"],
-        sampling=task["sampling"], liger=task["liger"], attention=task["attention"], callbacks=[Clock()],
+        task["model"],
+        task["pairs"],
+        folder,
+        task["steps"],
+        task["microbatch"],
+        beta=task["beta"],
+        learning_rate=task["learning_rate"],
+        bf16=task["dtype"] == "bf16",
+        checkpointing=task["checkpointing"],
+        sampling=task["sampling"],
+        liger=task["liger"],
+        attention=task["attention"],
+        callbacks=[Clock()],
         # AutoTokenizer makes any of a Qwen2 Qwen's
         tokenizer=PreTrainedTokenizerFast.from_pretrained(task["model"]),
-    )  # fmt: skip
+    )
     for row, line in zip(trainer.train_dataset, open(task["pairs"]), strict=True):
         pair = json.loads(line)
         for k in ("prompt", "chosen", "rejected"):
@@ -310,11 +368,18 @@ def contenders(args, common: dict) -> list[dict]:
         base = common | {"checkpointing": checkpointing}
         for packing in args.packing:
             tasks += [
-                base | {"name": f"ours, {packing}, {budget} tokens" + ", compiled" * compile, "side": "ours",
-                        "packing": packing, "tokens_per_batch": budget, "compile": compile,
-                        "ours_args": args.ours_args.split()}
-                for budget in args.tokens_per_batch for compile in (False, True)[: 1 + args.compile]
-            ]  # fmt: skip
+                base
+                | {
+                    "name": f"ours, {packing}, {budget} tokens" + ", compiled" * compile,
+                    "side": "ours",
+                    "packing": packing,
+                    "tokens_per_batch": budget,
+                    "compile": compile,
+                    "ours_args": args.ours_args.split(),
+                }
+                for budget in args.tokens_per_batch
+                for compile in (False, True)[: 1 + args.compile]
+            ]
         if not importlib.util.find_spec("trl"):
             continue
         liger = args.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
@@ -355,7 +420,8 @@ def table(
     answers, flops = sum(c + r for _, c, r in lengths), useful_flops(config, lengths)
     reference = next((t["runs"][0]["losses"] for t in tasks if "losses" in t["runs"][0]), None)
     lines = [
-        f"{'contender':38} {'ckpt':4} {'s/step':>8} {'pairs/s':>8} {'answer tok/s':>12} {'MFU':>6} {'peak MB':>8} "
+        f"{'contender':38} {'ckpt':4} {'s/step':>8} {'pairs/s':>8} {'answer tok/s':>12} "
+        f"{'MFU':>6} {'peak MB':>8} "
         f"{'loss gap':>8} {'wall s':>7}"
     ]
     for t in tasks:
@@ -388,12 +454,15 @@ def table(
             (t for t in ours if t["peak"] <= peer["peak"]), key=lambda t: t["median"], default=None
         )
         lines.append(
-            f"checkpointing {'on' if checkpointing else 'off'}, {peer['name']} (its fastest at equal loss"
-            f"{', changed' * changed}): "
-            + ("none of ours needs as little memory" if best is None else
-               f"{best['name']}: {peer['median'] / best['median']:.2f}x its pairs a second, "
-               f"{best['peak'] / peer['peak']:.2f}x its peak memory")
-        )  # fmt: skip
+            f"checkpointing {'on' if checkpointing else 'off'}, {peer['name']} "
+            f"(its fastest at equal loss{', changed' * changed}): "
+            + (
+                "none of ours needs as little memory"
+                if best is None
+                else f"{best['name']}: {peer['median'] / best['median']:.2f}x its pairs a second, "
+                f"{best['peak'] / peer['peak']:.2f}x its peak memory"
+            )
+        )
     return lines
 
 
@@ -448,8 +517,13 @@ def main():
         default="",
         help="more flags for dpo_train.py, as one string: '--cpu_offload'",
     )
-    p.add_argument("--trl_batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16] if cuda else [1, 4],
-                   help="pairs of a microbatch; those that divide --pairs")  # fmt: skip
+    p.add_argument(
+        "--trl_batch_sizes",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16] if cuda else [1, 4],
+        help="pairs of a microbatch; those that divide --pairs",
+    )
     p.add_argument(
         "--trl_attention",
         default="sdpa",
@@ -483,7 +557,8 @@ def main():
         "python -m bench.train " + " ".join(sys.argv[1:]),
         ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
         + f"; {gpu or f'CPU, {torch.get_num_threads()} thread'}, {dtype}",
-        f"{args.pairs} pairs a step, on average {p_:.0f} + {c_:.0f} + {r_:.0f} tokens, longest sequence {longest}; "
+        f"{args.pairs} pairs a step, on average {p_:.0f} + {c_:.0f} + {r_:.0f} tokens, "
+        f"longest sequence {longest}; "
         f"{args.steps - 1} timed steps x {args.rounds} rounds",
     ]
     print("\n".join(out))
@@ -493,10 +568,18 @@ def main():
             build_model(model, shape, torch.bfloat16 if cuda else torch.float32)
             config = AutoConfig.from_pretrained(model)
             build_pairs(pairs, lengths, config.vocab_size)
-            tasks = contenders(args, {
-                "model": str(model), "pairs": str(pairs), "count": args.pairs, "steps": args.steps, "dtype": dtype,
-                "beta": 0.1, "learning_rate": 1e-5,
-            })  # fmt: skip
+            tasks = contenders(
+                args,
+                {
+                    "model": str(model),
+                    "pairs": str(pairs),
+                    "count": args.pairs,
+                    "steps": args.steps,
+                    "dtype": dtype,
+                    "beta": 0.1,
+                    "learning_rate": 1e-5,
+                },
+            )
             for round in range(args.rounds):
                 for task in tasks:
                     last = measure({k: v for k, v in task.items() if k != "runs"})
