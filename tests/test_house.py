@@ -39,7 +39,7 @@ def test_make_pairs_needs_no_torch():
 
 
 def test_the_loop_runs_every_stage_as_a_process():
-    script = (ROOT / "iterate.sh").read_text()
+    script = (ROOT / "iterate.sh").read_text() + (ROOT / "tools/loop.sh").read_text()
     assert all(f" {stage}.py " in script for stage in STAGES)
     assert (
         "set -euo pipefail" in script and "sleep 140" not in script and "pkill" not in script
