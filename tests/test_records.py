@@ -215,7 +215,7 @@ run(main)
 
 @pytest.fixture
 def copy(tmp_path):
-    script = write(tmp_path / "copy.py", COPY.format(root=str(ROOT)))
+    script = write(tmp_path / "copies.py", COPY.format(root=str(ROOT)))
     path = prompts(tmp_path / "p.jsonl", 1000)
     return [
         sys.executable,
