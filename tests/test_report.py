@@ -337,6 +337,22 @@ def test_without_gold_it_is_called_a_proxy(tmp_path, monkeypatch, capsys):
         figures(run, "truth")
 
 
+def test_a_judge_that_scored_last(tmp_path):
+    """judge.py writes scored.jsonl from score.py's scored.unjudged.jsonl: both weights count."""
+    run = small_run(tmp_path / "run")
+    folder = run / "iter_01"
+    write_meta(folder / "scored.unjudged.jsonl", arguments=SCORE_ARGUMENTS, seconds=7.0)
+    write_meta(folder / "scored.jsonl", arguments={"judge_weight": 1.0}, seconds=9.0)
+    read = report.read_run(run)
+    assert read.gold == "gold"
+    seconds = read.rows[1]["seconds"]
+    assert (seconds["scored.unjudged"], seconds["scored"]) == (7.0, 9.0)
+
+    weighted = {"rewards": ["rm", "gold"], "reward_weights": [1.0, 0.5]}
+    write_meta(folder / "scored.unjudged.jsonl", arguments=weighted)
+    assert report.read_run(run).gold is None
+
+
 def test_reads_what_score_writes(tmp_path, stage):
     """The real score.py records which rewards had a weight, under the names that the report looks
     for.

@@ -76,12 +76,15 @@ OUTPUTS = [
     "prompts.jsonl",
     "candidates.jsonl",
     "enhancer.jsonl",
+    "scored.unjudged.jsonl",  # where judge.py adds its reward to those of score.py
     "scored.jsonl",
     "pairs.jsonl",
     "policy",
     "eval/candidates.jsonl",
+    "eval/scored.unjudged.jsonl",
     "eval/scored.jsonl",
 ]
+SCORING = ("scored.unjudged", "scored", "eval/scored.unjudged", "eval/scored")  # stages
 
 # The settings under which policies must be evaluated alike.
 SAMPLING = ("num_samples", "temperature", "top_p", "max_new_tokens", "seed")
@@ -191,7 +194,7 @@ def read_metas(folder: Path) -> dict[str, dict]:
 
 
 def choose_gold(asked: str | None, folders: list[Path]) -> str | None:
-    """The reward that only watched, if there is one: no score.py of the run gave it a weight."""
+    """The reward that only watched, if there is one: no stage of the run gave it a weight."""
     optimised = optimised_rewards(folders)
     names = heldout_rewards(folders)
     if asked and asked not in names:
@@ -208,17 +211,22 @@ def choose_gold(asked: str | None, folders: list[Path]) -> str | None:
 
 
 def optimised_rewards(folders: list[Path]) -> set[str]:
-    """The rewards to which some score.py of the run gave a weight."""
+    """The rewards to which some stage of the run gave a weight."""
     names = set()
     for folder in folders:
         metas = read_metas(folder)
-        for stage in ("scored", "eval/scored"):
-            if stage not in metas:
-                continue
-            arguments = metas[stage]["arguments"]
-            weights = zip(arguments["rewards"], arguments["reward_weights"], strict=True)
-            names.update(name for name, weight in weights if weight)
+        for stage in SCORING:
+            if stage in metas:
+                weights = reward_weights(metas[stage]["arguments"])
+                names.update(name for name, weight in weights.items() if weight)
     return names
+
+
+def reward_weights(arguments: dict) -> dict[str, float]:
+    """The weight of each reward that score.py or judge.py wrote, from the stage's arguments."""
+    if "judge_weight" in arguments:
+        return {"judge": arguments["judge_weight"]}
+    return dict(zip(arguments["rewards"], arguments["reward_weights"], strict=True))
 
 
 def heldout_rewards(folders: list[Path]) -> set[str]:
