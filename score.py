@@ -164,13 +164,12 @@ def resolve(args) -> Asked:
         references=name_models(args.ref_model, only="ref"),
         functions=named(args.reward_fn, [function_name(spec) for spec in args.reward_fn]),
     )
-    has_model = bool(asked.reward_models or asked.references)
-    check_effect(args, asked, has_model)
+    check_effect(args, asked)
     names = [*asked.reward_models, *asked.functions]
     if len(set(names)) < len(names):
         raise Stop(f"two rewards share a name among {', '.join(names)}. Tell them apart: NAME=….")
 
-    if has_model:
+    if asked.reward_models or asked.references:
         gpu = torch.cuda.is_available()
         if args.tokens_per_batch is None:
             args.tokens_per_batch = 16384 if gpu else 4096
@@ -186,10 +185,11 @@ def resolve(args) -> Asked:
     return asked
 
 
-def check_effect(args, asked: Asked, has_model: bool) -> None:
+def check_effect(args, asked: Asked) -> None:
     """Stop where there is nothing to do, and at a flag that would change nothing."""
+    has_model = bool(asked.reward_models or asked.references)
     has_reward = bool(asked.reward_models or asked.functions)
-    needs = [
+    needs = [  # flag, whether what it needs is there, what it needs
         ("max_length", has_model, "--reward_model or --ref_model"),
         ("tokens_per_batch", has_model, "--reward_model or --ref_model"),
         ("dtype", has_model, "--reward_model or --ref_model"),
@@ -296,7 +296,7 @@ class Model:
 
     def score(self, answers: list[Answer]) -> list[float | str]:
         sequences = [self.sequence(answer) for answer in answers]
-        # An answer that was written twice is computed once. So the two tie exactly.
+        # An answer that was written twice is computed once, so the two tie exactly.
         different = list(dict.fromkeys(sequences))
         values = self.score_sequences(different)
         return [values.get(sequence, self.too_long) for sequence in sequences]
@@ -349,10 +349,10 @@ class Model:
         shortest = lengths.index(min(lengths))
         alone, packed = self.alone(batch[shortest]), results[shortest]
         absolute, relative = self.tolerance
-        if abs(alone - packed) <= absolute + relative * abs(alone):
-            return False
-        self.warn(f"{alone:.6g} alone, {packed:.6g} packed: so one by one")
-        return True
+        errs = abs(alone - packed) > absolute + relative * abs(alone)
+        if errs:
+            self.warn(f"{alone:.6g} alone, {packed:.6g} packed: so one by one")
+        return errs
 
     def warn(self, message: str) -> None:
         print(f"{self.path}: {message}", file=sys.stderr)
@@ -638,6 +638,7 @@ def score_part(rows: list[dict], scorers: list[Scorer], args) -> dict[str, dict]
 
     for answer in answers:
         if not answer.dropped:
+            answer.candidate.setdefault("rewards", {})  # beside a reference alone there are none
             reward = weighted_sum(answer.candidate, args)
             answer.candidate["reward"] = finite(reward, f"{answer}, reward")
     return drop_unscored(rows, answers)
@@ -645,13 +646,11 @@ def score_part(rows: list[dict], scorers: list[Scorer], args) -> dict[str, dict]
 
 def weighted_sum(candidate: dict, args) -> float:
     """reward(x, y), the formula at the head of this file."""
-    rewards = candidate.setdefault("rewards", {})
-    total = sum(
-        weight * rewards[name]
-        for name, weight in zip(args.rewards, args.reward_weights, strict=True)
-    )
-    if not args.rewards:  # a reference alone
-        total = candidate.get("reward", 0.0)
+    if args.rewards:
+        weight_of = zip(args.rewards, args.reward_weights, strict=True)
+        total = sum(weight * candidate["rewards"][name] for name, weight in weight_of)
+    else:
+        total = candidate.get("reward", 0.0)  # a reference alone changes none
     cut_off = candidate["finish_reason"] != "stop"
     return total - args.missing_eos_penalty * cut_off
 

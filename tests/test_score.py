@@ -709,7 +709,7 @@ def test_reward_function_files_that_fail(tmp_path, run):
         run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", "--reward_fn", tmp_path / "bad.py:f")
 
 
-def test_an_infinite_score_of_a_model_stops_the_run(tmp_path, run):
+def test_an_infinite_score_of_a_model_stops_the_run(tmp_path, run, capsys):
     """PITFALLS 9: weights that overflowed."""
     model = small_models.reward_model(tmp_path / "rm")
     model.score.weight.data.fill_(torch.inf)
@@ -717,6 +717,7 @@ def test_an_infinite_score_of_a_model_stops_the_run(tmp_path, run):
     refused(
         run, tmp_path, 'row id "p0", candidate 0, rewards "rm"', "--reward_model", tmp_path / "rm"
     )
+    assert "one by one" not in capsys.readouterr().err  # packing is not to blame
 
 
 def test_models_that_are_no_reward_models(tmp_path, run, folder):
