@@ -1,9 +1,12 @@
 """linear_logprob against everything else that takes hidden states to log-probs: time, memory and
 error in one table.
 
-    python -m bench.kernel                            # a GPU in bf16, four models' heads; a CPU in fp32, a small one
-    python -m bench.kernel --shapes 2048x256x32000    # T x D x V
-    python -m bench.kernel --tune                     # instead: block sizes of the row kernel, rows of a chunk
+    # a GPU in bf16, four models' heads; a CPU in fp32, a small one
+    python -m bench.kernel
+    # T x D x V
+    python -m bench.kernel --shapes 2048x256x32000
+    # instead: block sizes of the row kernel, rows of a chunk
+    python -m bench.kernel --tune
 
 The upstream gradient is another for every sequence of 256 tokens, as in DPO: rows that take one for
 all say so. Hidden states lean towards their targets (about -0.4 nats a token), as those of a
@@ -29,12 +32,26 @@ import kernels.logprob as kernel
 from bench.headline import headline
 from kernels.logprob import linear_logprob
 
-MODELS = {"Qwen2.5-0.5B": (896, 151936), "Qwen2.5-1.5B": (1536, 151936), "Qwen2.5-7B": (3584, 151936),
-          "Llama-3-8B": (4096, 128256)}  # fmt: skip
+MODELS = {  # D, V
+    "Qwen2.5-0.5B": (896, 151936),
+    "Qwen2.5-1.5B": (1536, 151936),
+    "Qwen2.5-7B": (3584, 151936),
+    "Llama-3-8B": (4096, 128256),
+}
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GEMMS = "three GEMMs"
+COLUMNS = (
+    "forward ms",
+    "backward ms",
+    "both ms",
+    "x GEMMs",
+    "TFLOP/s of 6TVD",
+    "peak MiB",
+    "nats off",
+    "gradient off",
+)
 
 
 # ---- the rows: (hidden [T, D], weight [V, D], targets [T]) -> log-probs [T], or their sum ------
@@ -234,23 +251,26 @@ def table(T, D, V, dtype, repeats, wanted):
     del q
     hidden.grad = weight.grad = None
     best = {name: min(runs, key=sum) for name, runs in times.items()}
-    floor = sum(best[GEMMS])
     flops = 6 * T * V * D
-    found = [f"| {GEMMS} | {best[GEMMS][0]:.1f} | {best[GEMMS][1]:.1f} | {floor:.1f} | 1.00 | "
-             f"{flops / floor / 1e9:.3g} | | | |"]  # fmt: skip
+    found = [f"{times_of(GEMMS, best, flops)} | | |"]
     for name, f in functions.items():
         memory = peak_bytes(lambda f=f: step(f, *case)) / 2**20
         hidden.grad = weight.grad = None
         nats, relative = errors(f, *case)
-        both = sum(best[name])
         tail = "one g for all | " if nats is None else f"{nats:.1e} | {relative:.1e} "
-        found.append(f"| {name} | {best[name][0]:.1f} | {best[name][1]:.1f} | {both:.1f} | {both / floor:.2f} | "
-                     f"{flops / both / 1e9:.3g} | {memory:.0f} | {tail}|")  # fmt: skip
+        found.append(f"{times_of(name, best, flops)} {memory:.0f} | {tail}|")
     ms, bandwidth = row_kernel_alone(hidden, weight, targets)
     found.append(f"| our row kernel alone | {ms:.1f} | | | | {bandwidth:.3g} GB/s | | | |")
-    head = ["| | forward ms | backward ms | both ms | x GEMMs | TFLOP/s of 6TVD | peak MiB | nats off | gradient off |",
-            "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     return "\n".join(head + found + lines + ["", *headlines(f"{T}x{D}x{V}", best, bandwidth)])
+
+
+def times_of(name: str, best: dict, flops: int) -> str:
+    """The first cells of a row: its times, beside the GEMMs' and as a speed."""
+    forward_ms, backward_ms = best[name]
+    both = forward_ms + backward_ms
+    times = f"{forward_ms:.1f} | {backward_ms:.1f} | {both:.1f}"
+    return f"| {name} | {times} | {both / sum(best[GEMMS]):.2f} | {flops / both / 1e9:.3g} |"
 
 
 def headlines(shape: str, best: dict, bandwidth: float) -> list[str]:
