@@ -7,7 +7,7 @@ would allocate on a machine that has none, so it asks for the GPU's path:
         loss = model(batch)     # tensors have shapes and no content
         loss.backward()
 
-Whoever chooses between the paths asks `device_kind(tensor)`, and never the tensor itself.
+Whoever chooses between the two paths asks `device_kind(tensor)`, and not the tensor itself.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ _counting = False
 
 @contextmanager
 def counted_as_gpu() -> Iterator[None]:
-    """Within it every tensor takes a GPU's path: chunk size, stash, products, flash attention.
+    """Within it tensors take a GPU's path: chunk, stash, row kernel, products, attention.
 
-    For tensors without content only: where the GPU's path has no CPU kernel, nothing is computed,
-    and memory is allocated as the GPU's kernel would.
+    For tensors without content only: the row kernel is not run, and what it would allocate is
+    allocated.
     """
     global _counting
     before = _counting

@@ -49,8 +49,8 @@ CHUNK = {"cuda": 2048, "cpu": 256}
 # bf16 are 4.6 GiB, a fifth of what autograd would hold. CPU: its memory is everybody's, and its
 # batches are small.
 STASH_BYTES = {"cuda": 8 << 30, "cpu": 4 << 30}
-# 8 elements per thread: 32 registers, so that a multiprocessor is full of threads with loads in
-# flight, and no spills.
+# 8 elements per thread: 32 registers on Hopper, so that a multiprocessor is full of threads with
+# loads in flight, and no spills.
 BLOCK, WARPS = 2048, 8
 # An S beyond this is measured from the row's maximum instead. It leaves bf16 and fp32 (maximum
 # 2^128) room to sum products in.
@@ -97,7 +97,7 @@ if triton:
     def one_pass(
         x,
         bias,
-        q_out,
+        q,
         y,
         c,
         V,
@@ -109,7 +109,7 @@ if triton:
         GRAD: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """S of the row, measured from c. With GRAD its Q goes to q_out, with 0 in column y."""
+        """S of the row, measured from c. With GRAD its Q goes to q, but 0 to column y."""
         # a sum for each lane: within the loop no thread waits for another
         total = tl.zeros([BLOCK], tl.float32)  # [BLOCK]
         for start in range(0, V, BLOCK):
@@ -118,8 +118,7 @@ if triton:
             e = tl.where(v == y, 0.0, tl.exp(z - c))  # [BLOCK]; 0 from V on
             total += e
             if GRAD:
-                q = (e * slope).to(q_out.dtype.element_ty)  # [BLOCK]
-                tl.store(q_out + v, q, mask=v < stride)
+                tl.store(q + v, (e * slope).to(q.dtype.element_ty), mask=v < stride)
         return tl.sum(total, axis=0)  # [BLOCK] -> scalar
 
     @triton.jit
@@ -127,11 +126,11 @@ if triton:
         x,  # [C, V] fp32: logits
         bias,  # [V], or None
         target,  # [C]
-        q_out,  # [C, V] in the dtype of the inputs, or None
+        q,  # [C, V] in the dtype of the inputs, Q goes here; or None
         s_out,  # [C] fp32
         d_out,  # [C] fp32
         V,
-        stride,  # from one row of x, or of q_out, to the next: V and padding
+        stride,  # from one row of x, and of q, to the next: V and padding
         scale,
         cap,
         far,
@@ -140,12 +139,12 @@ if triton:
         GRAD: tl.constexpr,  # whether Q is wanted
         BLOCK: tl.constexpr,
     ):
-        """One program per row: it reads 4 V bytes and writes 2 V of Q in bf16, or none without GRAD."""
+        """One program per row: it reads 4 V bytes and writes 2 V of Q in bf16 if GRAD."""
         # where the row starts, in int64: 16384 rows of 151936 are past int32
         row = tl.program_id(0).to(tl.int64)
         x += row * stride
         if GRAD:
-            q_out += row * stride
+            q += row * stride
 
         # the target, in int32: no vocabulary is past that, and every column is compared with it
         y = tl.load(target + row).to(tl.int32)
@@ -153,25 +152,25 @@ if triton:
 
         # one pass, measured from the target
         c = z_y
-        S = one_pass(x, bias, q_out, y, c, V, stride, scale, cap, BIAS, CAP, GRAD, BLOCK)
+        S = one_pass(x, bias, q, y, c, V, stride, scale, cap, BIAS, CAP, GRAD, BLOCK)
 
         # a hopeless target: two passes more. Not "S >= far": NaN must come here, and stay NaN
         if not (S < far):
             c = maximum(x, bias, V, stride, scale, cap, BIAS, CAP, BLOCK)
-            S = one_pass(x, bias, q_out, y, c, V, stride, scale, cap, BIAS, CAP, GRAD, BLOCK)
+            S = one_pass(x, bias, q, y, c, V, stride, scale, cap, BIAS, CAP, GRAD, BLOCK)
 
         # the target's own column
         if GRAD:
             tl.debug_barrier()  # the thread that wrote 0 there may be another one
-            q_y = (-S * slope_y).to(q_out.dtype.element_ty)
-            tl.store(q_out + y, q_y)
+            q_y = (-S * slope_y).to(q.dtype.element_ty)
+            tl.store(q + y, q_y)
 
         tl.store(s_out + row, S)
         tl.store(d_out + row, z_y - c)
 
 
-def rows_triton(x, bias, target, q_out, scale, cap):
-    """As rows_torch, but x stays as it is. x and q_out are two matrices, both made by matrix()."""
+def rows_triton(x, bias, target, q, scale, cap):
+    """As rows_torch, but x stays as it is. x and q are two matrices, both made by matrix()."""
     C, V = x.shape
     S, d = x.new_empty(2, C).unbind()  # [C], [C]
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
@@ -179,7 +178,7 @@ def rows_triton(x, bias, target, q_out, scale, cap):
             x,
             bias,
             target,
-            q_out,
+            q,
             S,
             d,
             V,
@@ -189,14 +188,14 @@ def rows_triton(x, bias, target, q_out, scale, cap):
             FAR,
             BIAS=bias is not None,
             CAP=cap is not None,
-            GRAD=q_out is not None,
+            GRAD=q is not None,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
     return S, d
 
 
-def rows_allocated(x, bias, target, q_out, scale, cap):
+def rows_allocated(x, bias, target, q, scale, cap):
     """What rows_triton allocates and nothing else: for tensors without content, see device.py."""
     S, d = x.new_empty(2, len(x)).unbind()  # [C], [C]
     return S, d
@@ -205,10 +204,10 @@ def rows_allocated(x, bias, target, q_out, scale, cap):
 # ---- rows in torch, the specification ----------------------------------------------------------
 
 
-def rows_torch(x, bias, target, q_out, scale, cap):
+def rows_torch(x, bias, target, q, scale, cap):
     """Logits x [C, V], bias [V] or None, target [C] -> S [C], d [C]. x is overwritten.
 
-    Q [C, V] is written to q_out: None where it is not wanted, or x itself.
+    Q is written to q [C, V], which may be x itself, and is None where no Q is wanted.
     """
     C = len(x)
     S, d = x.new_empty(2, C).unbind()  # [C], [C]
@@ -241,13 +240,13 @@ def rows_torch(x, bias, target, q_out, scale, cap):
         d[rows] = (z_y - c)[:, 0]
 
         # Q, which so far is 0 in the target's column
-        if q_out is None:
+        if q is None:
             continue
         e.scatter_(1, y, -total)
         if cap is not None:
             e *= slope
-        if q_out is not x:
-            q_out[rows] = e
+        if q is not x:
+            q[rows] = e
     return S, d
 
 
@@ -307,7 +306,7 @@ class Plan:
     need_b: bool
     frozen: bool  # only dH is wanted: Q W is kept, and no Q
     exact: torch.dtype  # of logits and results: fp32, or fp64 for fp64
-    rows: Callable  # makes Q, S and d: rows_triton, rows_torch or rows_allocated
+    rows_function: Callable  # makes Q, S and d: rows_triton, rows_torch or rows_allocated
     in_place: bool  # Q is written over the logits
     chunk: int  # C: rows of logits at a time
     kept: int  # rows whose Q is kept: 0..kept-1
@@ -317,7 +316,7 @@ def make_plan(hidden, weight, scale, cap, stash_bytes: int, needs: list[bool]) -
     """needs: whether hidden, weight and bias want a gradient."""
     need_h, need_w, need_b = needs
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    rows = rows_function(hidden, exact)
+    rows_function = choose_rows_function(hidden, exact)
     chunk = CHUNK[device_kind(hidden)]
 
     kept = 0
@@ -332,15 +331,15 @@ def make_plan(hidden, weight, scale, cap, stash_bytes: int, needs: list[bool]) -
         need_b=need_b,
         frozen=need_h and not (need_w or need_b),
         exact=exact,
-        rows=rows,
+        rows_function=rows_function,
         # The Triton kernel must not: it could not start a hopeless row again.
-        in_place=rows is rows_torch and hidden.dtype == exact,
+        in_place=rows_function is rows_torch and hidden.dtype == exact,
         chunk=chunk,
         kept=kept,
     )
 
 
-def rows_function(hidden: torch.Tensor, exact: torch.dtype) -> Callable:
+def choose_rows_function(hidden: torch.Tensor, exact: torch.dtype) -> Callable:
     if exact != torch.float32:  # the Triton kernel knows no fp64
         return rows_torch
     if counting():
@@ -368,6 +367,8 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, cap, stash_bytes, train):
         needs = [train and need for need in ctx.needs_input_grad[:3]]
         plan = make_plan(hidden, weight, scale, cap, stash_bytes, needs)
+
+        # a target outside is torch's ignore_index, or a mistake: 0 takes its place for now
         inside = (targets >= 0) & (targets < len(weight))  # [T]
         target = torch.where(inside, targets, 0)  # [T]
         S, d, stash, qw = forward_rows(plan, hidden, weight, bias, target)
@@ -377,7 +378,7 @@ class LinearLogprob(torch.autograd.Function):
         logprobs = torch.where(d == 0, -torch.log1p(S), d - total.log())  # [T]
         r = plan.scale / total  # [T]
 
-        # a target outside is torch's ignore_index, or a mistake
+        # where the target is outside
         outside = torch.where(targets == -100, 0.0, float("nan")).to(plan.exact)  # [T]
         logprobs = torch.where(inside, logprobs, outside)
         r = torch.where(inside, r, outside)
@@ -414,15 +415,15 @@ def chunk_buffers(plan: Plan, rows: int, V: int, hidden, q_rows: int):
     return logits, matrix(q_rows, V, hidden, hidden.dtype)
 
 
-def one_chunk(plan: Plan, hidden, weight, bias, target, logits, q_out):
-    """hidden [C, D], target [C] -> S [C], d [C]. Q [C, V] is written to q_out, unless it is None.
+def one_chunk(plan: Plan, hidden, weight, bias, target, logits, q):
+    """hidden [C, D], target [C] -> S [C], d [C]. Q [C, V] is written to q, unless it is None.
 
     logits: the buffer to work in, [C, V]. Q takes its place where the plan says so.
     """
-    if plan.in_place and q_out is not None:
-        logits = q_out
+    if plan.in_place and q is not None:
+        logits = q
     logits_(hidden, weight, out=logits)
-    return plan.rows(logits, bias, target, q_out, plan.scale, plan.cap)
+    return plan.rows_function(logits, bias, target, q, plan.scale, plan.cap)
 
 
 def forward_rows(plan: Plan, hidden, weight, bias, target):

@@ -39,6 +39,7 @@ from kernels.attention import (
     packing_refusal,
     prefix_layout,
 )
+from kernels.device import counted_as_gpu
 
 LENGTHS = [
     (7, 5, 9),
@@ -332,23 +333,48 @@ def test_a_layout_says_the_same_on_the_host_and_on_the_device():
 # ---- the GPU's branch --------------------------------------------------------------------------
 
 
-def varlen_of_torch_2_11(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-    window_size=(-1, -1),
-):  # fmt: skip
-    """Its signature in torch 2.11."""
-    seqlens = cu_seq_q, cu_seq_k, max_q, max_k
-    return varlen_as_documented(query, key, value, *seqlens, scale, window_size)
-
-
 def varlen_of_torch_2_12(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
-):  # fmt: skip
-    """In 2.12 and 2.13: numbers of heads that differ are refused unless it is told."""
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
+    """Its signature in torch 2.12 and 2.13, which refuse heads that differ unless they are told to
+    expect them.
+    """
     assert (query.shape[1] != key.shape[1]) == enable_gqa
-    seqlens = cu_seq_q, cu_seq_k, max_q, max_k
-    return varlen_as_documented(query, key, value, *seqlens, scale, window_size)
+    return varlen_as_documented(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size
+    )
+
+
+def varlen_of_torch_2_11(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    return varlen_as_documented(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size
+    )
 
 
 def varlen_as_documented(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size):
@@ -389,14 +415,13 @@ def test_pitfalls_52_both_branches_compute_the_same_by_any_signature(monkeypatch
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_gpu_branch_traces_without_a_gpu(monkeypatch):
+def test_the_gpu_branch_traces_without_a_gpu():
     """The real varlen_attn takes our arguments, forward and backward, and nothing asks the device
     for a number: fake tensors have shapes and no data.
     """
-    monkeypatch.setattr(attention, "_flash_takes", lambda q, v: True)
     _, layout = prefix_layout([(30, 20, 10), (5, 6, 7)])
     tokens = sum(layout.q_lengths)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), counted_as_gpu():
         q, k, v = (
             torch.empty(1, h, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
             for h in (8, 2, 2)

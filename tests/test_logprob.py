@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels.logprob as kernel
+from kernels.device import counted_as_gpu, device_kind
 from kernels.logprob import linear_logprob, lm_head, logprob_from_logits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -422,6 +424,55 @@ def test_the_default_stash_goes_by_the_device(monkeypatch, device, gib):
     assert asked == [gib << 30, 5]
 
 
+class Casts(TorchDispatchMode):
+    """Sizes of the tensors that a change of dtype makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.sizes.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("budget", "kept"), [(None, 5000), (3000, 2048), (0, 0)])
+def test_counted_as_gpu_takes_the_path_of_a_gpu(dtype, budget, kept):
+    """Its default keeps 5000 rows of a small vocabulary, and a budget of 3000 one whole chunk. Only
+    a CPU casts the weight for a product.
+    """
+    T, D, V = 5000, 16, 20011
+    stash_bytes = None if budget is None else budget * V * dtype.itemsize
+    with FakeTensorMode(), counted_as_gpu(), Casts() as casts:
+        hidden = torch.empty(T, D, dtype=dtype, requires_grad=True)
+        weight = torch.empty(V, D, dtype=dtype, requires_grad=True)
+        targets = torch.empty(T, dtype=torch.long)
+        logprobs = linear_logprob(hidden, weight, targets, stash_bytes=stash_bytes)
+        plan = logprobs.grad_fn.plan
+        casts_in_forward = list(casts.sizes)
+        logprobs.sum().backward()
+    assert (plan.chunk, plan.kept) == (2048, kept)
+    assert plan.rows_function is kernel.rows_allocated and not plan.in_place
+    assert V * D not in casts_in_forward
+    assert logprobs.dtype == torch.float32
+    assert weight.grad.shape == weight.shape and weight.grad.dtype == dtype
+
+
+def test_counted_as_gpu_ends_with_its_block():
+    x = torch.empty(1)
+    with counted_as_gpu():
+        with counted_as_gpu():
+            assert device_kind(x) == "cuda"
+        assert device_kind(x) == "cuda"
+    assert device_kind(x) == "cpu"
+    with pytest.raises(KeyError), counted_as_gpu():
+        raise KeyError
+    assert device_kind(x) == "cpu"
+
+
 def test_under_checkpointing_and_accumulated_with_a_tied_head():
     """The same tensor embeds and predicts, the body is recomputed, and two microbatches add up to
     one batch.
@@ -550,8 +601,16 @@ ARCHITECTURES = {
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 3.0},
     "hyperclovax": {"logits_scaling": 3.0},
-    "minicpm3": dict(dim_model_base=16, head_dim=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-                     q_lora_rank=16, kv_lora_rank=16, num_key_value_heads=4),
+    "minicpm3": {
+        "dim_model_base": 16,
+        "head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "num_key_value_heads": 4,
+    },
     "nanochat": {"final_logit_softcapping": 2.0},
     "recurrent_gemma": {"logits_soft_cap": 2.0, "lru_width": 48},
     "xlstm": {"embedding_dim": 48, "num_heads": 4, "output_logit_soft_cap": 2.0},
@@ -559,7 +618,7 @@ ARCHITECTURES = {
     "gptj": {"rotary_dim": 8},  # bias
     "gpt2": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 48},
-}  # fmt: skip
+}
 
 
 def model_of(arch, **overrides):
@@ -619,10 +678,14 @@ def test_lm_head_refuses_what_it_cannot_express():
 
 def test_needs_no_triton():
     """A CPU machine without Triton imports it and gets the torch rows."""
-    code = (
-        "import sys; sys.modules['triton'] = None\nimport torch; from kernels.logprob import linear_logprob, triton\n"
-        "assert triton is None\nprint(linear_logprob(torch.ones(2, 3), torch.eye(3), torch.tensor([0, 2])).tolist())"
-    )
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from kernels.logprob import linear_logprob, triton
+assert triton is None
+print(linear_logprob(torch.ones(2, 3), torch.eye(3), torch.tensor([0, 2])).tolist())
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

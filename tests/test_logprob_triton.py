@@ -208,17 +208,22 @@ def compile_for(capability: int, variant: str) -> dict:
     from triton.compiler import ASTSource
 
     bias, cap, grad = VARIANTS[variant]
-    types = dict(x="*fp32", bias="*bf16", target="*i64", q_out="*bf16", s_out="*fp32", d_out="*fp32", V="i32", stride="i32",
-                 scale="fp32", cap="fp32", far="fp32")  # fmt: skip
+    types = dict.fromkeys(("x", "s_out", "d_out"), "*fp32")
+    types |= dict.fromkeys(("bias", "q"), "*bf16")
+    types |= dict.fromkeys(("V", "stride"), "i32")
+    types |= dict.fromkeys(("scale", "cap", "far"), "fp32")
+    types |= {"target": "*i64"}
     constants = dict(BIAS=bias, CAP=cap, GRAD=grad, BLOCK=kernel.BLOCK)
-    constants |= ({} if bias else {"bias": None}) | ({} if grad else {"q_out": None})
+    constants |= ({} if bias else {"bias": None}) | ({} if grad else {"q": None})
     names = kernel.row_kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or n == "stride"]
     source = ASTSource(
-        fn=kernel.row_kernel, signature=signature, constexprs=constants,
+        fn=kernel.row_kernel,
+        signature=signature,
+        constexprs=constants,
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-    )  # fmt: skip
+    )
     options = {"num_warps": kernel.WARPS, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
