@@ -9,9 +9,9 @@ and a tokenizer of bytes. Then it goes the way of a user's model, by the same ma
 
     1. generate.py --backend hf    two prompts, two answers each. A model that is refused there gets
                                    random answers, as if another engine had written them.
-    2. dpo_train.py                two steps on those answers; its own checks are on. The learning
-                                   rate of the last step is zero, so the log-probs that it logs are
-                                   those of the exported weights.
+    2. dpo_train.py                two steps on those answers; its own checks are on. The second
+                                   moves nothing, so the log-probs that it logs are those of the
+                                   exported weights.
     3. compare                     with transformers' own attention, logits and autograd in fp32:
                                    the log-prob of each answer, and the gradient of the first step
     4. reload                      the exported folder in transformers: no weight is missing, some
@@ -386,11 +386,14 @@ def examine(name: str, folder: Path) -> Row:
 
 
 def train(model: Path, folder: Path) -> str:
-    """dpo_train.py's two steps, from folder/pairs.jsonl to folder/policy; what it printed."""
+    """dpo_train.py's two steps, from folder/pairs.jsonl to folder/policy; what it printed.
+
+    In the second, beta is 0 and so is the gradient; without Adam's first moment nothing moves.
+    """
     return call(
         dpo_train.main, "dpo_train.py", "--model", model, "--pairs", folder / "pairs.jsonl",
-        "--output", folder / "policy", "--beta", BETA, "--learning_rate", 1e-3,
-        "--num_train_epochs", 2, "--warmup_ratio", 0, "--save_dtype", "fp32",
+        "--output", folder / "policy", "--learning_rate", 1e-3, "--num_train_epochs", 2,
+        "--beta", BETA, 0, "--adam_betas", 0, 0.95, "--warmup_ratio", 0, "--save_dtype", "fp32",
     )  # fmt: skip
 
 
