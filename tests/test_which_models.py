@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench import models as zoo
 from conftest import ROOT
 from kernels.attention import causal_lm_refusal, positions
-from kernels.logprob import lm_head
+from kernels.heads import lm_head
 from records import Stop
-from training import checks, footprint, fsdp
+from training import checks, fsdp, speed
 
 TABLE = ROOT / "docs/models.md"
 
@@ -106,7 +106,7 @@ def test_the_readme_counts_as_the_table_does():
 
 def test_a_config_without_heads_has_no_flops_instead_of_an_error():
     mamba = AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2)
-    assert footprint.flops(1e6, mamba, [(5, 3, 3)]) is None
+    assert speed.flops(1e6, mamba, [(5, 3, 3)]) is None
 
 
 def test_layers_of_different_sizes_are_added_up():
@@ -115,7 +115,7 @@ def test_layers_of_different_sizes_are_added_up():
     )
     sizes = [(layer.num_attention_heads, layer.head_dim) for layer in config.per_layer_config]
     assert len(sizes) == 2
-    assert footprint.attention_width(config) == sum(heads * size for heads, size in sizes)
+    assert speed.attention_width(config) == sum(heads * size for heads, size in sizes)
 
 
 def test_minus_one_means_no_limit_of_positions():
