@@ -98,7 +98,8 @@ def log_probs(model: str, rows: list[dict], mistake, dtype: str) -> list[float]:
         prompt = np.array(mistake(row["prompt_token_ids"]), np.int32)
         for a, b in zip(answers[0::2], answers[1::2], strict=True):
             pairs.append({"prompt": prompt, "chosen": a, "rejected": b, "id": row["id"]})
-    args = dpo_train.parse(dpo_train.arguments(), ["--model", model, "--dtype", dtype])
+    flags = ["--model", model, "--pairs", "none", "--output", "none", "--dtype", dtype]
+    args = dpo_train.parse(dpo_train.arguments(), flags)
     device = dpo_train.fsdp.start()
     args.packing = "prefix"
     policy = dpo_train.load_policy(model, args, device, pairs)

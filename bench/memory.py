@@ -27,14 +27,27 @@ from stage import parse
 
 
 def predicted_gib(model: Path, flags: list[str]) -> float:
-    """The last line of the dry run, which is printed, too."""
+    """What the dry run, which is printed, says of this machine."""
     command = [sys.executable, "tools/memory.py", "--model", str(model), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, flush=True)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1]
         raise SystemExit(f"{done.stderr}\nthe dry run failed: {why}")
-    return float(re.search(r"([\d.]+)  sum on the GPU", done.stdout)[1])
+    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0
+    return sum_for(done.stdout, free)
+
+
+def sum_for(table: str, free: float) -> float:
+    """GiB that the dry run's table predicts where `free` GiB are free at the start.
+
+    Weights that stay gathered are a line of their own below the sum.
+    """
+    total = float(re.search(r"([\d.]+)  sum on the GPU", table)[1])
+    gathered = re.search(r"([\d.]+)  more on a GPU with ([\d.]+) GiB free", table)
+    if gathered and free >= float(gathered[2]):
+        total += float(gathered[1])
+    return total
 
 
 def main():

@@ -13,7 +13,8 @@ import time
 import pytest
 import torch
 
-from bench import headline, step_profile
+import small_models
+from bench import audit, headline, memory, step_profile
 from conftest import ROOT
 
 PHASES = ("A", "B", "C")
@@ -209,3 +210,26 @@ def test_a_headline_stands_beside_its_prediction(monkeypatch):
 )
 def test_kernels_are_told_apart(kernel, kind):
     assert step_profile.kind_of(kernel) == kind
+
+
+def test_the_prediction_counts_weights_that_stay_gathered(tmp_path):
+    """On the dry run's own output: the line below the sum counts where its condition holds."""
+    small_models.causal_lm(tmp_path)
+    command = [sys.executable, "tools/memory.py", "--model", tmp_path, "--tokens_per_batch", "96"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    small = "0.00  more on a GPU with 0.0 GiB free"
+    assert small in done.stdout
+    table = done.stdout.replace(small, "2.50  more on a GPU with 9.0 GiB free")
+    assert memory.sum_for(table, free=9.1) == pytest.approx(memory.sum_for(table, free=8.9) + 2.5)
+
+
+def test_the_audits_trainer_side_is_that_of_transformers(tmp_path):
+    model = small_models.causal_lm(tmp_path)
+    prompt, answers = [3, 11, 12], [[21, 22, 23], [31, 32]]
+    candidates = [{"token_ids": answer} for answer in answers]
+    rows = [{"id": "p0", "prompt_token_ids": prompt, "candidates": candidates}]
+    found = audit.log_probs(str(tmp_path), rows, audit.MISTAKES["none"], "fp32")
+    for answer, logprob in zip(answers, found, strict=True):
+        ids = torch.tensor(prompt + answer)
+        likely = model(ids[None, :-1]).logits[0].log_softmax(-1).gather(1, ids[1:, None])
+        assert logprob == pytest.approx(likely[-len(answer) :].sum().item(), abs=1e-4)
