@@ -203,6 +203,8 @@ def main():
     p.add_argument("--pause", type=float, default=0)
     args = parse(p)
     stage = Stage(args, {{"prompts": args.prompts}}, args.output, free=("pause",))
+    if stage.done:
+        return
     n = records.count_rows(args.prompts, records.PROMPT)
     for index, rows in stage.todo(records.read_jsonl(args.prompts, records.PROMPT)):
         time.sleep(args.pause)
