@@ -13,7 +13,7 @@ that nothing there waits for the device: a fake tensor has no number to be waite
 What this does not show: any number, speed or memory; the Triton kernel (Launch below looks at what
 it is given, tests/test_logprob_triton.py interprets and compiles it); random generators on the
 device; torch.inference_mode, in which fake tensors do not work; FSDP and NCCL; copies through
-pinned memory; reading weights, and score.py's fp32 head, which is made there; vLLM. transformers
+pinned memory; reading weights; vLLM. transformers
 knows fake tensors and takes care not to ask them anything, so it builds a padded batch's mask where
 it might leave it out. torch's autograd engine wants a device, so `backward` below does its work and
 calls the same nodes.
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,7 +41,8 @@ import dpo_train
 import generate
 import score
 from kernels import logprob
-from kernels.attention import ATTENTION, packed_attention
+from kernels.attention import ATTENTION, packed_attention, packed_layout
+from kernels.heads import lm_head
 from training.batches import collate
 
 CUDA = torch.device("cuda")
@@ -109,8 +110,9 @@ def all_of_masks(indices: list) -> list:
 class Launch:
     """Stands for the Triton kernel: checks its arguments, and what it would read and write."""
 
-    signature = inspect.signature(logprob.row_kernel.fn) if logprob.triton else None
-    launched = 0
+    def __init__(self, device: str):
+        self.device, self.launched = device, 0
+        self.signature = inspect.signature(logprob.row_kernel.fn)
 
     def __getitem__(self, grid):
         return partial(self.launch, grid)
@@ -122,11 +124,12 @@ class Launch:
         assert given.x.shape == (rows, given.V) and given.x.stride() == (given.stride, 1)
         assert given.x.dtype == given.s_out.dtype == given.d_out.dtype == torch.float32
         assert given.target.shape == given.s_out.shape == given.d_out.shape == (rows,)
-        assert given.GRAD == (given.q is not None) and given.BIAS == (given.bias is not None)
+        assert given.GRAD == (given.q_out is not None) and given.BIAS == (given.bias is not None)
         if given.GRAD:
-            assert given.q.shape == given.x.shape and given.q.stride() == given.x.stride()
-        tensors = [given.x, given.target, given.s_out, given.d_out, given.q, given.bias]
-        assert all(t.is_cuda for t in tensors if t is not None)
+            assert given.q_out.shape == given.x.shape
+            assert given.q_out.stride() == given.x.stride()
+        tensors = [given.x, given.target, given.s_out, given.d_out, given.q_out, given.bias]
+        assert all(t.device.type == self.device for t in tensors if t is not None)
         self.launched += 1
 
 
@@ -143,7 +146,7 @@ class NoGenerator:
 @contextmanager
 def fake_device(answers=False):
     """New tensors are fake, and nothing asks the driver. Yields the Operations of the block."""
-    launch = Launch()
+    launch = Launch("cuda")
     with (
         patch.object(logprob, "row_kernel", launch),
         patch.object(torch.cuda, "device_of", lambda _: nullcontext()),
@@ -271,53 +274,64 @@ def check_flash(operations: Operations, forwards: int) -> int:
     return calls
 
 
-def scorer(kind, dtype: str) -> str:
+def scorer(kind: str, dtype: str) -> str:
     """score.py's packed batches: answers to a prompt share it."""
-    sequences = [([5] * 40 + [k] * n, 40) for k, n in ((6, 3), (7, 90), (8, 17))] + [([9] * 30, 12)]
-    rows = [0, 0, 0, 1]
-    with fake_device(answers=True) as operations:
-        model = network(kind.kind, dtype, ATTENTION).eval()
-        model.config.use_cache = False
-        # No tolerance: it would compare with a sequence alone, for which transformers takes another
-        # way with fake tensors than with real ones. `alone` below covers the way with real ones.
-        common = "model", model, True, 4096, 16384, None
-        if kind is score.Reference:
-            scored = kind(*common, logprob.lm_head(model))
+    prompts = {"one": ([5] * 40, [[6] * 3, [7] * 90, [8] * 17]), "two": ([9] * 12, [[6] * 18])}
+    sequences = [
+        score.Sequence(name, (*prompt, *answer), len(prompt))
+        for name, (prompt, answers) in prompts.items()
+        for answer in answers
+    ]
+    # `checked`, or it would compare with a sequence alone, for which transformers takes another way
+    # with fake tensors than with real ones. `attention_alone` covers the way with real ones.
+    common = dict(path="model", max_length=4096, tokens_per_batch=16384, packs=True, checked=True)
+    common["tolerance"] = score.TOLERANCE[dtype]
+    with fake_device(answers=True) as operations, torch.no_grad():
+        if kind == "reference":
+            model = network(AutoModelForCausalLM, dtype, ATTENTION).eval()
+            scored = score.Reference(network=model, head=lm_head(model), **common)
         else:
-            scored = kind(*common, None, {})
-        score_without_inference_mode = scored.score.__wrapped__
-        with torch.no_grad():
-            values = score_without_inference_mode(scored, sequences, rows)
-    assert len(values) == len(sequences) and all(isinstance(v, float) for v in values)
+            model = network(AutoModelForSequenceClassification, dtype, ATTENTION).eval()
+            # its last product in fp32, as load_reward_model makes it
+            model.score = torch.nn.Linear(CONFIG["hidden_size"], 1, bias=False, device=CUDA)
+            model.score.register_forward_pre_hook(score.inputs_to_fp32)
+            scored = score.RewardModel(network=model, tokenizer=None, template_kwargs={}, **common)
+        model.config.use_cache = False
+        score_without_inference_mode = score.Model.score_sequences.__wrapped__
+        values = score_without_inference_mode(scored, sequences)
+    assert list(values) == sequences and all(isinstance(v, float) for v in values.values())
     flash = check_flash(operations, 1 if dtype == "bf16" else 0)
     return f"{sum(operations.count.values())} operations, {flash} of them varlen_attn"
 
 
-def alone(dtype: str) -> str:
-    """Packed attention without a layout: the ordinary rows that score.py compares a batch with."""
+def attention_alone(rows: str, dtype: str) -> str:
+    """Packed attention by itself, in the two ways that no case above takes.
+
+    alone: rows without a layout, as score.py computes a sequence that it compares a batch with.
+    packed: sequences that share nothing, in one row.
+    """
     with fake_device() as operations:
-        query = torch.empty(2, 14, 300, 64, dtype=DTYPES[dtype], device=CUDA)
-        key = torch.empty(2, 2, 300, 64, dtype=DTYPES[dtype], device=CUDA)
-        out, _ = packed_attention(torch.nn.Identity(), query, key, key, None, 0.125)
-    assert out.shape == (2, 300, 14, 64) and out.dtype == DTYPES[dtype] and out.is_cuda
+        layout, batch = None, 2
+        if rows == "packed":
+            _, layout = packed_layout([100, 200], CUDA)
+            batch = 1
+        query = torch.empty(batch, 14, 300, 64, dtype=DTYPES[dtype], device=CUDA)
+        key = torch.empty(batch, 2, 300, 64, dtype=DTYPES[dtype], device=CUDA)
+        out, _ = packed_attention(torch.nn.Identity(), query, key, key, None, 0.125, layout=layout)
+    assert out.shape == (batch, 300, 14, 64) and out.dtype == DTYPES[dtype] and out.is_cuda
     return f"{sum(operations.count.values())} operations"
 
 
 def sampler(dtype: str) -> str:
     """generate.py --backend hf: prompts, decoding, rows that leave, log-probs at the end."""
     args = SimpleNamespace(
-        num_samples=4,
-        temperature=[1.0, 0.0],
-        top_p=0.9,
-        top_k=50,
-        min_p=0.01,
-        max_new_tokens=6,
-        seed=0,
+        num_samples=4, temperature=[1.0, 0.0], top_p=0.9, top_k=50, min_p=0.01, max_new_tokens=6
     )
-    prompts = [generate.Prompt(0, {"id": str(n)}, [5] * n, seed=n) for n in (30, 7)]
+    policy = SimpleNamespace(stop_ids=[2])
+    prompts = [[5] * 30, [5] * 7]
     with fake_device(answers=True) as operations, torch.no_grad():
         model = network(AutoModelForCausalLM, dtype, "sdpa").eval()
-        answers = generate.hf_batch(args, SimpleNamespace(stop_ids=[2]), model, prompts)
+        answers = generate.hf_batch(args, policy, model, prompts, [0, 1])
     assert [len(a) for a in answers] == [4, 4]
     assert operations.count["row_kernel"] > 0
     return f"{sum(operations.count.values())} operations"
@@ -356,14 +370,15 @@ def kernel(dtype: str, stash: str, head: str) -> str:
 
 def cases():
     """(name, function) of each."""
-    packings = ("prefix", "packed", "padded")
+    packings = ("prefix", "padded")
     modes = ("gradients", "checkpointing", "reference")
     for packing, dtype, mode in product(packings, DTYPES, modes):
         yield f"trainer {packing} {dtype} {mode}", partial(trainer, packing, dtype, mode)
-    for kind, dtype in product((score.RewardModel, score.Reference), DTYPES):
-        yield f"score {kind.__name__} {dtype}", partial(scorer, kind, dtype)
+    for kind, dtype in product(("reward model", "reference"), DTYPES):
+        yield f"score {kind} {dtype}", partial(scorer, kind, dtype)
+    for rows, dtype in product(("alone", "packed"), DTYPES):
+        yield f"attention {rows} {dtype}", partial(attention_alone, rows, dtype)
     for dtype in DTYPES:
-        yield f"score alone {dtype}", partial(alone, dtype)
         yield f"generate hf {dtype}", partial(sampler, dtype)
     stashes = ("all kept", "partly kept", "nothing kept", "no gradients")
     for dtype, stash, head in product(DTYPES, stashes, ("plain", "extras", "frozen")):
