@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT
+from tools import density
 
 STAGES = ("generate", "score", "judge", "make_pairs", "dpo_train")
 
@@ -44,6 +45,13 @@ def test_the_loop_runs_every_stage_as_a_process():
     assert (
         "set -euo pipefail" in script and "sleep 140" not in script and "pkill" not in script
     )  # PITFALLS 35
+
+
+def test_the_house_is_not_denser_than_it_may_be():
+    """One thought per line: tools/density.py has the limits, and what they are compared with."""
+    files = [name for name in density.project_files() if density.in_house(name)]
+    assert len(files) > 15
+    assert density.faults([density.measure(ROOT / name, name) for name in files]) == []
 
 
 def test_every_setting_of_iterate_sh_stands_in_it_once():

@@ -137,7 +137,8 @@ def collate(pairs: list[dict], packing: str, device="cpu") -> dict:
 
 def prefix_rows(pairs: list[dict]) -> tuple[dict, list[np.ndarray]]:
     """One row [P|C|R][P|C|R]…: inputs, and the positions of each answer, chosen 0, rejected 0, …"""
-    tokens, positions = [], []
+    tokens = []
+    positions = []
     start = 0  # of the pair, in the row
     for pair in pairs:
         p, c, r = lengths_of(pair)
@@ -157,21 +158,22 @@ def prefix_rows(pairs: list[dict]) -> tuple[dict, list[np.ndarray]]:
 
 def padded_rows(pairs: list[dict]) -> tuple[dict, list[np.ndarray]]:
     """2n rows [P|C], [P|R], …, padded on the right: inputs, and the positions of each answer."""
-    sequences, starts = [], []  # and where the prompt of each ends
+    sequences = []
+    ends_of_prompts = []
     for pair in pairs:
         for answer in (pair["chosen"], pair["rejected"]):
             sequences.append(np.concatenate([pair["prompt"], answer]))
-            starts.append(len(pair["prompt"]) - 1)
+            ends_of_prompts.append(len(pair["prompt"]) - 1)
     width = max(len(sequence) for sequence in sequences)
 
     input_ids = np.zeros((len(sequences), width), np.int64)  # [2n, L]
     mask = np.zeros((len(sequences), width), np.int64)  # [2n, L]
     positions = []
-    for row, (sequence, end_of_prompt) in enumerate(zip(sequences, starts, strict=True)):
+    for row, sequence in enumerate(sequences):
         length = len(sequence)
         input_ids[row, :length] = sequence
         mask[row, :length] = 1
-        in_row = np.arange(end_of_prompt, length - 1)
+        in_row = np.arange(ends_of_prompts[row], length - 1)
         positions.append(row * width + in_row)
 
     position_ids = torch.arange(width)[None].repeat(len(sequences), 1)  # [2n, L]
