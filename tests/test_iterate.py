@@ -4,8 +4,10 @@ refused.
 
 import fcntl
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +23,7 @@ from conftest import ROOT
 from records import dump
 from small_models import causal_lm, tokenizer
 from stage import hash_path
+from tools import one_prompt
 
 REWARD = (
     "def reward(prompt, response, meta):\n    return response.count('e') - 0.01 * len(response)\n"
@@ -158,6 +161,27 @@ def test_one_command_leaves_everything_a_reader_looks_for(world, whole):
         meta["audit"]["answers"] == 80 and meta["audit"]["mean"] < 1e-4
     )  # law 2: what was sampled is what is trained
     assert meta["inputs"]["pairs"] == [hash_path(run / "iter_01/pairs.jsonl")]
+
+
+def test_the_page_of_one_prompt_is_not_stale(whole):
+    """docs/one_prompt.md has the headings and keys that a run of today's code gives, and its loss is
+    the one that its own numbers make.
+    """
+    run, _ = whole
+    today = one_prompt.page(run, None)
+    page = (ROOT / "docs/one_prompt.md").read_text()
+    headings = r"^(?:#+ .*|\| \| .*|\| (?:the|log).*?\|)"
+    assert re.findall(headings, page, re.M) == re.findall(headings, today, re.M)
+    pair, pair_today = (text.split("```json")[-1] for text in (page, today))
+    assert re.findall(r'^  "\w+"', pair, re.M) == re.findall(r'^  "\w+"', pair_today, re.M)
+
+    number = r"(-?\d+\.\d+)"
+    rows = re.findall(rf"^\| (?:the generator|log).*\| {number} \| {number} \|$", page, re.M)
+    stored, ref, policy = [tuple(map(float, row)) for row in rows]
+    assert stored == pytest.approx(ref, abs=1e-4)
+    d = (policy[0] - ref[0]) - (policy[1] - ref[1])
+    loss = float(re.search(rf"loss = .* = {number}", page)[1])
+    assert loss == pytest.approx(-math.log(1 / (1 + math.exp(-0.1 * d))), abs=1e-4)
 
 
 def test_rows_in_are_rows_out_and_named_drops_at_every_stage(whole):

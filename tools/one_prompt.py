@@ -68,7 +68,8 @@ def candidate_table(candidates: list[dict]) -> str:
     lines = ["| | text | tokens | logprob | finish_reason | reward |", "|---|---|---|---|---|---|"]
     for index, c in enumerate(candidates):
         numbers = f"{len(c['token_ids'])} | {c['logprob']:.4f} | {c['finish_reason']}"
-        lines.append(f"| {index} | {c['text']} | {numbers} | {c['reward']:.4f} |")
+        text = c["text"].replace("\n", "\\n").replace("|", "\\|")
+        lines.append(f"| {index} | {text} | {numbers} | {c['reward']:.4f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +88,7 @@ def loss_by_hand(pair: dict, policies: dict[str, str]) -> str:
 | | chosen | rejected |
 |---|---|---|
 | the generator's log-prob, stored in the row | {stored} |
-| log ref: the same policy, by the trainer's side | {before[0]:.5f} | {before[1]:.5f} |
+| log ref, computed here by transformers alone | {before[0]:.5f} | {before[1]:.5f} |
 | log pi: after the iteration's training | {after[0]:.5f} | {after[1]:.5f} |
 
 The first two lines must agree, or the audit stops the run. Before the first step pi = ref, so d = 0
