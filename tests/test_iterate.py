@@ -164,7 +164,7 @@ def test_one_command_leaves_everything_a_reader_looks_for(world, whole):
 
 
 def test_the_page_of_one_prompt_is_not_stale(whole):
-    """docs/one_prompt.md has the headings and keys that a run of today's code gives, and its loss is
+    """docs/one_prompt.md has the headings and keys that a run of today gives, and its loss is
     the one that its own numbers make.
     """
     run, _ = whole
