@@ -17,6 +17,7 @@ install_vllm
 "$PYTHON" -m ruff format --check .
 # Two processes of two threads each on two cores run ten times slower than two of one.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-workers=$(($(nproc) < 4 ? $(nproc) : 4))
+cores=$(env --unset OMP_NUM_THREADS nproc) # nproc listens to OMP_NUM_THREADS
+workers=$((cores < 4 ? cores : 4))
 # Tests of a file that share a model or an engine run in one worker.
 exec "$PYTHON" -m pytest --numprocesses "$workers" --dist loadscope "$@"
