@@ -118,18 +118,18 @@ class Launch:
         return partial(self.launch, grid)
 
     def launch(self, grid, *args, num_warps, **kwargs):
-        given = SimpleNamespace(**self.signature.bind(*args, **kwargs).arguments)
-        rows = len(given.x)
+        given = self.signature.bind(*args, **kwargs).arguments
+        x, bias, target, q, s, d, V, stride, *_ = given.values()
+        rows = len(x)
         assert grid == (rows,)
-        assert given.x.shape == (rows, given.V) and given.x.stride() == (given.stride, 1)
-        assert given.x.dtype == given.s_out.dtype == given.d_out.dtype == torch.float32
-        assert given.target.shape == given.s_out.shape == given.d_out.shape == (rows,)
-        assert given.GRAD == (given.q_out is not None) and given.BIAS == (given.bias is not None)
-        if given.GRAD:
-            assert given.q_out.shape == given.x.shape
-            assert given.q_out.stride() == given.x.stride()
-        tensors = [given.x, given.target, given.s_out, given.d_out, given.q_out, given.bias]
-        assert all(t.device.type == self.device for t in tensors if t is not None)
+        assert x.shape == (rows, V) and x.stride() == (stride, 1)
+        assert x.dtype == s.dtype == d.dtype == torch.float32
+        assert target.shape == s.shape == d.shape == (rows,)
+        assert given["GRAD"] == (q is not None) and given["BIAS"] == (bias is not None)
+        if given["GRAD"]:
+            assert q.shape == x.shape and q.stride() == x.stride()
+        for tensor in (x, bias, target, q, s, d):
+            assert tensor is None or tensor.device.type == self.device
         self.launched += 1
 
 
