@@ -8,7 +8,8 @@
 The second command uses 8 GPUs of one machine; the third 4 machines, each with a copy of the
 weights.
 
-A pair is a prompt x with a chosen answer y_w and a rejected answer y_l. Let
+A pair is a prompt x with a chosen answer y_w and a rejected answer y_l. In the loop both answers
+come from the policy itself: generate.py sampled them just before. Let
 
     pi(y|x)     the policy, which is trained
     ref(y|x)    the reference, which is not: by default the policy before its first step
@@ -19,7 +20,7 @@ with log-probs summed over the tokens of an answer. So d says how much more the 
 to y_l than the reference does. DPO (arXiv 2305.18290, eq. 7) minimises -log sigmoid(beta d). In
 general, with e = --label_smoothing and
 
-    z = beta d + a (|y_w| - |y_l|)        a = --length_coef > 0 discounts length: R-DPO (2403.19159)
+    z = beta d + a (|y_w| - |y_l|)
 
 the loss of a pair is, by --loss_type,
 
@@ -28,9 +29,10 @@ the loss of a pair is, by --loss_type,
     hinge     max(0, 1 - z)                                           SLiC (2305.10425)
     ipo       (d' - 1 / (2 beta))^2                                   IPO (2310.12036, eq. 17)
 
-and --nll_coef c adds c times -log pi(y_w|x) / |y_w|. For ipo, d' is d with means per token in
-place of sums. The IPO paper has sums; with them a long answer reaches the target by a few of its
-tokens, and pairs of different lengths are not comparable.
+Here a = --length_coef is 0 by default. With a > 0 a longer chosen answer needs less preference,
+which discounts length: R-DPO (2403.19159). And --nll_coef c adds c times -log pi(y_w|x) / |y_w|.
+For ipo, d' is d with means per token in place of sums. The IPO paper has sums; with them a long
+answer reaches the target by a few of its tokens, and pairs of different lengths are not comparable.
 
 The loss of a step is the mean over all its pairs, of all ranks and microbatches: however they are
 cut, the gradient is the same. What happens, in the order of main():
@@ -40,11 +42,12 @@ cut, the gradient is the same. What happens, in the order of main():
      the policy that was just loaded: one pass without gradients, and no second model at any time.
   3. Audit. The generator stored the log-prob of each answer that it sampled, and the trainer's must
      agree. Otherwise something upstream is wrong (template, doubled BOS, old weights): stop.
-  4. Train. A microbatch is one row without padding, [P|C|R][P|C|R]…, with each prompt once
-     (kernels/attention.py). Log-probs come straight from hidden states, and logits are never held
-     (kernels/logprob.py). FSDP2 shards the weights (training/fsdp.py), which are fp32, always: at
-     a learning rate of 5e-7, AdamW on bf16 weights would round nearly every update away.
-     The model stays in evaluation mode, so that policy and reference are the same function.
+  4. Train. A microbatch is one row without padding, [prompt|chosen|rejected][prompt|…, where the
+     rejected answer does not see the chosen one (kernels/attention.py). Log-probs come straight
+     from hidden states, and logits are never held (kernels/logprob.py). FSDP2 shards the weights
+     (training/fsdp.py), which are fp32, always: at a learning rate of 5e-7, AdamW on bf16 weights
+     would round nearly every update away. The model stays in evaluation mode (training/network.py),
+     so that policy and reference are the same function.
   5. Save a Hugging Face folder.
 
 SIGTERM or Ctrl-C in training saves a checkpoint, and the same command resumes from it.
@@ -65,7 +68,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Microbatches differ in size, and the GPU's free memory would fall into pieces. torch reads this
-# when it is imported. Older versions know it by the second name.
+# when it is imported. A setting of the user's, under the old name too, wins.
 os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 )
@@ -89,9 +92,10 @@ from training.log import TrainLog
 from training.pairs import load_pairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-INTERRUPTED = 75  # the exit code EX_TEMPFAIL, "try again later": iterate.sh tells it from a failure
+INTERRUPTED = 75  # the exit code EX_TEMPFAIL, by which iterate.sh knows a stop from a failure
 
-# A run may be resumed with others of these: some change rounding, the others nothing at all.
+# A run may be resumed with other values of these arguments. Some change rounding, the others
+# nothing.
 FREE = (
     "tokens_per_batch",
     "gradient_checkpointing",
@@ -153,15 +157,15 @@ def add_loss(add) -> None:
     add(
         "--length_coef",
         type=float,
-        help="discounts length, in nats per token that the chosen answer is longer; default 0",
+        help="a in the equations above: discounts length; default 0",
     )
 
 
 def add_optimizer(add) -> None:
-    # The defaults are those of OpenRLHF's last release with the loop (0.9.5).
+    # The defaults are those of OpenRLHF 0.9.5, its last release with an iterative DPO loop.
     add("--learning_rate", type=float, default=5e-7, help="5e-7: for full models of 1B and more")
     add("--batch_size", type=int, default=128, help="pairs per optimizer step, over all ranks")
-    add("--num_train_epochs", type=int, default=1, help="1: each iteration brings fresh pairs")
+    add("--num_train_epochs", type=int, default=1, help="1: the next iteration has fresh pairs")
     add(
         "--lr_scheduler",
         choices=("cosine", "constant"),
@@ -169,7 +173,7 @@ def add_optimizer(add) -> None:
         help="after the warm-up: down to a tenth, or level",
     )
     add("--warmup_ratio", type=float, default=0.03, help="share of the steps with a rising rate")
-    add("--weight_decay", type=float, default=0.0, help="0: the reference holds the weights back")
+    add("--weight_decay", type=float, default=0.0, help="0: beta holds the policy back already")
     add("--adam_betas", type=float, nargs=2, default=[0.9, 0.95], metavar=("B1", "B2"))
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm; 0: do not")
 
@@ -198,8 +202,8 @@ def add_memory_and_speed(add) -> None:
         "--packing",
         choices=("auto", "prefix", "padded"),
         default="auto",
-        help="prefix: no padding, and a pair shares its prompt; padded: for attention that cannot "
-        "be packed; auto: prefix where it is exact",
+        help="prefix: no padding, and each prompt once; padded: for models whose attention this "
+        "would change (windows, soft-caps); auto: prefix where it gives the model's own numbers",
     )
     add(
         "--gradient_checkpointing",
@@ -214,8 +218,8 @@ def add_memory_and_speed(add) -> None:
     add(
         "--shard_size",
         type=int,
-        help="ranks that share one copy of the weights; default: all. The ranks of a machine: "
-        "each machine has a copy (HSDP)",
+        help="ranks that share one copy of the weights; default: all. With the number of GPUs per "
+        "machine, each machine holds a copy (HSDP)",
     )
 
 
@@ -230,8 +234,8 @@ def add_watching(add) -> None:
     add(
         "--max_logprob_gap",
         type=float,
-        help="the audit's tolerance: mean |difference| / sqrt(tokens), in nats; default 1e-3 in "
-        "fp32, 0.1 in bf16 until a GPU has measured what rounding makes there",
+        help="the audit's tolerance: mean |difference| / sqrt(tokens), in nats, as rounding errors "
+        "add up like a random walk; default 1e-3 in fp32, 0.1 in bf16 (provisional)",
     )
     add("--seed", type=int, default=0, help="of the order of the pairs")
     add("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none")
@@ -253,7 +257,7 @@ def check_arguments(args, device_type: str, world: int) -> None:
         say(
             f"note: --batch_size {args.batch_size} at --learning_rate {args.learning_rate:g}: the "
             "rate was tuned for 128 pairs per step, and smaller batches have given worse results "
-            "at it (RLHFlow/Online-RLHF issue 3)"
+            "at it (RLHFlow/Online-RLHF issue 3). Raise the one or the other"
         )
 
 
@@ -343,7 +347,8 @@ def loss_of_pairs(policy: Tensor, reference: Tensor, lengths: Tensor, beta: floa
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log-probs of answers, [n, 2], instead of logits.
 
-    It is the FSDP root: in its forward the weight of the head is whole, and a plain tensor.
+    It is the FSDP root. Only in the root's forward is the weight of the head whole, and not a
+    shard, so that linear_logprob can read it.
     """
 
     def __init__(self, model):
@@ -351,18 +356,19 @@ class Policy(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: dict) -> Tensor:
-        """batch: of training/batches.py, n pairs with Tc answer tokens in all."""
+        """batch: n pairs of T tokens in all, Tc of them in answers (training/batches.py)."""
         output = backbone(self.model)(**batch["inputs"], use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)  # [T, D], or [2n L, D] where padded
+        hidden = output.last_hidden_state.flatten(0, 1)  # [T, D]
+        # The state before a token predicts it: for an answer's first, that is the prompt's last.
         predicting = hidden[batch["positions"]]  # [Tc, D]
-        head = lm_head(self.model)
+        head = lm_head(self.model)  # its weight, and bias, scale and soft-cap where it has them
         logprobs = linear_logprob(predicting, targets=batch["targets"], **head)  # [Tc] fp32
 
         # sum over the tokens of each answer: chosen 0, rejected 0, chosen 1, …
         of_answers = [tokens.sum() for tokens in logprobs.split(batch["split"])]
         chosen = torch.stack(of_answers[0::2])  # [n]
         rejected = torch.stack(of_answers[1::2])  # [n]
-        return torch.stack([chosen, rejected], dim=1)  # [n, 2]; FSDP wants no view
+        return torch.stack([chosen, rejected], dim=1)  # [n, 2], no view: FSDP hooks its backward
 
 
 def build_policy(config, args, device_type: str, world: int) -> Policy:
@@ -377,16 +383,17 @@ def build_policy(config, args, device_type: str, world: int) -> Policy:
 
 
 def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
-    """A sharded Policy with its weights, which rank 0 reads, after checks on some of `pairs`."""
+    """A sharded Policy with its weights. Rank 0 reads them; two of `pairs` check the result."""
     rank, world = ranks()
     config = models.load_config(path)
-    random_fields = network.random_fields(config)
-    if random_fields:
-        say(f"{path}: switched off in training: {network.listed(random_fields)}")
+    noise = network.random_fields(config)  # dropout, router jitter; build_policy switches it off
+    if noise:
+        say(f"{path}: switched off in training: {network.listed(noise)}")
 
     policy = build_policy(config, args, device.type, world)
     source = None
     if rank == 0:
+        # In bf16 its own dtype will do: it is copied into fp32 weights, and checked against below.
         dtype = torch.float32 if args.dtype == "fp32" else "auto"
         attention = attention_implementation(config)
         source = models.load_model(AutoModelForCausalLM, path, dtype, attention)
@@ -394,21 +401,24 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
 
     # The same pair twice gives the same numbers: nothing random is left on.
     short, long = shortest_and_longest(pairs, args.packing, args.tokens_per_batch)
-    name = f"{path}: cannot be trained: {config.model_type}"
-    first = first_logprobs(policy, long, args, device, name)  # [2]
+    refusal = f"{path}: cannot be trained: {config.model_type}"
+    first = first_logprobs(policy, long, args, device, refusal)  # [2]
     second = logprobs_of_one(policy, long, args, device)  # [2]
-    checks.check_repeat(first, second, long, device.type, random_fields, path)
+    checks.check_repeat(first, second, long, device.type, noise, path)
 
-    # And they are transformers' own. On the shortest pair: rank 0 computes all logits, on its CPU.
+    # The numbers equal transformers' own. On the shortest pair, as rank 0 computes all its logits.
     ours = logprobs_of_one(policy, short, args, device)  # [2]
     if rank == 0:
-        checks.check_causal(source, short, args.dtype, path)
+        checks.check_causal(source, short, args.dtype, path)  # BERT and XLNet may look both ways
         checks.check_model(ours, source, short, args.dtype, path)
     return policy
 
 
-def first_logprobs(policy, pair: dict, args, device, name: str) -> Tensor:
-    """logprobs_of_one, where it may turn out that the model's code wants other inputs than ours."""
+def first_logprobs(policy, pair: dict, args, device, refusal: str) -> Tensor:
+    """logprobs_of_one, where it may turn out that the model's code wants other inputs than ours.
+
+    refusal: the beginning of the message in that case.
+    """
     try:
         return logprobs_of_one(policy, pair, args, device)
     except torch.OutOfMemoryError:
@@ -416,12 +426,13 @@ def first_logprobs(policy, pair: dict, args, device, name: str) -> Tensor:
     except Exception as e:
         fault = f"{type(e).__name__}: {e}"
         raise Stop(
-            f"{name} does not run on token ids alone, as dpo_train.py lays them in rows ({fault})."
+            f"{refusal} does not run on token ids alone, as dpo_train.py lays them in rows "
+            f"({fault})."
         ) from e
 
 
 def logprobs_of_one(policy, pair: dict, args, device) -> Tensor:
-    """[2] of a pair alone; every rank computes or stands by."""
+    """[2], of a pair alone. All ranks call it together, as FSDP gathers the weights from all."""
     plan = [plan_step([pair], [0], args)]
     return all_logprobs(policy, [pair], plan, args.packing, device)[0]
 
@@ -430,7 +441,8 @@ def logprobs_of_one(policy, pair: dict, args, device) -> Tensor:
 def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> Tensor:
     """Log-probs of all pairs, [n, 2] fp32 on the CPU.
 
-    plans: [step][rank] -> microbatches of indices into pairs, each pair once.
+    plans: [step][rank] -> microbatches of indices into pairs, each pair once. A rank without a pair
+    left computes a stand-in of weight 0, as FSDP's collectives need every rank.
     """
     rank, _ = ranks()
     result = torch.zeros(len(pairs), 2, device=device)
@@ -438,9 +450,10 @@ def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -
     with progress(len(mine), "log-probs", "batch") as bar:
         for batch in feed(pairs, mine, packing, device):
             logprobs = policy(batch)  # [n, 2]
-            result[batch["rows"]] += logprobs * batch["weights"][:, None]  # a stand-in adds 0
+            result[batch["rows"]] += logprobs * batch["weights"][:, None]
             bar.update()
-    # Without a backward the root stays whole, and an optimizer made now would train the copy.
+    # After a forward without a backward FSDP2 leaves gathered weights in parameters(). An optimizer
+    # made now would hold those instead of the shards.
     fsdp.reshard(policy)
     dist.all_reduce(result)  # each pair was one rank's, and adding zeros is exact
     return result.cpu()
@@ -477,11 +490,11 @@ def indices_of(plan: list) -> list[int]:
 
 
 class StepSettings(NamedTuple):
-    microbatches: int  # of this rank
-    pairs: int  # of all ranks
+    microbatches: int  # how many this rank has
+    pair_count: int  # of all ranks
     beta: float
     learning_rate: float
-    stop: bool  # this rank was told to stop
+    told_to_stop: bool  # this rank was
 
 
 class Step(NamedTuple):
@@ -507,7 +520,7 @@ def training_step(
     for k in range(settings.microbatches):
         batch = next(batches)
         # Gradients are reduced to shards after every microbatch: kept whole in between they would
-        # take 4 bytes per weight on every rank (28 GiB for 7B). Those of copies of the model (HSDP)
+        # take 4 bytes per weight on every rank (28 GB for 7B). Those of copies of the model (HSDP)
         # are added up once, at the end.
         policy.set_requires_all_reduce(k == settings.microbatches - 1)
 
@@ -516,9 +529,10 @@ def training_step(
         refs = reference[batch["rows"]]  # [n, 2]
         loss = loss_of_pairs(logprobs, refs, batch["lengths"], settings.beta, args)  # [n]
 
-        # backward; FSDP divides by the ranks, and we want the mean over the step's pairs
+        # backward; FSDP divides by the ranks, and we want the mean over the step's pairs. A
+        # stand-in has weight 0
         total_loss = (loss * batch["weights"]).sum()
-        (total_loss * world / settings.pairs).backward()
+        (total_loss * world / settings.pair_count).backward()
 
         # add up the metrics
         losses.append((batch["rows"], loss.detach()))
@@ -527,13 +541,13 @@ def training_step(
             total = (values.double() * batch["weights"]).sum()
             totals[name] = totals[name] + total if name in totals else total
 
-    fsdp.reshard(policy)  # gathered copies would be of the weights before this step
+    fsdp.reshard(policy)  # drop gathered copies: the update below makes them stale
 
-    # add up over all ranks; one rank that was told to stop stops all, at the same step
-    totals["stop"] = torch.full_like(totals["loss"], float(settings.stop))
+    # add up over all ranks. "stop" travels along: one rank that was told to stop stops all
+    totals["stop"] = torch.full_like(totals["loss"], float(settings.told_to_stop))
     sums = torch.stack(list(totals.values()))
     dist.all_reduce(sums)
-    means = dict(zip(totals, (sums / settings.pairs).tolist(), strict=True))
+    means = dict(zip(totals, (sums / settings.pair_count).tolist(), strict=True))
     stop = means.pop("stop") > 0
 
     # clip the gradient
@@ -599,7 +613,8 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
     log = TrainLog(stage.parts / "train.jsonl", first, args.report_to) if rank == 0 else None
     bar = progress(steps, "train", "step", first)
     signals = StopSignals()
-    reference_there = reference.to(device)  # [n, 2]
+    reference_on_device = reference.to(device)  # [n, 2]
+    # One stream of batches for all steps, so that the next is prepared while this one is computed
     mine = chain.from_iterable(plan[rank] for plan in plans[first:])
     batches = feed(pairs, mine, args.packing, device)
     total_seconds = 0.0
@@ -609,16 +624,16 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         indices = indices_of(plans[number])
         settings = StepSettings(
             microbatches=len(plans[number][rank]),
-            pairs=len(indices),
+            pair_count=len(indices),
             beta=beta_of(number, steps, args),
             learning_rate=learning_rate(number, steps, args),
-            stop=signals.received,
+            told_to_stop=signals.received,
         )
-        step = training_step(policy, optimizer, batches, reference_there, settings, args)
+        step = training_step(policy, optimizer, batches, reference_on_device, settings, args)
         if not step.is_finite():
             raise not_finite(step, number, pairs, stage)
         if number == 0 and args.ref_model is None:
-            expected = loss_of_equals(pairs, reference, indices, settings.beta, args)
+            expected = loss_if_policy_is_reference(pairs, reference, indices, settings.beta, args)
             checks.check_first_loss(step.metrics["loss"], expected, args.dtype)
 
         # report
@@ -626,7 +641,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
             torch.cuda.synchronize()  # or the clock would measure how fast work is queued
         seconds = time.time() - began
         total_seconds += seconds
-        tokens = sum(sum(lengths_of(pairs[i])) for i in indices)
+        tokens = sum(sum(lengths_of(pairs[i])) for i in indices)  # prompt + chosen + rejected
         if log:
             epoch = (number + 1) / (steps // args.num_train_epochs)
             log.write(log_row(number, epoch, step, settings, tokens, seconds))
@@ -666,7 +681,7 @@ def beta_of(step: int, steps: int, args) -> float:
     return args.beta[min(epoch, len(args.beta) - 1)]
 
 
-def loss_of_equals(
+def loss_if_policy_is_reference(
     pairs: list[dict], reference: Tensor, indices: list[int], beta: float, args
 ) -> float:
     """The mean loss of a step whose policy is the reference; ln 2 for the sigmoid loss."""
@@ -684,7 +699,7 @@ def log_row(number, epoch, step: Step, settings: StepSettings, tokens, seconds) 
         "grad_norm": step.grad_norm,
         "learning_rate": settings.learning_rate,
         "beta": settings.beta,
-        "pairs": settings.pairs,
+        "pairs": settings.pair_count,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
     }
@@ -715,7 +730,7 @@ def not_finite(step: Step, number: int, pairs: list[dict], stage: Stage) -> Stop
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C from here on: `received`, and no other end.
+    """From here on SIGTERM and Ctrl-C only set `received`; the process does not end by them.
 
     The checkpoint is worth waiting for, and so is the export.
     """
@@ -762,7 +777,7 @@ def save_reference(file: Path, reference: Tensor, pairs: list[dict]) -> None:
 
 
 def reference_of_another_model(args, config, pairs: list[dict], plans: list, device) -> Tensor:
-    """The log-probs of --ref_model, [n, 2]. It is gone when this returns."""
+    """The log-probs of --ref_model, [n, 2]. The model's memory is free again afterwards."""
     theirs = models.load_config(args.ref_model)
     if theirs.get_text_config().vocab_size != config.get_text_config().vocab_size:
         names = f"--ref_model {args.ref_model} and --model {args.model}"
@@ -786,6 +801,8 @@ def main():
     check_arguments(args, device.type, world)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
+    # The stage hashes its inputs, knows whether this very output is done, and stops if it was made
+    # from others. stage.parts is the folder of an unfinished run.
     inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
     stage = Stage(args, inputs, args.output, free=FREE)
     if stage.done:
@@ -814,7 +831,8 @@ def main():
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
     save_reference(reference_file, reference, pairs)
 
-    # 3. Audit: what this policy wrote; another reference makes it take a pass over a step's worth
+    # 3. Audit the answers that this policy wrote. Their log-probs are in `reference` already,
+    # unless that is another model: then compute them, for one batch of pairs
     if args.ref_model:
         audited = [pair for pair in pairs if model_hash in pair["models"]][: args.batch_size]
         plan = [plan_step(audited, list(range(len(audited))), args)] if audited else []

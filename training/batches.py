@@ -217,8 +217,7 @@ def feed(pairs: list[dict], groups: Iterable[list[int]], packing: str, device) -
 
     rows     [n] int64, the indices
     weights  [n] fp32: 1, or 0 for a stand-in. An empty group is pair 0 with weight 0, for a rank
-    that
-             has no pairs left and takes part in the collectives only
+             that has no pairs left and takes part in the collectives only
 
     One group ahead: the next batch is built and on its way while a GPU still works on this one.
     """
