@@ -170,19 +170,10 @@ def test_peak_memory_of_two_ranks_is_near_the_prediction(tmp_path, predict):
     ids = {f"{k}_token_ids": [5] * n for k, n in dict(prompt=200, chosen=350, rejected=350).items()}
     row = {"prompt": "x", "chosen": "x", "rejected": "x"} | ids
     (tmp_path / "pairs.jsonl").write_text("".join(dump({"id": str(i)} | row) for i in range(4)))
-    flags = [
-        "--model",
-        tmp_path / "m",
-        "--tokens_per_batch",
-        900,
-        "--dtype",
-        "fp32",
-        "--batch_size",
-        "2",
-    ]
+    flags = ["--model", tmp_path / "m", "--tokens_per_batch", 900, "--dtype", "fp32"]
     said = predict(*flags, "--world_size", 2)
     needed = sum(said.values())
-    files = ["--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "o"]
+    files = ["--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "o", "--batch_size", 2]
     found = two_ranks(tmp_path, RESIDENT, *flags, *files)["resident"]
     print(f"predicted {needed / 2**20:.0f} MiB, resident {found / 2**20:.0f} MiB")
     assert 0.8 < found / needed < 1.2  # 528 MiB, predicted 556, when this was written
