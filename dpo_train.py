@@ -567,7 +567,10 @@ def training_step(
 def metrics_of(
     loss: Tensor, logprobs: Tensor, reference: Tensor, lengths: Tensor, beta: float
 ) -> dict[str, Tensor]:
-    """TRL's names and some of ours; each is [n], one number per pair."""
+    """TRL's names and some of ours; each is [n], one number per pair.
+
+    Rewards are DPO's implicit ones, whatever the --loss_type.
+    """
     rewards = beta * (logprobs - reference)  # [n, 2], the implicit rewards of DPO
     margins = rewards[:, 0] - rewards[:, 1]
     return {

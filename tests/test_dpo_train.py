@@ -837,7 +837,7 @@ def test_every_loss_trains_and_passes_its_own_step_0_check(run, flags):
 
 
 def test_pitfalls_39_a_small_batch_at_the_default_rate_gets_a_message(run):
-    assert "the rate was tuned for 128 pairs a step" in run(
+    assert "the rate was tuned for 128 pairs per step" in run(
         "policy", "--learning_rate", "5e-7", "--batch_size", "32"
     )
 

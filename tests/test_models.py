@@ -240,7 +240,7 @@ def test_vllm_gets_the_name_and_the_commit_apart(hub, tmp_path, monkeypatch):
     paths = ["--model", POLICY + "@main", "--prompts", "p", "--output", "o"]
     argv = ["generate.py", *paths, "--backend", "vllm", "--max_new_tokens", "4"]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(vllm, "EngineArgs", dict)
+    monkeypatch.setattr(vllm, "EngineArgs", lambda **given: given)
     started = []
     monkeypatch.setattr(
         vllm.LLMEngine, "from_engine_args", lambda given, usage_context: started.append(given)
@@ -370,7 +370,8 @@ def test_a_changed_commit_is_noticed_at_a_restart_of_the_loop(world):
             "ENHANCER": f"{ENHANCER}@{commits[ENHANCER]}",
             "REWARD_MODEL": f"{REWARD}@{commits[REWARD]}",
         }
-        start = [sys.executable, ROOT / "tools/start_run.py"]
+        names = ["MODEL", "REWARD_MODEL", "ENHANCER", "RUN", "HELDOUT"]
+        start = [sys.executable, ROOT / "tools/start_run.py", *names]
         assert iterate(*start, MODEL=f"{POLICY}@{new}", **pinned).returncode == 1
         assert iterate(*start, MODEL=f"{POLICY}@{old}", **pinned).returncode == 0
     finally:

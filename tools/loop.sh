@@ -35,6 +35,10 @@ check_settings() {
     [[ $KEEP == all || $KEEP == last ]] || die "KEEP is \"all\" or \"last\", not \"$KEEP\""
     [[ $KEEP == all || $ENHANCER != prev ]] ||
         die "ENHANCER=prev needs KEEP=all: it answers with a policy that KEEP=last removes"
+    for function in "$REWARD_FN" "$GOLD_FN"; do # or the mistake shows after an hour of sampling
+        [[ -z $function || -f ${function%:*} ]] ||
+            die "$function: no such file. It is written FILE.py:FUNCTION; give FILE.py with its whole path"
+    done
     [[ -n $REWARD_MODEL$REWARD_FN$JUDGE ]] || die "no reward: set REWARD_MODEL, REWARD_FN or JUDGE"
     [[ -n $JUDGE || -z $JUDGE_URL$JUDGE_ARGS$JUDGE_SERVER_ARGS ]] ||
         die "JUDGE_URL, JUDGE_ARGS and JUDGE_SERVER_ARGS have no effect without JUDGE, the model's name"

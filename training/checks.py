@@ -4,7 +4,7 @@
     check_causal        no log-prob depends on the tokens behind it
     check_model         our log-probs of a short pair are those of transformers' own logits
     audit               the generator's log-probs of its answers are those of this trainer
-    check_first_loss    while the policy is its own reference, the loss is that of d = 0
+    check_first_loss    while the policy is its own reference, the loss is that of equal log-probs
 
 Pairs are those of training/pairs.py. Log-probs are [2] or [n, 2], of (chosen, rejected), summed
 over an answer's tokens.
