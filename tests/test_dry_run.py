@@ -176,7 +176,7 @@ def test_peak_memory_of_two_ranks_is_near_the_prediction(tmp_path, predict):
     files = ["--pairs", tmp_path / "pairs.jsonl", "--output", tmp_path / "o", "--batch_size", 2]
     found = two_ranks(tmp_path, RESIDENT, *flags, *files)["resident"]
     print(f"predicted {needed / 2**20:.0f} MiB, resident {found / 2**20:.0f} MiB")
-    assert 0.8 < found / needed < 1.2  # 528 MiB, predicted 556, when this was written
+    assert 0.8 < found / needed < 1.2  # 536 MiB, predicted 571, when this was written
 
 
 def test_a_dry_run_needs_a_config_only_and_adds_up(tmp_path, stage):
