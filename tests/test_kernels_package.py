@@ -67,6 +67,8 @@ def installed(tmp_path_factory):
     metadata = site / f"kernels-{KERNELS_MIN_VERSION}.dist-info/METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    # Some versions of transformers ask Python which distribution the folder belongs to.
+    metadata.with_name("top_level.txt").write_text("kernels\n")
     return {"PYTHONPATH": str(site)}
 
 

