@@ -452,8 +452,8 @@ def test_concurrency_is_the_limit(judge):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_requests_a_minute_are_those_of_all_ranks_and_of_all_attempts(tmp_path, stage, ranks):
-    """1,200 a minute is one in 50 ms, or in 100 ms for each of two ranks; every first answer is a
-    503.
+    """300 per minute is one in 200 ms, or in 400 ms for each of two ranks; every first answer is a
+    503. The first connection may come half a second late.
     """
     texts = [[] for _ in range(65)]  # 64 rows per part
     for i in (0, 64):
@@ -470,7 +470,7 @@ def test_requests_a_minute_are_those_of_all_ranks_and_of_all_attempts(tmp_path, 
     server = Server(moody)
     command = ["judge.py", "--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl"]
     command += ["--judge_url", server.url, "--judge_model", "m"]
-    stage(*command, "--judge_requests_per_minute", 1200, nproc=ranks)
+    stage(*command, "--judge_requests_per_minute", 300, nproc=ranks)
     server.shutdown()
     counts = json.loads((tmp_path / "s.jsonl.meta.json").read_text())["counts"]
     assert counts["judge_replies"] == {"in": 12, "out": 12, "dropped": {}}
@@ -480,7 +480,7 @@ def test_requests_a_minute_are_those_of_all_ranks_and_of_all_attempts(tmp_path, 
             for r in server.requests
             if f"request {row}\n" in r["body"]["messages"][0]["content"]
         ]
-        assert len(of_row) == 12 and max(of_row) - min(of_row) > 11 * 0.05 * ranks - 0.1
+        assert len(of_row) == 12 and max(of_row) - min(of_row) > 11 * 0.2 * ranks - 0.5
 
 
 @pytest.mark.parametrize(
