@@ -6,11 +6,11 @@ becomes, and each of them has gone wrong in public projects:
     template    turns -> text with marks between them: <|im_start|>user\\nHi<|im_end|>\\n…
                 A template is a small program (Jinja) that comes with the model. It may refuse a
                 conversation, or fail on it. Then the stage stops, and names file and line.
-    BOS         one token at the very start, if the tokenizer has that habit. The template writes
-                it itself, and encoding the rendered text would add a second one. So rendered text
-                is never encoded here, and every prompt is checked to begin with one BOS.
+    BOS         one token at the very start, if the tokenizer adds one. The template writes it
+                itself, and encoding the rendered text would add a second one. So rendered text is
+                never encoded here, and every prompt is checked to begin with one BOS.
     stop ids    the tokens that end an answer. Often there are several: the generation config names
-                some, the tokenizer has its EOS, and the template puts one behind an assistant's
+                some, the tokenizer has its EOS, and the template puts one after an assistant's
                 turn.
 
 Nothing that begins with two BOS is ever sampled from, trained on or scored. A text that brings its
@@ -21,7 +21,7 @@ own BOS, to which the tokenizer adds another, can mean two things:
     another model's text    a reward model reads the policy's prompt. The BOS in it belongs to the
                             policy. Nobody made a mistake, so one of the two is left out.
 
-An answer ends with its first stop id. The policy cannot write beyond it, so nothing behind it is
+An answer ends with its first stop id. The policy cannot write beyond it, so nothing after it is
 part of the answer: neither the "\\n" of "<|im_end|>\\n" nor Phi-3's second end token is trained on.
 """
 
@@ -60,7 +60,7 @@ def render(tokenizer, turns: list[dict], where: str, template_kwargs: dict, **ho
         return tokenizer.apply_chat_template(turns, return_dict=False, **how, **template_kwargs)
     except TEMPLATE_ERRORS as e:
         reason = str(e).rstrip(".")
-        remedy = "Mend the conversation or the template"
+        remedy = "Correct the conversation or the template"
         refusal = f"the chat template of {name} refuses it: {reason}"
         raise Stop(f"{where}: {refusal}. {remedy}.") from None
 
@@ -100,7 +100,7 @@ def encode_text(tokenizer, text: str, another_models: bool = False) -> list[int]
 def check_bos(tokenizer, ids: list[int], where: str, required: bool = True) -> None:
     """Stop unless ids begin with exactly one BOS, or with none where the tokenizer adds none.
 
-    required=False: none is right in any case. A reward model was trained with its template as it
+    required=False: no BOS is always accepted. A reward model was trained with its template as it
     is, with a BOS or without.
     """
     bos = tokenizer.bos_token_id
@@ -121,8 +121,8 @@ def find_stop_ids(tokenizer, generation_config, template_kwargs: dict) -> tuple[
     """The ids that end an answer, sorted; and False if the template shows no assistant's answer.
 
     They are those of the generation config, the tokenizer's EOS, and the special token that the
-    template puts behind an assistant's turn. To find that one, we render an answer that no template
-    can mistake for anything else, and look at what stands right behind it.
+    template puts after an assistant's turn. To find that one, we render an answer that no template
+    can mistake for anything else, and look at what comes right after it.
     """
     named = generation_config.eos_token_id  # an id, a list of ids, or None
     stop_ids = set(named if isinstance(named, list) else [named])
@@ -131,7 +131,7 @@ def find_stop_ids(tokenizer, generation_config, template_kwargs: dict) -> tuple[
     if not tokenizer.chat_template:
         return sorted(stop_ids), True
 
-    # what the template puts behind an answer
+    # what the template puts after an answer
     question = {"role": "user", "content": "question"}
     answer = {"role": "assistant", "content": "plainanswer"}
     try:
@@ -146,7 +146,7 @@ def find_stop_ids(tokenizer, generation_config, template_kwargs: dict) -> tuple[
 
 
 def until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
-    """The ids up to the first stop id and with it; all of them where there is none."""
+    """The ids up to and including the first stop id; all of them if there is none."""
     for position, token in enumerate(ids):
         if token in stop_ids:
             return ids[: position + 1]
@@ -190,11 +190,11 @@ def encode_for_reward(
 
 
 def encode_pair(tokenizer, row: dict, where: str, stop_ids: list[int]) -> list[list[int]] | None:
-    """Token ids of (prompt, chosen, rejected), for preference data that came without any.
+    """Token ids of (prompt, chosen, rejected), for preference data that came without token ids.
 
     prompt, chosen and rejected of the row are three strings, or a conversation and two lists of one
-    turn each, the assistant's. An answer ends with its first stop id; one without keeps all of its
-    tokens, because an end that we invent is one that the policy never meets.
+    turn each, the assistant's. An answer ends with its first stop id. An answer without one keeps
+    all of its tokens: we add no end, because the policy never meets an end that we invent.
 
     Returns None when the prompt's ids do not begin the ids of prompt + answer. The boundary then
     lies within a token, and there is no right place to cut.
@@ -202,7 +202,7 @@ def encode_pair(tokenizer, row: dict, where: str, stop_ids: list[int]) -> list[l
     prompt = row["prompt"]
     kinds = {type(prompt), type(row["chosen"]), type(row["rejected"])}
     if len(kinds) > 1:
-        rule = "must be all text, or all turns, of which none is repeated"
+        rule = "must be all text, or all turns; no turn is repeated"
         raise Stop(f"{where}: prompt, chosen and rejected {rule}.")
 
     prompt_ids = encode_prompt(tokenizer, prompt, where, {})

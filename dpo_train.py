@@ -31,11 +31,12 @@ the loss of a pair is, by --loss_type,
 
 Here a = --length_coef is 0 by default. With a > 0 a longer chosen answer needs less preference,
 which discounts length: R-DPO (2403.19159). And --nll_coef c adds c times -log pi(y_w|x) / |y_w|.
-For ipo, d' is d with means per token in place of sums. The IPO paper has sums; with them a long
-answer reaches the target by a few of its tokens, and pairs of different lengths are not comparable.
+For ipo, d' is d with means per token in place of sums. The IPO paper uses sums; with sums, a few
+tokens of a long answer are enough to reach the target, and pairs of different lengths are not
+comparable.
 
-The loss of a step is the mean over all its pairs, of all ranks and microbatches: however they are
-cut, the gradient is the same. What happens, in the order of main():
+The loss of a step is the mean over all its pairs, of all ranks and microbatches: however the pairs
+are divided, the gradient is the same. What happens, in the order of main():
 
   1. Read the pairs. The token ids that the generator wrote are trained as they are.
   2. Compute the reference's log-probs once, before the first step. By default the reference *is*
@@ -67,8 +68,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-# Microbatches differ in size, and the GPU's free memory would fall into pieces. torch reads this
-# when it is imported. A setting of the user's, under the old name too, wins.
+# Microbatches differ in size, which would fragment the GPU's free memory. torch reads this when it
+# is imported. If the user has set it, under this name or the old one, that value is used.
 os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 )
@@ -92,10 +93,10 @@ from training.log import TrainLog
 from training.pairs import load_pairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-INTERRUPTED = 75  # the exit code EX_TEMPFAIL, by which iterate.sh knows a stop from a failure
+INTERRUPTED = 75  # the exit code EX_TEMPFAIL, by which iterate.sh tells a stop from a failure
 
-# A run may be resumed with other values of these arguments. Some change rounding, the others
-# nothing.
+# A run may be resumed with other values of these arguments. Some change the rounding, the others
+# change nothing.
 FREE = (
     "tokens_per_batch",
     "gradient_checkpointing",
@@ -130,7 +131,7 @@ def add_files(add) -> None:
     add(
         "--max_length",
         type=int,
-        help="longer prompt + answer is dropped; default: the model's positions",
+        help="pairs with a longer prompt + answer are dropped; default: the model's positions",
     )
 
 
@@ -170,7 +171,7 @@ def add_optimizer(add) -> None:
         "--lr_scheduler",
         choices=("cosine", "constant"),
         default="cosine",
-        help="after the warm-up: down to a tenth, or level",
+        help="after the warm-up: down to a tenth, or constant",
     )
     add("--warmup_ratio", type=float, default=0.03, help="share of the steps with a rising rate")
     add("--weight_decay", type=float, default=0.0, help="0: beta holds the policy back already")
@@ -183,20 +184,20 @@ def add_memory_and_speed(add) -> None:
         "--dtype",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="of the matrix products; auto: bf16 on a GPU, fp32 on a CPU. "
+        help="dtype of the matrix products; auto: bf16 on a GPU, fp32 on a CPU. "
         "Weights and log-probs are fp32 either way",
     )
     add(
         "--save_dtype",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="of the saved folder; auto: as the model came",
+        help="dtype of the saved folder; auto: that of the model's files",
     )
     add(
         "--tokens_per_batch",
         type=int,
         default=16384,
-        help="of one forward pass of one rank; 16k tokens fill a large GPU",
+        help="tokens in one forward pass of one rank; 16k fill a large GPU",
     )
     add(
         "--packing",
@@ -237,7 +238,7 @@ def add_watching(add) -> None:
         help="the audit's tolerance: mean |difference| / sqrt(tokens), in nats, as rounding errors "
         "add up like a random walk; default 1e-3 in fp32, 0.1 in bf16 (provisional)",
     )
-    add("--seed", type=int, default=0, help="of the order of the pairs")
+    add("--seed", type=int, default=0, help="seed of the order of the pairs")
     add("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none")
 
 
@@ -257,7 +258,7 @@ def check_arguments(args, device_type: str, world: int) -> None:
         say(
             f"note: --batch_size {args.batch_size} at --learning_rate {args.learning_rate:g}: the "
             "rate was tuned for 128 pairs per step, and smaller batches have given worse results "
-            "at it (RLHFlow/Online-RLHF issue 3). Raise the one or the other"
+            "at it (RLHFlow/Online-RLHF issue 3). Raise one of the two"
         )
 
 
@@ -296,7 +297,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     length_margin: Tensor | float = 0.0,
 ) -> Tensor:
-    """The loss of each pair, [n]. The equations stand at the top of the file.
+    """The loss of each pair, [n]. The equations are at the top of the file.
 
     Log-probs: [n] fp32 of whole answers; for ipo their means per token.
     length_margin: a (|y_w| - |y_l|), [n].
@@ -347,8 +348,8 @@ def loss_of_pairs(policy: Tensor, reference: Tensor, lengths: Tensor, beta: floa
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log-probs of answers, [n, 2], instead of logits.
 
-    It is the FSDP root. Only in the root's forward is the weight of the head whole, and not a
-    shard, so that linear_logprob can read it.
+    It is the FSDP root. linear_logprob needs the whole weight of the head; it is whole only in the
+    root's forward, and a shard everywhere else.
     """
 
     def __init__(self, model):
@@ -359,7 +360,8 @@ class Policy(torch.nn.Module):
         """batch: n pairs of T tokens in all, Tc of them in answers (training/batches.py)."""
         output = backbone(self.model)(**batch["inputs"], use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)  # [T, D]
-        # The state before a token predicts it: for an answer's first, that is the prompt's last.
+        # The state before a token predicts it. For an answer's first token, that is the state of
+        # the prompt's last token.
         predicting = hidden[batch["positions"]]  # [Tc, D]
         head = lm_head(self.model)  # its weight, and bias, scale and soft-cap where it has them
         logprobs = linear_logprob(predicting, targets=batch["targets"], **head)  # [Tc] fp32
@@ -368,11 +370,11 @@ class Policy(torch.nn.Module):
         of_answers = [tokens.sum() for tokens in logprobs.split(batch["split"])]
         chosen = torch.stack(of_answers[0::2])  # [n]
         rejected = torch.stack(of_answers[1::2])  # [n]
-        return torch.stack([chosen, rejected], dim=1)  # [n, 2], no view: FSDP hooks its backward
+        return torch.stack([chosen, rejected], dim=1)  # [n, 2], not a view: FSDP hooks its backward
 
 
 def build_policy(config, args, device_type: str, world: int) -> Policy:
-    """A sharded fp32 Policy on the meta device: each tensor has its shape, and none has memory."""
+    """A sharded fp32 Policy on the meta device: its tensors have shapes, but no memory."""
     with torch.device("meta"):
         model = network.build_model(
             config, torch.float32, args.packing, args.gradient_checkpointing, args.model
@@ -393,7 +395,8 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     policy = build_policy(config, args, device.type, world)
     source = None
     if rank == 0:
-        # In bf16 its own dtype will do: it is copied into fp32 weights, and checked against below.
+        # For bf16 the dtype of the files is enough: the weights are copied to fp32, and otherwise
+        # `source` only serves the checks below.
         dtype = torch.float32 if args.dtype == "fp32" else "auto"
         attention = attention_implementation(config)
         source = models.load_model(AutoModelForCausalLM, path, dtype, attention)
@@ -406,7 +409,8 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     second = logprobs_of_one(policy, long, args, device)  # [2]
     checks.check_repeat(first, second, long, device.type, noise, path)
 
-    # The numbers equal transformers' own. On the shortest pair, as rank 0 computes all its logits.
+    # The numbers equal transformers' own. This takes the shortest pair, because rank 0 computes all
+    # of its logits.
     ours = logprobs_of_one(policy, short, args, device)  # [2]
     if rank == 0:
         checks.check_causal(source, short, args.dtype, path)  # BERT and XLNet may look both ways
@@ -415,9 +419,9 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
 
 
 def first_logprobs(policy, pair: dict, args, device, refusal: str) -> Tensor:
-    """logprobs_of_one, where it may turn out that the model's code wants other inputs than ours.
+    """logprobs_of_one for the first time: the model's code may need other inputs than ours.
 
-    refusal: the beginning of the message in that case.
+    refusal: how the message begins in that case.
     """
     try:
         return logprobs_of_one(policy, pair, args, device)
@@ -432,7 +436,7 @@ def first_logprobs(policy, pair: dict, args, device, refusal: str) -> Tensor:
 
 
 def logprobs_of_one(policy, pair: dict, args, device) -> Tensor:
-    """[2], of a pair alone. All ranks call it together, as FSDP gathers the weights from all."""
+    """[2], of a pair alone. All ranks call it together: FSDP gathers the weights from all ranks."""
     plan = [plan_step([pair], [0], args)]
     return all_logprobs(policy, [pair], plan, args.packing, device)[0]
 
@@ -441,8 +445,8 @@ def logprobs_of_one(policy, pair: dict, args, device) -> Tensor:
 def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> Tensor:
     """Log-probs of all pairs, [n, 2] fp32 on the CPU.
 
-    plans: [step][rank] -> microbatches of indices into pairs, each pair once. A rank without a pair
-    left computes a stand-in of weight 0, as FSDP's collectives need every rank.
+    plans: [step][rank] -> microbatches of indices into pairs, each pair once. A rank with no pair
+    left computes a stand-in with weight 0, because FSDP's collectives need every rank.
     """
     rank, _ = ranks()
     result = torch.zeros(len(pairs), 2, device=device)
@@ -455,7 +459,7 @@ def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -
     # After a forward without a backward FSDP2 leaves gathered weights in parameters(). An optimizer
     # made now would hold those instead of the shards.
     fsdp.reshard(policy)
-    dist.all_reduce(result)  # each pair was one rank's, and adding zeros is exact
+    dist.all_reduce(result)  # one rank computed each pair; the others add zeros, which is exact
     return result.cpu()
 
 
@@ -470,7 +474,7 @@ def plan_step(pairs: list[dict], step: list[int], args) -> list[list[list[int]]]
 
 
 def plan_all_steps(pairs: list[dict], args) -> list:
-    """The plan of every step of every epoch. Made in advance, it needs no place in a checkpoint."""
+    """The plan of every step of every epoch. It is made in advance, so no checkpoint holds it."""
     plans = []
     for epoch in range(args.num_train_epochs):
         order = list(range(len(pairs)))
@@ -519,9 +523,9 @@ def training_step(
     losses = []
     for k in range(settings.microbatches):
         batch = next(batches)
-        # Gradients are reduced to shards after every microbatch: kept whole in between they would
-        # take 4 bytes per weight on every rank (28 GB for 7B). Those of copies of the model (HSDP)
-        # are added up once, at the end.
+        # Gradients are reduced to shards after every microbatch. Kept whole, they would take 4
+        # bytes per weight on every rank (28 GB for 7B). The gradients of several copies of the
+        # model (HSDP) are added up once, at the end.
         policy.set_requires_all_reduce(k == settings.microbatches - 1)
 
         # forward
@@ -529,8 +533,8 @@ def training_step(
         refs = reference[batch["rows"]]  # [n, 2]
         loss = loss_of_pairs(logprobs, refs, batch["lengths"], settings.beta, args)  # [n]
 
-        # backward; FSDP divides by the ranks, and we want the mean over the step's pairs. A
-        # stand-in has weight 0
+        # backward. FSDP divides by the number of ranks, but we want the mean over the step's pairs.
+        # A stand-in has weight 0
         total_loss = (loss * batch["weights"]).sum()
         (total_loss * world / settings.pair_count).backward()
 
@@ -543,7 +547,7 @@ def training_step(
 
     fsdp.reshard(policy)  # drop gathered copies: the update below makes them stale
 
-    # add up over all ranks. "stop" travels along: one rank that was told to stop stops all
+    # add up over all ranks. "stop" is summed too: if one rank was told to stop, all stop
     totals["stop"] = torch.full_like(totals["loss"], float(settings.told_to_stop))
     sums = torch.stack(list(totals.values()))
     dist.all_reduce(sums)
@@ -588,7 +592,7 @@ def metrics_of(
 
 
 def learning_rate(step: int, steps: int, args) -> float:
-    """A linear warm-up that wastes no step at zero, then level, or a cosine down to a tenth."""
+    """A linear warm-up that wastes no step at zero, then constant, or a cosine down to a tenth."""
     warmup = math.ceil(args.warmup_ratio * steps)
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
@@ -733,7 +737,7 @@ def not_finite(step: Step, number: int, pairs: list[dict], stage: Stage) -> Stop
 
 
 class StopSignals:
-    """From here on SIGTERM and Ctrl-C only set `received`; the process does not end by them.
+    """From here on, SIGTERM and Ctrl-C only set `received`; they do not end the process.
 
     The checkpoint is worth waiting for, and so is the export.
     """
@@ -756,7 +760,7 @@ def load_reference(file: Path) -> Tensor | None:
     An .npz file holds a checksum, so that damage is noticed.
     """
     rank, _ = ranks()
-    found = [None]  # one rank looks: file systems need not show all of them the same
+    found = [None]  # one rank looks: a shared file system may not show all ranks the same
     if rank == 0 and file.exists():
         try:
             with np.load(file) as content:
@@ -780,7 +784,7 @@ def save_reference(file: Path, reference: Tensor, pairs: list[dict]) -> None:
 
 
 def reference_of_another_model(args, config, pairs: list[dict], plans: list, device) -> Tensor:
-    """The log-probs of --ref_model, [n, 2]. The model's memory is free again afterwards."""
+    """The log-probs of --ref_model, [n, 2]. Afterwards the model's memory is free again."""
     theirs = models.load_config(args.ref_model)
     if theirs.get_text_config().vocab_size != config.get_text_config().vocab_size:
         names = f"--ref_model {args.ref_model} and --model {args.model}"
@@ -788,7 +792,7 @@ def reference_of_another_model(args, config, pairs: list[dict], plans: list, dev
     reference = load_policy(args.ref_model, args, device, pairs)
     logprobs = all_logprobs(reference, pairs, plans, args.packing, device)
     del reference
-    gc.collect()  # FSDP's modules refer to each other: without this it would stay
+    gc.collect()  # FSDP's modules refer to each other: without this they would stay in memory
     torch.cuda.empty_cache()
     return logprobs
 
@@ -804,8 +808,8 @@ def main():
     check_arguments(args, device.type, world)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
-    # The stage hashes its inputs, knows whether this very output is done, and stops if it was made
-    # from others. stage.parts is the folder of an unfinished run.
+    # The stage hashes its inputs. It knows whether this output is already done, and stops if the
+    # output was made from other inputs. stage.parts is the folder of an unfinished run.
     inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
     stage = Stage(args, inputs, args.output, free=FREE)
     if stage.done:
@@ -823,7 +827,7 @@ def main():
     args.packing = network.choose_packing(args.packing, config, longest, args.model)
     plans = plan_all_steps(pairs, args)
 
-    # 2. The reference, in the very microbatches of the first epoch: it rounds as the policy will
+    # 2. The reference, in the same microbatches as the first epoch: so it rounds as the policy will
     first_epoch = plans[: len(plans) // args.num_train_epochs]
     reference_file = stage.parts / "reference.npz"
     reference = load_reference(reference_file)

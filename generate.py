@@ -5,8 +5,8 @@
 
 This is what makes DPO online: the answers come from the policy that is trained next (RLHF Workflow,
 arXiv:2405.07863). However an answer was sampled, its `logprob` is that at temperature 1 over the
-whole vocabulary, because the trainer computes the same number and compares: a wrong template, a
-doubled BOS or stale weights show there.
+whole vocabulary. The trainer computes the same number and compares the two: this shows a wrong
+template, a doubled BOS or stale weights.
 
     python generate.py --model Qwen/Qwen2.5-1.5B-Instruct \\
         --prompts prompts.jsonl --output candidates.jsonl
@@ -25,12 +25,12 @@ What makes the answers the policy's own:
    as in vLLM. Many models come with a generation_config.json that sets top_k or a repetition
    penalty. Only the ids that end an answer are taken from that file.
 3. An answer ends at any stop id: those of the generation config, the tokenizer's EOS, and the one
-   that the chat template puts behind an assistant's turn. It is the last of token_ids exactly when
+   that the chat template puts after an assistant's turn. It is the last of token_ids exactly when
    finish_reason is "stop".
 4. The random numbers of a prompt depend on (--seed, --iteration, prompt id) alone: not on its
    neighbours in the file or in the batch, and not on the ranks. On a CPU either backend writes the
-   same file again, bit for bit. On a GPU rounding depends on the batch, and vLLM batches by what is
-   finished when, so now and then another token is sampled.
+   same file again, bit for bit. On a GPU rounding depends on the batch, and vLLM's batches depend
+   on timing, so now and then another token is sampled.
 """
 
 import argparse
@@ -57,8 +57,8 @@ from stage import Stage, die_with_parent, key_values, parse, parser, run, say, s
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# Engine arguments that set memory and pace. No answer is meant to depend on them, so a run may be
-# resumed with others.
+# Engine arguments that set memory use and speed. Answers are not meant to depend on them, so a run
+# may be resumed with others.
 PACE = ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager")
 
 
@@ -91,15 +91,20 @@ def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=[1.0],
-        help="default 1; 0 is greedy; several share the samples, in order",
+        help="default 1; 0 is greedy; several: the samples are divided among them, in order",
     )
-    add("--top_p", type=float, default=1.0, help="likeliest tokens of this mass; default 1: all")
-    add("--top_k", type=int, default=0, help="this many likeliest tokens; default 0: all")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="only the likeliest tokens with this total probability; default 1: all",
+    )
+    add("--top_k", type=int, default=0, help="only this many likeliest tokens; default 0: all")
     add(
         "--min_p",
         type=float,
         default=0.0,
-        help="tokens with at least this share of the likeliest one's probability; default 0: all",
+        help="only tokens at least this share as probable as the likeliest one; default 0: all",
     )
 
     # How long prompts and answers may be, in tokens
@@ -107,7 +112,7 @@ def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
         "--max_new_tokens",
         type=int,
         default=1024,
-        help='tokens per answer; one that is cut off here has finish_reason "length"; 1024',
+        help='longer answers are cut off, with finish_reason "length"; default 1024',
     )
     add(
         "--max_prompt_length",
@@ -169,7 +174,7 @@ def read_arguments() -> argparse.Namespace:
     for flag in [*counts, "batch_size", "tensor_parallel_size"]:
         value = getattr(args, flag)
         if value is not None and value < 1:
-            raise Stop(f"--{flag} starts at 1, not {value}.")
+            raise Stop(f"--{flag} must be at least 1, not {value}.")
 
     check_sampling(args)
     if args.batch_size is not None and args.batch_size < args.num_samples:
@@ -179,7 +184,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def check_sampling(args) -> None:
-    """Stop at numbers that cannot be meant."""
+    """Stop at numbers that make no sense."""
     in_range = 0 < args.top_p <= 1 and 0 <= args.min_p <= 1
     if not in_range or args.top_k < 0 or min(args.temperature) < 0:
         raise Stop(
@@ -243,7 +248,7 @@ class Policy:
         self.longest = self.max_prompt_length  # of the prompts to come; check_prompts finds it
 
     def encode(self, prompt: str | list[dict], where: str) -> list[int]:
-        """Token ids of a prompt, with one BOS if the tokenizer has that habit."""
+        """Token ids of a prompt, with one BOS if the tokenizer adds one."""
         ids = chat.encode_prompt(self.tokenizer, prompt, where, self.template_kwargs)
         if not ids:
             raise Stop(f"{where}: the prompt is empty. Remove it.")
@@ -252,7 +257,7 @@ class Policy:
     def check_prompts(self, path: str) -> int:
         """Encode all prompts before the first is answered; return how many there are.
 
-        A mistake in line 90,000 shows now, and not after a night's work.
+        A mistake in line 90,000 shows now, and not after hours of sampling.
         """
         total = count_rows(path, PROMPT)
         texts = 0
@@ -307,7 +312,7 @@ class Sample(NamedTuple):
 
 
 class Sampler:
-    """Exact samples from rows of scores, with random numbers of each prompt's own.
+    """Exact samples from rows of scores, with separate random numbers for each prompt.
 
         argmax_v (s_v + g_v)                       is distributed as softmax(s)      (Gumbel, 1954)
         g_v = -log e_v,  e_v ~ Exp(1)
@@ -320,7 +325,7 @@ class Sampler:
         self.num_samples = args.num_samples
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]  # B
 
-        # At 1e-5 for 0 the scores are so far apart that the noise decides nothing: greedy.
+        # 0 becomes 1e-5: the scores are then so far apart that the noise decides nothing (greedy).
         of_all_rows = torch.tensor(temperatures(args) * len(seeds), device=device)  # [B*N]
         self.temperatures = of_all_rows.clamp_min(1e-5)[:, None]  # [B*N, 1]
 
@@ -333,7 +338,7 @@ class Sampler:
             self.warpers.append(transformers.TopPLogitsWarper(args.top_p))
 
     def sample(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """logits [R, V] of those of the B*N rows that still write, rows [R] -> token ids [R]"""
+        """logits [R, V] of the rows that still write, rows [R]: their indices -> token ids [R]"""
         scores = logits.float() / self.temperatures[rows]
         for warper in self.warpers:
             scores = warper(None, scores)  # -inf for a token that is not to be sampled
@@ -341,15 +346,15 @@ class Sampler:
         return (scores + noise).argmax(-1)
 
     def noise(self, vocabulary: int, rows: torch.Tensor) -> torch.Tensor:
-        """g [R, V]. Each prompt draws for all of its N rows, or the numbers of one would depend on
-        which others have finished.
+        """g [R, V]. Each prompt always draws for all of its N rows. Otherwise a row's numbers would
+        depend on which others have finished.
         """
         B, N = len(self.generators), self.num_samples
         draws = torch.empty(B, N, vocabulary, device=rows.device)
         for own, generator in zip(draws, self.generators, strict=True):
             own.exponential_(generator=generator)
         draws = draws.flatten(0, 1)[rows]  # [R, V]
-        # One that rounds to 0 would be noise of +inf, and with a score of -inf NaN.
+        # A draw that rounds to 0 would make noise of +inf; added to a score of -inf that is NaN.
         tiny = torch.finfo(torch.float32).tiny
         return draws.clamp_min_(tiny).log_().neg_()
 
@@ -381,7 +386,7 @@ def hf_samples(
 
 
 def hf_model(args, policy: Policy):
-    """The network on this rank's device. Stops where hf_batch would make another model of it."""
+    """The network on this rank's device. Stops if hf_batch would change what it computes."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -415,7 +420,7 @@ def hf_batch(
     stop_ids = torch.tensor(policy.stop_ids, device=model.device)
     answers = sample_answers(model, sampler, ids, mask, stop_ids, args.max_new_tokens)  # [B*N, C]
 
-    # An answer ends with its first stop id. Behind it stands what nobody asked for.
+    # An answer ends with its first stop id. What follows is not part of it.
     is_stop = torch.isin(answers, stop_ids)  # [B*N, C]
     stops_before = is_stop.cumsum(1) - is_stop.long()
     own = stops_before == 0  # [B*N, C]
@@ -446,8 +451,8 @@ def left_padded(prompt_ids: list[list[int]], device) -> tuple[torch.Tensor, torc
 def sample_answers(model, sampler: Sampler, prompt_ids, prompt_mask, stop_ids, max_new_tokens: int):
     """N answers to each prompt, token by token: prompts [B, P] -> answers [B*N, C].
 
-    C is max_new_tokens, or less where all rows stop before. Behind its first stop id a row holds
-    anything.
+    C is max_new_tokens, or less if all rows stop earlier. After its first stop id a row may hold
+    any tokens.
     """
     # read each prompt once, and copy the result to its N rows
     N = sampler.num_samples
@@ -501,7 +506,7 @@ def answer_logprobs(model, prompt_ids, prompt_mask, answers, own) -> torch.Tenso
 
 
 def forward(module, ids: torch.Tensor, mask: torch.Tensor, cache, **kwargs):
-    """Run ids [R, L] behind what is cached, mask [R, cached + L]; padding takes no positions."""
+    """Run ids [R, L] after what is cached, mask [R, cached + L]; padding takes no positions."""
     position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]  # [R, L]
     return module(
         input_ids=ids,
@@ -514,24 +519,24 @@ def forward(module, ids: torch.Tensor, mask: torch.Tensor, cache, **kwargs):
 
 
 def check_batches(name: str, policy: Policy, model) -> None:
-    """Stop where batches, as hf_batch runs them, would make another model of it.
+    """Stop if the model computes something else in batches, as hf_batch runs them.
 
-    Left padding needs a model that uses its positions, decoding one that reads its cache, scoring a
-    head that we know. Some models take these arguments and ignore them, so two made-up prompts are
-    answered to see.
+    Left padding needs a model that uses its positions, decoding needs one that reads its cache, and
+    scoring needs a head that we know. Some models take these arguments and ignore them, so we try
+    it with two made-up prompts.
     """
     kind = policy.config.model_type
     try:
         gap = batch_gap(policy, model)
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:  # whatever comes of an argument that its code did not expect
+    except Exception as e:  # whatever an argument leads to that its code did not expect
         raise Stop(
             f"{name}: {kind} does not run in padded batches with a cache "
             f"({type(e).__name__}: {e}), as --backend hf wants it. Try --backend vllm."
         ) from None
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25  # as in the trainer: bf16 has 8 bits
-    if not gap <= tolerance:  # a NaN is not, either
+    if not gap <= tolerance:  # this also catches NaN
         raise Stop(
             f"{name}: {kind} is another function in padded batches with a cache, as --backend hf "
             f"runs them, than alone: its log-probs differ by {gap:.2g} nats per token. "
@@ -561,7 +566,7 @@ def gap_of_answer(model, prompt_ids: list[int], sample: Sample) -> float:
     logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]  # [n, V]
     of_tokens = logprob_from_logits(logits, ids[0, -n:])  # [n]
     if of_tokens.isnan().any():
-        return 0.0  # batches are not to blame, and the first answer's log-prob ends the run
+        return 0.0  # batches are not to blame; the first answer's log-prob will stop the run
     of_likeliest = logprob_from_logits(logits, logits.argmax(-1))  # [n]
     scored_otherwise = abs(of_tokens.sum().item() - sample.logprob) / n
     # greedy means that these are the same
@@ -572,11 +577,11 @@ def gap_of_answer(model, prompt_ids: list[int], sample: Sample) -> float:
 # ---- backend: vLLM -----------------------------------------------------------------------------
 
 if __name__ == "__mp_main__":  # the name of this file in a process that vLLM spawned
-    die_with_parent()  # or the GPU's memory would stay taken
+    die_with_parent()  # otherwise it would keep the GPU's memory
 
 LENGTH_STEP = 1024  # tokens; max_model_len is a multiple of it, see engine_length
 
-# How torchrun tells a process that it is one of several; and the beginnings of more such names.
+# By these variables torchrun tells a process that it is one of several; below, prefixes of more.
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
 
@@ -587,8 +592,8 @@ def vllm_samples(
     """Keep the engine fed across parts; yield prompts as they finish, in any order."""
     engine = vllm_engine(args, policy)
     requests = Requests(args, policy, engine)
-    # A bounded number of requests is held, so memory stays flat; but twice what runs at once, so
-    # the engine never starves.
+    # The number of requests held is bounded, so memory stays flat. It is twice what runs at once,
+    # so the engine never starves.
     prompts_at_once = engine.vllm_config.scheduler_config.max_num_seqs / args.num_samples
     most = 2 * prompts_at_once * len(requests.groups)
     try:
@@ -678,8 +683,8 @@ def vllm_engine(args, policy: Policy):
 
 
 def vllm_environment(args) -> None:
-    """Give this rank's engine its GPUs or cores, and hide torchrun from it: the engine would take
-    itself for one of several, and wait for the others.
+    """Give this rank's engine its GPUs or cores, and hide torchrun from it. Otherwise the engine
+    would take itself for one of several, and wait for the others.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -702,10 +707,10 @@ def vllm_environment(args) -> None:
 
 
 def share_of_gpus(local_rank: int, local_world: int, each: int) -> list[str]:
-    """This rank's `each` of the GPUs, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    """The GPUs of this rank, `each` of them, by their names in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     if count < each:
-        sees = f"a process sees {count} here, and of cards cut by MIG one part"
+        sees = f"a process sees {count} here, and only one part of cards that MIG divides"
         raise Stop(f"--tensor_parallel_size {each} takes {each} GPUs: {sees}.")
     if count < local_world * each:
         remedy = f"start {count // each} (--nproc_per_node)"
@@ -731,8 +736,8 @@ def engine_place(model: str) -> tuple[Path, str]:
 
     vLLM looks up what it compiled by a key that holds the model's path (ModelConfig.compute_hash).
     RUN/iter_01/policy, RUN/iter_02/policy: each would be compiled again. So the engine starts in
-    the folder above, and always loads "policy". The current folder is each process's own: unlike a
-    link with a fixed name, no other rank or run can point it at other weights.
+    the folder above, and always loads "policy". Each process has its own current folder. Another
+    rank or run cannot point it at other weights, as it could with a link of a fixed name.
     """
     if not os.path.isdir(model):
         return Path.cwd(), model  # a name on the hub is the same in every iteration
@@ -749,7 +754,7 @@ def vllm_settings(args, policy: Policy) -> dict:
         trust_remote_code=False,
         skip_tokenizer_init=True,  # ids go in and ids come out
         generation_config="vllm",  # not the model's: no top_k, no penalties
-        dtype=policy.dtype,  # its own "auto" makes bf16 of an fp32 model
+        dtype=policy.dtype,  # vLLM's "auto" turns an fp32 model into bf16
         logprobs_mode="raw_logprobs",  # at temperature 1, over the whole vocabulary
         disable_log_stats=True,
         tensor_parallel_size=args.tensor_parallel_size or 1,
@@ -786,7 +791,7 @@ def check_engine_args(asked: dict, ours: dict) -> None:
 
 
 def merge_overrides(ours: dict, asked: dict) -> dict:
-    """Changes to the model's config, key by key: the user's keys win, the rest of ours stays."""
+    """Changes to the model's config, key by key: the user's keys win, our other keys stay."""
     if not isinstance(asked, dict):
         example = 'hf_overrides={"head_dtype":"model"}'
         raise Stop(f"--engine_args hf_overrides={asked}: give a JSON object, as '{example}'.")
@@ -797,9 +802,7 @@ def merge_overrides(ours: dict, asked: dict) -> dict:
 
 
 class Parts:
-    """The parts of the file on their way: prompts go out, candidates come in, whole parts are
-    written.
-    """
+    """The parts in progress: prompts go out, candidates come in, and finished parts are written."""
 
     def __init__(self, args, policy: Policy, stage: Stage, bar):
         self.args = args

@@ -12,9 +12,9 @@
 #
 # Each iteration: the policy answers prompts, a reward scores the answers, best and worst become pairs,
 # DPO trains on them, and the new policy is evaluated on held-out prompts. Every command is printed
-# before it runs, so any of them can be run by hand. Stopped or killed at any moment, the same command
-# resumes: each stage's output has its final name only when it is whole, and a stage that is done says
-# so and ends.
+# before it runs, so any of them can be run by hand. After a stop or a kill at any moment, the same
+# command resumes: each stage's output has its final name only when it is whole, and a stage that is
+# done says so and ends.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . tools/environment.sh # count_gpus, install, and PYTHON
@@ -31,7 +31,7 @@ setting HELDOUT  # held-out prompts, disjoint from PROMPTS; tools/prepare_prompt
 setting RUN      # the folder of the run: runs/NAME
 setting SEED 0
 
-# Who rewards: one of the first three at least, or any mixture of them
+# Who rewards: at least one of the first three, or any mixture of them
 setting REWARD_MODEL      # a sequence classifier with one label
 setting REWARD_FN         # a python function, file.py:name
 setting JUDGE             # a language model that compares answers; vLLM serves it here, or
@@ -45,7 +45,7 @@ setting PROMPTS_PER_ITER # default: all of PROMPTS, every iteration
 setting NUM_SAMPLES 8    # answers to each prompt
 setting EVAL_SAMPLES 4   # answers to each held-out prompt
 setting REF prev         # the reference: "prev", the policy that wrote the answers, or "init", the first
-setting HISTORY 0        # train on the pairs of so many earlier iterations, too
+setting HISTORY 0        # also train on the pairs of this many earlier iterations
 setting ENHANCER         # "prev", "init" or a model: a second policy that answers the same prompts
 setting KEEP all         # "last" removes a policy when nothing needs it any more
 
@@ -67,7 +67,7 @@ setting TORCHRUN_ARGS
 
 begin # checks the settings, installs what is missing, and locks the run
 rewards=(${REWARD_MODEL:+--reward_model "rm=$REWARD_MODEL"} ${REWARD_FN:+--reward_fn "$REWARD_FN"})
-watched=(${GOLD_FN:+--reward_fn "gold=$GOLD_FN" --reward_weights gold=0}) # written down, decides nothing
+watched=(${GOLD_FN:+--reward_fn "gold=$GOLD_FN" --reward_weights gold=0}) # recorded, decides nothing
 
 # The initial policy on the held-out prompts
 policy=$MODEL

@@ -3,33 +3,33 @@
     python judge.py --candidates candidates.jsonl --output scored.jsonl \\
         --judge_url http://localhost:8000/v1 --judge_model Qwen/Qwen3-32B
 
-Any OpenAI-compatible server will do; its key comes from OPENAI_API_KEY alone. With v(a, b) = 1
-where the answer shown first wins, 0 where the second does and 1/2 for a tie, an answer's score is
-its win rate, free of the judge's preference for a place:
+Any OpenAI-compatible server will do; its key comes from OPENAI_API_KEY alone. Let v(a, b) be 1 if
+the answer shown first wins, 0 if the second wins, and 1/2 for a tie. An answer's score is its win
+rate over both orders, which removes the judge's preference for a position:
 
     rewards.judge = mean over opponents j of [v(i, j) + 1 - v(j, i)] / 2
     reward       += judge_weight * rewards.judge
 
-The input may be candidates.jsonl, or a scored.jsonl whose rewards the judge's is added to. A weight
-of 0 watches: the number is written down and decides nothing.
+The input may be candidates.jsonl, or a scored.jsonl; then the judge's reward is added to the
+rewards in it. With weight 0 it is only watched: it is recorded and decides nothing.
 
-Opponents are all others among up to 5 candidates (a round robin). Above that they are the two
-neighbours on either side in a ring: N candidates have N (N - 1) / 2 pairs, and a ring takes 2 N.
-The ring is dealt at random, because neighbours in the file come from one source (a policy, a
-temperature) and would be compared with their like.
+Up to 5 candidates all meet (a round robin). More than 5 stand in a ring, where each meets the two
+neighbours on either side: N candidates have N (N - 1) / 2 pairs, and a ring takes 2 N of them. The
+ring is shuffled. In the file, neighbours come from one source (a policy, a temperature), and
+without shuffling most comparisons would stay within a source.
 
-A ring loses something: an answer that beats its four opponents has a win rate of 1, though a better
-one may stand elsewhere. With a judge that never errs and answers from one source, the chosen one is
-the best of N = 8 in 70 % of the prompts, and of N = 16 in 33 %, where a round robin always finds
-it; and in 0.1 % of the pairs at N = 16, in none at N = 8, the chosen answer is worse than the
-rejected one (python -m bench.judge_ring).
+A ring loses something: an answer that beats its four opponents has a win rate of 1, even if a
+better one stands elsewhere in the ring. With a judge that never errs and answers from one source,
+the chosen answer is the best of N = 8 in 70 % of the prompts, and the best of N = 16 in 33 %; a
+round robin always finds the best. The chosen answer is worse than the rejected one in 0.1 % of the
+pairs at N = 16, and in none at N = 8 (python -m bench.judge_ring).
 
-Answers of the same text tie without asking. A pair of which one order has failed is left out: half
-a comparison carries the bias that the other half removes. Replies are kept beside the output, in
-OUTPUT.judge.RANK.jsonl, and none is paid for twice.
+Two answers with the same text are a tie, and the judge is not asked. If one order of a pair has
+failed, the pair is left out: half a comparison carries the bias that the other half removes.
+Replies are kept beside the output, in OUTPUT.judge.RANK.jsonl, and none is paid for twice.
 
-The prompt is in the manner of OAIF (arXiv 2402.04792), which reads off the probability of the first
-token. A reply in words is what every server can give, so that is what is read here.
+The prompt follows that of OAIF (arXiv 2402.04792). OAIF reads the probability of the first token.
+Not every server gives that, but every server can reply in words, so words are read here.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ Then end with one line: "Verdict: A", "Verdict: B" or, where neither is better,
 """
 PLACEHOLDERS = ("{prompt}", "{answer_a}", "{answer_b}")
 
-# A run may be resumed with others: they change how fast the judge is asked, and not what it says.
+# A run may be resumed with other values: they change how fast the judge is asked, not what it says.
 PACE = ("judge_url", "judge_concurrency", "judge_requests_per_minute", "judge_max_requests")
 
 
@@ -96,7 +96,7 @@ def arguments():
     add("--judge_model", required=True, help="the model's name at that endpoint")
     add("--judge_prompt", help="text file with {prompt}, {answer_a} and {answer_b}")
     add("--judge_max_tokens", type=int, default=512, help="of a reply; default 512: a short reason")
-    add("--judge_weight", type=float, default=1.0, help="in the sum of rewards; default 1")
+    add("--judge_weight", type=float, default=1.0, help="weight in the sum of rewards; default 1")
     add(
         "--strip_reasoning",
         action="store_true",
@@ -112,12 +112,12 @@ def arguments():
     add(
         "--judge_requests_per_minute",
         type=int,
-        help="of all ranks, repeated requests included; default: no limit",
+        help="limit for all ranks together, retries included; default: no limit",
     )
     add(
         "--judge_max_requests",
         type=int,
-        help="budget: replies that are paid for, restarts included; default: none",
+        help="budget: how many replies are paid for, over all restarts; default: no limit",
     )
     return p
 
@@ -131,7 +131,7 @@ def check_arguments(args) -> None:
     ):
         value = getattr(args, flag)
         if value is not None and value < 1:
-            raise Stop(f"--{flag} starts at 1.")
+            raise Stop(f"--{flag} must be at least 1.")
     if "@" in args.judge_url:
         raise Stop(
             "--judge_url holds credentials, which would end up in logs. Put the key into "
@@ -142,7 +142,7 @@ def check_arguments(args) -> None:
 
 
 def on_this_machine(url: str) -> bool:
-    """Whether the server shares this machine: then it is the user's own, and counts no requests."""
+    """Whether the server is on this machine: then it is the user's own, and has no rate limit."""
     try:
         host = urlsplit(url).hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -168,7 +168,7 @@ def comparisons(answers: list[int], row_id: str) -> list[tuple[int, int]]:
 
 
 def pairs_of_all_rows(answers: list[Answer]) -> list[tuple[int, int]]:
-    """Indices into `answers`, which stand row by row, of the two that meet."""
+    """Which two answers meet, as indices into `answers`, which are in the order of their rows."""
     of_row: dict[int, list[int]] = defaultdict(list)
     for k, answer in enumerate(answers):
         of_row[id(answer.row)].append(k)
@@ -189,7 +189,7 @@ def request_text(template: str, a: Answer, b: Answer) -> str:
             turns = [f"{turn['role']}: {turn['content']}" for turn in prompt]
             prompt = "\n\n".join(turns)
     texts = {"prompt": prompt, "answer_a": a.text, "answer_b": b.text}
-    # All at once: a placeholder within an answer is that answer's business.
+    # All at once, so that a placeholder within an answer is not replaced.
     return re.sub(r"\{(prompt|answer_a|answer_b)\}", lambda found: texts[found[1]], template)
 
 
@@ -225,7 +225,7 @@ class Judge:
         self.pause = 60 / (args.judge_requests_per_minute or math.inf) * stage.world
         self.next_leaves = 0.0
 
-        # Each rank appends replies to a file of its own, and all ranks read all files at a start.
+        # Each rank appends replies to its own file, and all ranks read all files at the start.
         self.verdicts: dict[str, float | None] = {}  # by hash of the request; None: unreadable
         prefix = f"{stage.output.name}.judge."
         own = stage.output.with_name(f"{prefix}{stage.rank}.jsonl")
@@ -276,13 +276,13 @@ class Judge:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     async def ask_all(self, new: dict[str, str]) -> None:
-        """Ask all requests (request -> key), as many at a time as --judge_concurrency says."""
-        # A local server wants no key, and the client insists on a word.
+        """Send all requests (request -> key), as many at a time as --judge_concurrency says."""
+        # A local server needs no key, but the client insists on one.
         api_key = os.environ.get("OPENAI_API_KEY") or "none"
         http_client = self.openai.DefaultAsyncHttpxClient(
             event_hooks={"request": [self.wait_for_turn]}
         )
-        # The client itself repeats what is worth it (429, 5xx, lost connections), ever more slowly.
+        # The client itself retries after 429, 5xx and lost connections, with growing pauses.
         client = self.openai.AsyncOpenAI(
             base_url=self.args.judge_url,
             api_key=api_key,
@@ -300,7 +300,7 @@ class Judge:
                 reply = await self.reply(client, request)
             except self.openai.APIError as e:
                 if getattr(e, "status_code", None) in (401, 403, 404):
-                    raise  # so it would be for all
+                    raise  # all requests would fail like this
                 self.last_said = str(e)
                 return
         self.last_said = reply
@@ -308,7 +308,7 @@ class Judge:
         self.verdicts[key] = verdict(reply)
 
     async def wait_for_turn(self, _) -> None:
-        """Called before each request leaves, so that repeated ones count, too."""
+        """Called before each request leaves, so that retries count, too."""
         now = time.monotonic()
         turn = max(self.next_leaves, now)
         self.next_leaves = turn + self.pause
@@ -328,7 +328,7 @@ class Judge:
                     raise
 
     def drop_refused_parameter(self, message: str, asked: dict) -> bool:
-        """Reasoning models know max_tokens by another name, and have their own temperature."""
+        """Reasoning models call max_tokens by another name, and accept no other temperature."""
         refused = [
             name for name in ("temperature", "max_tokens") if name in asked and name in message
         ]
@@ -383,7 +383,7 @@ def win_rates(judge: Judge, answers: list[Answer]) -> tuple[list[float | None], 
 
 
 def outcome(first: float, second: float) -> str:
-    """Position bias: the win of the same place in both orders is not that of an answer."""
+    """Position bias: if the same position wins in both orders, neither answer has won."""
     if first == second == 1:
         return "first_shown_won_twice"
     if first == second == 0:
@@ -407,7 +407,7 @@ def balances(judge: Judge, requests: dict, verdicts: dict, outcomes: Counter) ->
 
 
 def judge_part(judge: Judge, rows: list[dict], args) -> dict:
-    """Judge the candidates of `rows`, in place; what has no verdict leaves its row. -> balances"""
+    """Judge the candidates of `rows`, in place; those without a verdict are removed. -> balances"""
     answers = answers_of(rows, args.strip_reasoning)
     rates, counts = win_rates(judge, answers)
     for answer, rate in zip(answers, rates, strict=True):

@@ -7,19 +7,20 @@ For one prompt with candidates y_1 … y_N, let
 
     s_i = reward_i - length_penalty * |y_i|          |y_i|: the tokens of the answer
 
-and order the candidates by s. Equal s stand in random order: the order in the file is that of the
-sources (two policies, two temperatures), and would make one of them the chosen and the other the
-rejected. The strategy says which two meet; pair k = 0, 1, … of --pairs_per_prompt is
+and order the candidates by s. Equal s are put in random order: in the file, candidates are ordered
+by source (two policies, two temperatures), and with that order one source would be the chosen one
+and the other the rejected one. The strategy says which two form a pair; pair k = 0, 1, … of
+--pairs_per_prompt is
 
     max_min      the k-th best and the k-th worst: the widest margin, as RLHFlow and OpenRLHF do
     max_random   the best and the k-th of the others, in random order ("RLHF Workflow", 2405.07863)
     max_second   the k-th best and the (k+1)-th: hard pairs, close to the policy's frontier
-    random       two drawn at random, the better one chosen: no selection effect; the control
+    random       two drawn at random, the better one chosen: the control, without selection effect
 
 The chosen answer is always the one with the larger s, and score_chosen and score_rejected hold s: a
 length penalty that has decided a pair is not undone by looking at the raw reward again.
 
-What makes no pair is counted by name, never dropped in silence:
+What makes no pair is counted by reason, and never dropped silently:
 
     truncated          cut off by the token limit: it would teach the policy to stop anywhere
     identical          the two texts are the same
@@ -64,9 +65,14 @@ def arguments():
         "--min_margin",
         type=float,
         default=0.0,
-        help="least difference in score of a pair; default 0: any difference",
+        help="smallest difference in score that makes a pair; default 0: any difference",
     )
-    add("--length_penalty", type=float, default=0.0, help="reward per answer token; default 0")
+    add(
+        "--length_penalty",
+        type=float,
+        default=0.0,
+        help="subtracted from the reward per answer token; default 0",
+    )
     add(
         "--keep_truncated",
         action="store_true",
@@ -75,11 +81,11 @@ def arguments():
 
     # Where in the run
     add("--iteration", type=int, default=0, help="recorded in each pair, and part of its seed")
-    add("--seed", type=int, default=0, help="of ties, max_random and random; default 0")
+    add("--seed", type=int, default=0, help="for ties, max_random and random; default 0")
     return p
 
 
-# ---- which two answers meet --------------------------------------------------------------------
+# ---- which two answers form a pair -------------------------------------------------------------
 
 
 def rank_pairs(
@@ -184,7 +190,7 @@ def pair_of(row: dict, chosen: Answer, rejected: Answer, iteration: int) -> dict
 
 
 def completion(prompt: str | list[dict], text: str) -> str | list[dict]:
-    """In TRL's formats a list of messages answers a conversation, and a string a string."""
+    """In TRL's formats a conversation is answered by a list of messages, a string by a string."""
     if isinstance(prompt, str):
         return text
     return [{"role": "assistant", "content": text}]
@@ -241,7 +247,7 @@ def stop_without_pairs(scored: str, rows: Balance) -> None:
     reasons = [f"  {n:>8,}  {reason}" for reason, n in rows.dropped.items()]
     why = "\n".join(reasons)
     raise Stop(
-        f"{scored}: not one pair came of {rows.total:,} prompts:\n{why}\n"
+        f"{scored}: no pair could be made from {rows.total:,} prompts:\n{why}\n"
         "Ties and identical answers: raise --temperature or --num_samples of generate.py. "
         "Truncated answers: raise its --max_new_tokens. Margin: lower --min_margin."
     )

@@ -1,17 +1,17 @@
-"""A model by folder or by name on the hub: the one loader of all stages.
+"""Load a model from a folder or by its name on the hub: the one loader of all stages.
 
     runs/qwen/iter_01/policy                   a folder, as save_pretrained writes it
     Qwen/Qwen2.5-1.5B-Instruct                 a name: the newest commit of its main branch
     Qwen/Qwen2.5-1.5B-Instruct@989aa79         a branch, a tag or a commit of it
 
-A name alone is not yet a model: its owner may push, and tomorrow it means other weights. So a name
-is first resolved to a commit. All files are read from that commit, and it stands in the metadata of
+A name alone does not fix the weights: its owner may push others tomorrow. So a name is first
+resolved to a commit. All files are read from that commit, and it is recorded in the metadata of
 everything that was made with it.
 
 Three things hold for whatever is loaded here:
 
-  - None of its code runs. A folder may bring Python files along; transformers asks on the terminal
-    whether to run them unless it is told not to.
+  - None of its code runs. A folder may contain Python files; transformers asks on the terminal
+    whether to run them, unless it is told not to.
   - None of its weights are random. transformers fills in what the files lack, and continues.
   - Whatever fails to load ends in one message: what it is, why, and what to do.
 
@@ -81,7 +81,7 @@ def pinned(name: str) -> str:
 
 
 def identity(name: str) -> str:
-    """How the metadata name a model on the hub: "hub:NAME@COMMIT". (A folder has its hash.)"""
+    """The name of a hub model in the metadata: "hub:NAME@COMMIT". (A folder has its hash.)"""
     return "hub:" + pinned(name)
 
 
@@ -141,7 +141,7 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
         )
     except Exception as error:
         raise cannot_load(name, "model", error) from None
-    # Tied weights, which stand in the files once, are not among the missing ones.
+    # Tied weights are in the files once, and do not count as missing.
     lost = sorted(found["missing_keys"])
     for key, have, want in sorted(found["mismatched_keys"]):
         lost.append(f"{key} (of shape {want}, not {have})")
@@ -157,7 +157,7 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
 
 
 def cannot_load(name: str, part: str, error: Exception) -> Stop:
-    """The message for a person. part: what of the model could not be loaded, as "tokenizer"."""
+    """The message for the user. part: the part that could not be loaded, such as "tokenizer"."""
     if "trust_remote_code" in str(error):
         return wants_code(name, part)
     return Stop(

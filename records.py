@@ -1,6 +1,6 @@
-"""The data contract: the shape of every record, and how files come into being.
+"""The data contract: the shape of every record, and how files are written.
 
-One JSON object per line, UTF-8. Unknown keys travel along untouched.
+One JSON object per line, UTF-8. Unknown keys are passed on unchanged.
 
     prompts.jsonl     {"id": "p000012",                  unique in the file
                        "prompt": [{"role", "content"}],  a conversation (the chat template is
@@ -144,7 +144,7 @@ def finite(value: float, where: str) -> float:
     if not math.isfinite(value):
         raise Stop(
             f"{where}: the value is {value}. "
-            "Nothing was written from it; mend its source and run again."
+            "Nothing was written from it; correct its source and run again."
         )
     return value
 
@@ -160,10 +160,10 @@ class Merged:
 
 
 def merge_by_id(paths: list, shape: dict) -> Merged:
-    """The rows of one file, or of several joined by id: their candidates stand in one row.
+    """The rows of one file, or of several joined by id, with all their candidates in one row.
 
-    Only ids and byte offsets are held in memory. The first file's keys win where files disagree;
-    prompts must not, in words or in token ids.
+    Only ids and byte offsets are held in memory. Where files disagree, the first file's keys win;
+    but prompts must agree, in words and in token ids.
     """
     totals = [count_rows(path, shape) for path in paths]
     if len(paths) == 1:
@@ -234,7 +234,7 @@ def answers_of(rows: list[dict], strip_reasoning: bool) -> list[Answer]:
 
 
 def drop_unscored(rows: list[dict], answers: list[Answer]) -> dict[str, dict]:
-    """Take what has no reward out of its row, in place. Returns the balances."""
+    """Remove candidates without a reward from their rows, in place. Returns the balances."""
     kept: dict[int, list[dict]] = {id(row): [] for row in rows}
     dropped: Counter = Counter()
     for answer in answers:
@@ -255,7 +255,7 @@ def drop_unscored(rows: list[dict], answers: list[Answer]) -> dict[str, dict]:
 
 
 def dump(row: dict) -> str:
-    """One line of JSONL. NaN and infinity are no JSON: they raise ValueError and do not spread."""
+    """One line of JSONL. NaN and infinity are not JSON: they raise ValueError and do not spread."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 

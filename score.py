@@ -6,34 +6,35 @@
     torchrun --nproc_per_node 8 score.py …             one GPU per rank; the same file comes out
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 score.py …
 
-Each candidate y of a prompt x gains "rewards", a number from each of them, and "reward", what pairs
-are made of:
+Each candidate y of a prompt x gains "rewards", one number from each of them, and "reward", by which
+pairs are made:
 
     reward(x, y) = sum_k weight_k * rewards_k(x, y) - missing_eos_penalty * cut_off(y)
 
-where cut_off(y) is 1 if the token limit ended the answer, else 0. A weight of 0 watches: the number
-is written down and decides nothing. With --ref_model, "ref_logprobs" holds log p_ref(y | x), the
-log-prob of the answer at temperature 1, from which the KL to that model is estimated. Rows keep
-their order and everything else that is in them.
+where cut_off(y) is 1 if the token limit ended the answer, else 0. A reward with weight 0 is only
+watched: it is recorded and decides nothing. With --ref_model, "ref_logprobs" holds
+log p_ref(y | x), the log-prob of the answer at temperature 1, from which the KL to that model is
+estimated. Rows keep their order and everything else that is in them.
 
 A language model that compares answers is a stage of its own, judge.py: it adds its reward to those
-in scored.jsonl. Where it alone decides and a reference is wanted, give --ref_model without any
-reward here. Rewards that the input has are kept then; where it has none, "rewards" is empty and
+in scored.jsonl. If only the judge decides and you want a reference, give --ref_model here without
+any reward. Then rewards that the input has are kept; if it has none, "rewards" is empty and
 "reward" is 0, less the penalty.
 
-What one has to get right, because each was wrong somewhere in the field:
+What has to be right, because each of these was wrong in some public project:
 
   - The reward model sees its own chat template, tokenised once (no second BOS), and the whole text
     that is trained on: an answer longer than the model can read is dropped and counted, never cut.
   - A score is the same alone and in a batch. Answers are packed, not padded, and the prompt that
     they share is computed once for all of them. At every start the first batch is checked.
   - Several candidate files (of two policies, say) are joined by id, never by position.
-  - NaN and infinity stop the run and name the place. What has no score is dropped under a name.
+  - NaN and infinity stop the run and name the place. A candidate without a score is dropped, and
+    counted by reason.
 
 Memory does not grow with the rows: every model is loaded once and stays, and the rows pass through
-all models part by part, so that a kill costs one part. Models that do not fit side by side take
-turns: score the first run's output again. The first run's rewards are kept beside the new ones, and
-"reward" is the sum over the last run's.
+all models part by part, so that a kill costs one part. Models that do not fit into memory together
+can run one after another: score the first run's output again. The first run's rewards are kept
+beside the new ones, and "reward" is the sum over the last run's.
 """
 
 import importlib.util
@@ -48,8 +49,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-# Batches differ in size, and the GPU's free memory would fall into pieces. torch reads this when it
-# is imported; the name in the inner brackets is its older one.
+# Batches differ in size, which would fragment the GPU's free memory. torch reads this when it is
+# imported; the name in the inner brackets is its older one.
 os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 )
@@ -80,7 +81,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # How far a score may move, absolutely and relatively, when its neighbours in the batch change.
 # Rounding alone moves it by 1e-6 in fp32, and by some hundredths in bf16, which has 8 bits per
-# number; a wrong mask moves it as far as two answers differ.
+# number; a wrong mask moves it by as much as two answers differ.
 TOLERANCE = {"bf16": (0.25, 0.01), "fp32": (1e-3, 1e-5)}
 
 
@@ -99,8 +100,8 @@ def arguments():
         **several,
         default=[],
         metavar="[NAME=]PATH",
-        help="sequence classifier with one label: folder or hub name[@revision]; called rm, and "
-        "several by the last parts of their names",
+        help="sequence classifier with one label: folder or hub name[@revision]; its reward is "
+        "called rm, or if there are several, each by the last part of its model's name",
     )
     add(
         "--reward_fn",
@@ -122,10 +123,10 @@ def arguments():
         "--reward_weights",
         **several,
         metavar="[NAME=]WEIGHT",
-        help="by name (gold=0), the others being 1; or one each, first models, then functions. "
-        "0 = watch only",
+        help="by name (gold=0; the others are 1), or one for each, models before functions. "
+        "0: only watched",
     )
-    add("--missing_eos_penalty", type=float, default=0.0, help="off a cut-off answer; default 0")
+    add("--missing_eos_penalty", type=float, default=0.0, help="subtracted if cut off; default 0")
     add("--strip_reasoning", action="store_true", help="show rewards only what follows </think>")
 
     # How the models run
@@ -140,7 +141,7 @@ def arguments():
         "--tokens_per_batch",
         type=int,
         help="in one forward pass; default 16384 to fill a GPU, 4096 to stay in a CPU's cache. "
-        "Halved where memory ends",
+        "Halved when memory runs out",
     )
     add("--dtype", choices=("auto", "bf16", "fp32"), help="default auto: bf16 on a GPU, else fp32")
     return p
@@ -158,7 +159,7 @@ class Asked(NamedTuple):
 
 
 def resolve(args) -> Asked:
-    """Refuse what contradicts itself, give names to what has none, and fill in defaults."""
+    """Refuse contradictions, give names to what has none, and fill in defaults."""
     asked = Asked(
         reward_models=name_models(args.reward_model, only="rm"),
         references=name_models(args.ref_model, only="ref"),
@@ -176,8 +177,8 @@ def resolve(args) -> Asked:
         if args.dtype in (None, "auto"):
             args.dtype = "bf16" if gpu else "fp32"
 
-    # Models and files are inputs of the stage, known by their content. What else of them decides
-    # the result is recorded here.
+    # Models and files are inputs of the stage, which hashes them. Their names and weights decide
+    # the result as well, and are recorded here.
     args.rewards = names
     args.reward_weights = weights(args.reward_weights or [], names)
     args.references = list(asked.references)
@@ -203,7 +204,7 @@ def check_effect(args, asked: Asked) -> None:
         if value is not None and not is_there:
             raise Stop(f"--{flag} has no effect without {needed}.")
         if isinstance(value, int) and value < 1:
-            raise Stop(f"--{flag} starts at 1.")
+            raise Stop(f"--{flag} must be at least 1.")
 
 
 def weights(given: list[str], names: list[str]) -> list[float]:
@@ -265,12 +266,12 @@ def function_name(spec: str) -> str:
 
 # ---- many sequences in one forward pass --------------------------------------------------------
 #
-# Whatever gives numbers, here and below, has a method score: it takes a list of answers and returns
-# for each a number, or in one word why there is none.
+# Everything below that gives numbers has a method `score`. It takes a list of answers, and returns
+# for each of them a number, or one word that says why there is none.
 
 
 class Sequence(NamedTuple):
-    """An answer behind its prompt, as one model reads it."""
+    """A prompt and an answer to it, as one model reads them."""
 
     row_id: str  # sequences of one row may have a beginning in common
     ids: tuple[int, ...]  # prompt and answer
@@ -281,9 +282,9 @@ class Sequence(NamedTuple):
 class Model:
     """A network that gives each sequence a number, many at once, each as if it were alone.
 
-    What that number is, RewardModel and Reference say in three methods each: `sequence`, what the
-    network reads of an answer; `alone`, the definition of the number; `read`, how to read it off
-    the states of many sequences that were packed into one forward pass.
+    RewardModel and Reference define that number in three methods: `sequence`, what the network
+    reads of an answer; `alone`, the definition of the number; `read`, how to compute it from the
+    states of many sequences that were packed into one forward pass.
     """
 
     path: str
@@ -344,7 +345,7 @@ class Model:
         self.warn(f"out of memory: {self.tokens_per_batch} tokens per batch from here on")
 
     def packing_errs(self, batch: list[Sequence], results: list[float]) -> bool:
-        """Whether the shortest sequence, computed again, has another number alone."""
+        """Whether the shortest sequence gets another number when it is computed alone."""
         lengths = [len(sequence.ids) for sequence in batch]
         shortest = lengths.index(min(lengths))
         alone, packed = self.alone(batch[shortest]), results[shortest]
@@ -392,7 +393,7 @@ class Model:
 
 
 def shared_length(group: list[tuple[int, ...]]) -> int:
-    """How many tokens all of them begin with, if each is to keep at least one of its own."""
+    """How many first tokens all of them share, where each keeps at least one of its own."""
     most = min(len(ids) for ids in group) - 1
     for place in range(most):
         tokens_there = {ids[place] for ids in group}
@@ -406,7 +407,7 @@ def shared_length(group: list[tuple[int, ...]]) -> int:
 
 @dataclass(kw_only=True)
 class RewardModel(Model):
-    """Its logit at the end of prompt and answer, in the form that it was trained to see."""
+    """Its logit at the end of prompt and answer, with the chat template it was trained with."""
 
     tokenizer: object  # its own
     template_kwargs: dict  # for its chat template
@@ -449,7 +450,7 @@ def load_reward_model(path: str, args, device) -> RewardModel:
     config = models.load_config(path)
     refuse_other_than_reward_models(path, config)
 
-    # Packing reads the reward off the last token's state by one product. BERT does more with it.
+    # With packing, the reward is one product with the last token's state. BERT's head does more.
     network_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), object)
     reads_last_state = issubclass(network_class, GenericForSequenceClassification)
     max_length = args.max_length or positions(config)
@@ -478,7 +479,7 @@ def load_reward_model(path: str, args, device) -> RewardModel:
 def refuse_other_than_reward_models(path: str, config) -> None:
     code_of_its_own = getattr(config, "auto_map", None) or {}
     if "AutoModelForSequenceClassification" in code_of_its_own:
-        # transformers' own class would take its weights, and be another function
+        # transformers' own class would load its weights, but compute something else
         raise models.wants_code(path, "reward head")
     if config.num_labels != 1:
         raise Stop(
@@ -582,7 +583,7 @@ def load_function(spec: str) -> RewardFunction:
     file, _, name = spec.rpartition(":")
     if not os.path.isfile(file):
         raise Stop(f"--reward_fn {spec}: no such file. It is written FILE.py:FUNCTION.")
-    sys.path.append(str(Path(file).resolve().parent))  # so that it may import what stands beside it
+    sys.path.append(str(Path(file).resolve().parent))  # so that it can import files beside it
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -623,7 +624,7 @@ def device_of_this_rank() -> torch.device:
 
 
 def score_part(rows: list[dict], scorers: list[Scorer], args) -> dict[str, dict]:
-    """Score the candidates of `rows`, in place; what has no score leaves its row. -> balances"""
+    """Score the candidates of `rows`, in place; those without a score are removed. -> balances"""
     answers = answers_of(rows, args.strip_reasoning)
     for scorer in scorers:
         left = [answer for answer in answers if not answer.dropped]
@@ -638,7 +639,7 @@ def score_part(rows: list[dict], scorers: list[Scorer], args) -> dict[str, dict]
 
     for answer in answers:
         if not answer.dropped:
-            answer.candidate.setdefault("rewards", {})  # beside a reference alone there are none
+            answer.candidate.setdefault("rewards", {})  # with only a reference there are none
             reward = weighted_sum(answer.candidate, args)
             answer.candidate["reward"] = finite(reward, f"{answer}, reward")
     return drop_unscored(rows, answers)
@@ -650,7 +651,7 @@ def weighted_sum(candidate: dict, args) -> float:
         weight_of = zip(args.rewards, args.reward_weights, strict=True)
         total = sum(weight * candidate["rewards"][name] for name, weight in weight_of)
     else:
-        total = candidate.get("reward", 0.0)  # a reference alone changes none
+        total = candidate.get("reward", 0.0)  # a reference alone changes no reward
     cut_off = candidate["finish_reason"] != "stop"
     return total - args.missing_eos_penalty * cut_off
 

@@ -42,7 +42,7 @@ ROWS_PER_PART = 64
 
 
 def hash_path(path) -> str:
-    """What a file, a folder or a model is known by: it changes exactly when the content does.
+    """The identity of a file, a folder or a model: it changes exactly when the content does.
 
     sha256 of a file; of a folder, that of its sorted lines "name sha256"; "hub:NAME@COMMIT" for a
     model on the hub. Raises Stop where there is no such thing.
@@ -60,7 +60,8 @@ def hash_path(path) -> str:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if path.suffix in (".jsonl", ".py") or name.startswith((".", "/")):
         raise Stop(f"{name}: no such file or folder.")
-    # here, as it imports transformers, which takes seconds, and make_pairs.py needs none
+    # imported here, because it imports transformers: make_pairs.py needs neither, and it takes
+    # seconds
     import models
 
     return models.identity(name)
@@ -117,7 +118,7 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse
 
 
 def _with_underscores(word: str) -> str:
-    """--learning-rate=a-b -> --learning_rate=a-b; what is no flag stays as it is."""
+    """--learning-rate=a-b -> --learning_rate=a-b; anything but a flag stays as it is."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word.removeprefix("--").partition("=")
@@ -130,7 +131,7 @@ def key_values(flag: str, pairs: list[str] | None) -> dict:
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise Stop(f"--{flag}: {pair!r} is no key=value pair.")
+            raise Stop(f"--{flag}: {pair!r} is not a key=value pair.")
         try:
             result[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -210,7 +211,7 @@ class Stage:
             write_whole(self.key_path, json.dumps(self.key, indent=1))
 
     def _set_old_output_aside(self) -> None:
-        """--overwrite: the old output goes only when the new one is whole."""
+        """--overwrite: the old output is removed only when the new one is whole."""
         if self.output.exists():
             old = self.beside(".old")
             remove(old)
@@ -230,7 +231,7 @@ class Stage:
         self._compare(meta["key"], self.output)
 
     def _something_is_done(self) -> bool:
-        """Whether an earlier run left more than its key, which alone binds nobody."""
+        """Whether an earlier run left more than its key; the key alone holds no work."""
         return self.key_path.exists() and len(list(self.parts.iterdir())) > 1
 
     def _read_key(self) -> None:
@@ -285,8 +286,8 @@ class Stage:
             if not part:
                 return
             mine = index % self.world == self.rank
-            # The part first, then the output: a part that rank 0 has joined and removed in
-            # between is then not taken for a missing one.
+            # Look for the part first, and then for the output. Rank 0 may join and remove the part
+            # in between; then the output exists, and the part is not missing.
             if mine and not self.part(index).exists() and not self.output.exists():
                 yield index, part
 
@@ -309,8 +310,8 @@ class Stage:
     def join(self, rows: int) -> None:
         """Rank 0: wait for the parts of all `rows` input rows, then make the output of them.
 
-        A rank that fails takes the others of its machine down through torchrun. Those of other
-        machines do not learn of it, so whoever starts them must end all when one fails
+        When a rank fails, torchrun ends the other ranks of its machine. Ranks on other machines do
+        not notice, so whatever starts them must end all when one fails
         (srun --kill-on-bad-exit=1).
         """
         if self.rank > 0:  # else a machine could be in the next stage while others are in this one
@@ -336,7 +337,7 @@ class Stage:
     # -- the end
 
     def write_meta(self, **extra) -> None:
-        """Rank 0 writes X.meta.json just before X gets its name: no output is without it."""
+        """Rank 0 writes X.meta.json just before X gets its name, so every output has one."""
         meta = {
             "argv": sys.argv,
             "arguments": self.arguments,
@@ -357,7 +358,7 @@ class Stage:
             print(line, flush=True)
 
     def clean(self) -> None:
-        """Remove what the output has made superfluous."""
+        """Remove what is not needed once the output exists."""
         remove(self.parts)
         remove(self.beside(".old"))
 
@@ -376,11 +377,11 @@ def add_counts(totals: dict[str, dict], counts: dict[str, dict]) -> None:
 
 
 def barrier() -> None:
-    """Wait for all ranks. Without a process group, one is made for this moment only."""
+    """Wait for all ranks. Without a process group, one is made for this call only."""
     _, world = ranks()
     if world == 1:
         return
-    import torch.distributed as dist  # here, as make_pairs.py needs no torch
+    import torch.distributed as dist  # imported here, because make_pairs.py needs no torch
 
     if dist.is_initialized():
         dist.barrier()
@@ -432,17 +433,17 @@ NOT_WRITABLE = (
 
 
 def die_with_parent() -> None:
-    """End this process when its parent is killed with -9, which nobody can announce. Linux only."""
+    """End this process when its parent is killed, even with -9. Linux only."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage's main(): what a person can mend ends in one line and a non-zero exit code."""
+    """Run a stage's main(): an error that a user can fix ends in a message and a non-zero exit."""
     # SIGTERM unwinds the stack, so that engines and child processes end, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # Ranks that outlive torchrun would write beside those of the next start.
+    # Ranks that outlive torchrun would write at the same time as those of the next start.
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     try:

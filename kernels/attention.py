@@ -3,8 +3,8 @@ computed once.
 
 DPO needs log p(chosen | prompt) and log p(rejected | prompt). Run as two padded sequences, the
 prompt is computed twice and every pad costs as much as a token. Here a microbatch of pairs is one
-row without padding, [P|C|R][P|C|R]..., each pair its prompt, chosen and rejected answer. What one
-pair's tokens may look at:
+row without padding, [P|C|R][P|C|R]...: for each pair its prompt, chosen and rejected answer. What
+one pair's tokens may look at:
 
                       keys
                  P P P  C C  R R R
@@ -17,16 +17,16 @@ pair's tokens may look at:
              R   x x x  . .  x x .       and its positions start at len(P), as if C were not there.
              R   x x x  . .  x x x
 
-So each answer is computed exactly as if it stood alone behind its prompt, and of all layers only
-attention has to know: the others work token by token. The mask is no new kind of mask either, but
-two causal ones, a segment each:
+So each answer is computed exactly as if it stood alone after its prompt. Only attention has to know
+about this: all other layers work token by token. And no new kind of mask is needed, but two causal
+ones, one per segment:
 
     segment 1    q = [P|C]    k = [P|C]     a causal square
     segment 2    q = [R]      k = [P|R]     the last len(R) rows of the causal square of [P|R]
 
 The segments' queries, one after another, are the row itself. Their keys and values are gathered
-from it (`kv_index`), the prompt's twice; the gather's backward pass adds the two gradients of a
-prompt's key, and that is all of sharing.
+from it (`kv_index`), the prompt's twice. The gather's backward pass adds the two gradients of each
+of the prompt's keys, and sharing needs nothing more.
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=ATTENTION)
     lengths = [(len(p), len(c), len(r)) for p, c, r in pairs]
@@ -34,10 +34,10 @@ prompt's key, and that is all of sharing.
     inputs = {"input_ids": row, "position_ids": position_ids, "layout": layout}
     hidden = model.model(**inputs, use_cache=False)[0]  # [1, T, D]
 
-transformers knows no argument `layout`. It rides through the models' **kwargs to the function
-registered below. A model that drops it on the way, a mask that is not plainly causal and padding
-are errors, never a silent approximation. With torch >= 2.11 on a GPU all segments are one call of
-the flash kernel; otherwise SDPA runs them one at a time.
+transformers has no argument `layout`. It passes through the models' **kwargs to the function
+registered below. It is an error, never a silent approximation, if a model drops it on the way, if a
+mask is not plainly causal, or if there is padding. With torch >= 2.11 on a GPU all segments are one
+call of the flash kernel; otherwise SDPA runs them one at a time.
 
 Prefix sharing for pairs: Wang and Hegde, "Accelerating Direct Preference Optimization with Prefix
 Sharing", arXiv:2410.20305. They build the mask with FlexAttention; two segments need no compiler
@@ -74,12 +74,12 @@ class Layout:
 
     cu_seqlens_q: torch.Tensor  # [S+1] int32
     cu_seqlens_k: torch.Tensor  # [S+1] int32
-    # [Tk] int64: the row's keys in the order of the segments; None: the order in which they stand
+    # [Tk] int64: the row's keys in the order of the segments; None: the order of the row
     kv_index: torch.Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
     tokens: int  # T
-    # The same lengths on the host, so that nobody waits for a GPU to learn them.
+    # The same lengths on the host, so that reading them does not wait for a GPU.
     q_lengths: list[int]
     k_lengths: list[int]
 
@@ -102,7 +102,7 @@ def prefix_layout(lengths: list[tuple[int, ...]], device="cpu") -> tuple[torch.T
             )
         end = start + p + sum(answers)
         prompt, *parts = torch.arange(start, end).split([p, *answers])
-        first_query = 0  # the prompt's tokens ask in the first answer's segment
+        first_query = 0  # the prompt's queries belong to the first answer's segment
         for part in parts:
             n = p + len(part)
             positions.append(torch.arange(first_query, n))
@@ -136,7 +136,7 @@ def _layout(positions, kv_index, q_lengths, k_lengths, device) -> tuple[torch.Te
 
 
 def _starts(lengths: list[int], device) -> torch.Tensor:
-    """Where each segment starts, and at last where all end: [S+1] int32, as varlen_attn wants."""
+    """Where each segment starts, and where the last one ends: [S+1] int32, as varlen_attn wants."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
@@ -159,7 +159,7 @@ def packed_attention(
         )
         return out.transpose(1, 2), None  # [B, T, H, D]
 
-    # tokens first, without the row
+    # tokens first, without the batch dimension
     q = query[0].transpose(0, 1)  # [T, H, D]
     k = key[0].transpose(0, 1)  # [T, Hkv, D]
     v = value[0].transpose(0, 1)  # [T, Hkv, D]
@@ -215,7 +215,7 @@ def _all_at_once(q, k, v, layout: Layout, scaling: float | None, gqa: bool) -> t
 
 def _one_at_a_time(q, k, v, layout: Layout, scaling: float | None, gqa: bool) -> torch.Tensor:
     """As _all_at_once, with one call of SDPA for each segment."""
-    # split() and no slices: backward of n slices of a row writes n rows of zeros, of split() one.
+    # split(), not slices: the backward of n slices writes n rows of zeros, that of split() one.
     queries = q.split(layout.q_lengths)
     keys = k.split(layout.k_lengths)
     values = v.split(layout.k_lengths)
@@ -242,10 +242,9 @@ def _one_at_a_time(q, k, v, layout: Layout, scaling: float | None, gqa: bool) ->
 def packed_mask(attention_mask=None, allow_is_causal_skip=True, **kwargs):
     """What transformers calls once per forward pass to make the mask.
 
-    We need none, but here one sees what kind of row it is. None for ordinary rows. Where something
-    asks for more than causality, which is what transformers does on seeing position_ids that
-    restart, an empty tensor: it reaches every layer, so one that is not given the layout is
-    noticed.
+    We need no mask, but this call shows what kind of row it is. Ordinary rows get None. Where more
+    than causality is asked for, which transformers does when position_ids restart, the row gets an
+    empty tensor. It reaches every layer, so a layer that is not given the layout is noticed.
     """
     if attention_mask is not None:
         raise ValueError(
@@ -258,9 +257,9 @@ def packed_mask(attention_mask=None, allow_is_causal_skip=True, **kwargs):
 
 
 def _check(module, query, key, attention_mask, dropout, layout, kwargs) -> None:
-    """Raise rather than compute something else than the model means.
+    """Raise, rather than compute something other than the model does.
 
-    This is the net below packing_refusal().
+    This catches what packing_refusal() lets through.
     """
     longest = query.shape[2] if layout is None else layout.max_seqlen_k
     fault = _fault_of_row(query, key, attention_mask, layout)
@@ -342,8 +341,8 @@ def attention_implementation(config) -> str:
     return "sdpa"
 
 
-# These do not hand the layout to their attention, or bring a mask of their own, and say so nowhere.
-# As of transformers 5.19.
+# These do not hand the layout to their attention, or bring a mask of their own, and no attribute of
+# theirs shows it. As of transformers 5.19.
 WITHOUT_LAYOUT = {"doge", "moshi", "nemotron"}
 if Version(transformers.__version__) < Version("5.18"):
     WITHOUT_LAYOUT.add("opt")  # it makes a mask of ones where it is given none
@@ -353,7 +352,8 @@ def packing_refusal(config, max_length: int) -> str | None:
     """None where packing is exact for sequences of up to max_length tokens, or why it is not.
 
     A sequence is a prompt and an answer. Each rule names models that it refuses, as of transformers
-    5.19. A model that no rule knows, and should, stops in _check at its first forward pass.
+    5.19. A model that a rule should refuse, but none does, stops in _check at its first forward
+    pass.
     """
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model is None or config.is_encoder_decoder or config.get_text_config() is not config:

@@ -1,13 +1,13 @@
-"""Which of its two paths the code takes: that of a GPU, or that of a CPU.
+"""Which of two paths the code takes: that of a GPU, or that of a CPU.
 
-Both compute the same numbers and allocate different memory. A dry run wants to count what a GPU
-would allocate on a machine that has none, so it asks for the GPU's path:
+Both compute the same numbers, but allocate different memory. A dry run counts what a GPU would
+allocate, on a machine that has none, so it asks for the GPU's path:
 
     with FakeTensorMode(), counted_as_gpu():
         loss = model(batch)     # tensors have shapes and no content
         loss.backward()
 
-Whoever chooses between the two paths asks `device_kind(tensor)`, and not the tensor itself.
+Code that chooses between the two paths asks `device_kind(tensor)`, and not the tensor itself.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _counting = False
 def counted_as_gpu() -> Iterator[None]:
     """Within it tensors take a GPU's path: chunk, stash, row kernel, products, attention.
 
-    For tensors without content only: the row kernel is not run, and what it would allocate is
+    Only for tensors without content: the row kernel is not run, but what it would allocate is
     allocated.
     """
     global _counting

@@ -6,7 +6,7 @@ soft-cap:
     hidden = backbone(model)(input_ids)[0]                               # [1, T, D]
     logprobs = linear_logprob(hidden[0], targets=targets, **lm_head(model))  # [T]
 
-A head that these four do not express is refused, with its name.
+A head that these four do not express is refused by name.
 """
 
 import re
@@ -57,9 +57,9 @@ def backbone(model) -> torch.nn.Module:
 def lm_head(model) -> dict:
     """weight, bias, scale and softcap of a model for linear_logprob, or ValueError.
 
-    They belong to the output of `backbone(model)`, and are read from the model and its config. That
-    nothing else happens to the logits is for the caller to check: on a short sequence, against
-    logprob_from_logits of the model's own.
+    They belong to the output of `backbone(model)`, and are read from the model and its config. The
+    caller has to check that nothing else happens to the logits: on a short sequence, against
+    logprob_from_logits of the model's own logits.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
@@ -122,7 +122,7 @@ def _scale_function(model_type: str):
 
 
 def _fields_that_change_logits(config) -> dict:
-    """The config's fields by whose names the logits may be changed; None and 1 change nothing."""
+    """The config's fields that may change the logits, by their names; None and 1 change nothing."""
     fields = {}
     for field, value in vars(config).items():
         by_name = CHANGES_LOGITS.search(field) and not OF_OTHER_LOGITS.search(field)

@@ -46,8 +46,8 @@ except ImportError:  # a machine without a GPU needs none: rows_torch below is t
 # per byte. CPU: where its GEMMs reach full speed.
 CHUNK = {"cuda": 2048, "cpu": 256}
 # Bytes of Q that are kept; rows beyond cost 4/3 the work. GPU: 16k tokens of Qwen's 151936 words in
-# bf16 are 4.6 GiB, a fifth of what autograd would hold. CPU: its memory is everybody's, and its
-# batches are small.
+# bf16 are 4.6 GiB, a fifth of what autograd would hold. CPU: other programs need its memory, and
+# its batches are small.
 STASH_BYTES = {"cuda": 8 << 30, "cpu": 4 << 30}
 # 8 elements per thread: 32 registers on Hopper, so that a multiprocessor is full of threads with
 # loads in flight, and no spills.
@@ -256,8 +256,8 @@ def rows_torch(x, bias, target, q, scale, cap):
 def matrix(rows: int, V: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised [rows, V] on the device of `like`.
 
-    Each row starts at a multiple of 64 elements, so that no V costs a GEMM or the row kernel its
-    pace.
+    Each row starts at a multiple of 64 elements, so that GEMMs and the row kernel run at full speed
+    for any V.
     """
     padded = (V + 63) // 64 * 64
     wide = torch.empty(rows, padded, dtype=dtype, device=like.device)
@@ -278,7 +278,7 @@ def logits_(h: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, on a GPU in fp32: a factor per row is still to come, so a rounding is saved."""
+    """a @ b, on a GPU in fp32: a factor per row follows, so this saves one rounding."""
     if device_kind(a) == "cuda" and a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
@@ -523,7 +523,7 @@ def linear_logprob(
     """log softmax(softcap(scale (hidden weight^T + bias))) at the targets, [T] in fp32.
 
     In fp64 for fp64 inputs; mixed dtypes are promoted. A target of -100 is ignored (0, and no
-    gradient); any other outside 0..V-1 gives NaN, as a GPU cannot raise without being waited for.
+    gradient); any other outside 0..V-1 gives NaN, because raising would mean waiting for the GPU.
     stash_bytes: memory for Q, kept from forward to backward; None: STASH_BYTES of the device.
     """
     check_inputs(hidden, weight, targets)
@@ -550,7 +550,7 @@ def linear_logprob(
 
 
 def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
-    """Raise ValueError where they are no inputs of linear_logprob."""
+    """Raise ValueError if these cannot be inputs of linear_logprob."""
     fit_together = (
         hidden.ndim == 2
         and weight.ndim == 2

@@ -593,14 +593,14 @@ def test_the_bench_of_kills(tmp_path):
             ["--num_samples", "1", "--temperature", "0", "--top_k", "5"],
             "no effect at --temperature 0",
         ),
-        (["--num_samples", "0"], "num_samples starts at 1"),
-        (["--max_prompt_length", "0"], "max_prompt_length starts at 1"),
+        (["--num_samples", "0"], "num_samples must be at least 1"),
+        (["--max_prompt_length", "0"], "max_prompt_length must be at least 1"),
         (
             ["--max_new_tokens", "256"],
             "longer than 0 tokens, .*lower --max_new_tokens: the context is 256",
         ),
         (["--batch_size", "4"], "samples of a prompt run together"),
-        (["--chat_template_kwargs", "x"], "no key=value"),
+        (["--chat_template_kwargs", "x"], "not a key=value"),
         (["--max_prompt_length", "3"], "all 3 prompts are longer than 3 tokens"),
     ],
 )

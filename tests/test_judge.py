@@ -287,7 +287,7 @@ def test_flags_that_are_missing_or_contradict(judge, tmp_path):
     with pytest.raises(records.Stop, match="holds credentials"):
         judge(data, "http://me:secret@host/v1")
     for flag in ("max_tokens", "concurrency", "requests_per_minute", "max_requests"):
-        with pytest.raises(records.Stop, match=f"--judge_{flag} starts at 1"):
+        with pytest.raises(records.Stop, match=f"--judge_{flag} must be at least 1"):
             judge(data, "http://host/v1", f"--judge_{flag}", 0)
     assert not (tmp_path / "s.jsonl").exists()
 

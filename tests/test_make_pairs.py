@@ -272,7 +272,7 @@ def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path, stage):
     )
     assert (
         done.returncode == 1
-        and "not one pair came of 3 prompts" in done.stderr
+        and "no pair could be made from 3 prompts" in done.stderr
         and "3  tie" in done.stderr
     )
     assert not (tmp_path / "p.jsonl").exists()

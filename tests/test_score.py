@@ -785,10 +785,10 @@ def test_models_that_are_no_reward_models(tmp_path, run, folder):
             ["--reward_fn", "f.py:length", "--chat_template_kwargs", "a=1"],
             "--chat_template_kwargs has no effect",
         ),
-        (["--reward_model", "rm", "--tokens_per_batch", "0"], "--tokens_per_batch starts at 1"),
+        (["--reward_model", "rm", "--tokens_per_batch", "0"], "_per_batch must be at least 1"),
         (["--reward_fn", "f.py:length", "f.py:length"], "both called length"),
         (["--reward_fn", "f.py:length", "--reward_fn", "f.py:length"], "both called length"),
-        (["--reward_model", "rm", "--chat_template_kwargs", "strict"], "is no key=value"),
+        (["--reward_model", "rm", "--chat_template_kwargs", "strict"], "is not a key=value"),
         (["--reward_model", "length=rm", "--reward_fn", "f.py:length"], "share a name"),
         (
             ["--reward_fn", "f.py:length", "--reward_weights", "1", "2"],

@@ -57,7 +57,7 @@ def test_pitfalls_20_a_model_without_position_ids_is_not_sampled_in_padded_batch
 def test_a_model_that_looks_both_ways_is_refused(rows):
     row = rows["xlnet"]
     assert row.outcome == "refused"
-    assert "depend on those behind it" in row.why
+    assert "depend on those after it" in row.why
 
 
 def test_what_is_wrong_in_a_model_becomes_a_row_and_not_the_end():
@@ -139,7 +139,7 @@ def small(name: str, **fields):
 def test_causality_is_looked_at_and_not_read_from_a_name():
     pair = {"prompt": np.arange(10, 16), "chosen": np.arange(20, 26), "rejected": np.arange(3)}
     checks.check_causal(small("xlm", causal=True), pair, "fp32", "here")
-    with pytest.raises(Stop, match="here: .* behind it"):
+    with pytest.raises(Stop, match="here: .* after it"):
         checks.check_causal(small("xlm", causal=False), pair, "fp32", "here")
 
 

@@ -1,3 +1,3 @@
 """What dpo_train.py needs around its loop: batches, sharding, the checks before the first update,
-what a step costs.
+and what a step costs.
 """

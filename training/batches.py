@@ -33,7 +33,7 @@ def lengths_of(pair: dict) -> tuple[int, int, int]:
 
 
 def cost(pair: dict, packing: str) -> int:
-    """Tokens that a pair adds to a forward pass; padded: where no pair beside it is longer."""
+    """Tokens that a pair adds to a forward pass; padded: if no pair in the same batch is longer."""
     p, c, r = lengths_of(pair)
     if packing == "prefix":
         return p + c + r
@@ -58,8 +58,8 @@ def microbatches(
     """Cut the pairs of a step into microbatches of at most `budget` tokens.
 
     costs: pair -> its tokens in a forward pass (`cost`); any number may name a pair.
-    Returns [rank][microbatch] -> pairs. A microbatch may be empty: FSDP's collectives need as many
-    forward passes on one rank as on another. A pair above the budget goes alone.
+    Returns [rank][microbatch] -> pairs. A microbatch may be empty: FSDP's collectives need the same
+    number of forward passes on every rank. A pair above the budget gets a microbatch of its own.
     """
     longest_first = sorted(costs, key=lambda pair: -costs[pair])
     if packing == "padded":
@@ -72,7 +72,7 @@ def microbatches(
 
 
 def bins_of_like_length(order: list[int], costs: dict[int, int], budget: int) -> list[list[int]]:
-    """Runs of the pairs in `order`, longest first. Each costs as much as the longest beside it."""
+    """Cut `order`, longest first, into bins. Each pair costs as much as the longest in its bin."""
     bins: list[list[int]] = []
     for pair in order:
         fits = bool(bins) and (len(bins[-1]) + 1) * costs[bins[-1][0]] <= budget
@@ -103,14 +103,14 @@ def bins_of_like_weight(
     return bins
 
 
-# ---- how they lie in it ------------------------------------------------------------------------
+# ---- the tensors of a microbatch ---------------------------------------------------------------
 
 
 def collate(pairs: list[dict], packing: str, device="cpu") -> dict:
     """The tensors of one forward pass. With n pairs of Tc answer tokens in all:
 
     inputs     keyword arguments of the base model, laid out as above
-    positions  [Tc] int64: where, in the flattened input, the hidden state stands that predicts each
+    positions  [Tc] int64: the place, in the flattened input, of the hidden state that predicts each
                answer token. That is one before it; for the first token of either answer it is the
                last token of the prompt
     targets    [Tc] int64, those tokens: chosen 0, rejected 0, chosen 1, …
@@ -185,15 +185,15 @@ def padded_rows(pairs: list[dict]) -> tuple[dict, list[np.ndarray]]:
     return inputs, positions
 
 
-# ---- on their way to the device ----------------------------------------------------------------
+# ---- to the device -----------------------------------------------------------------------------
 
 
 def to_device(x, device: torch.device):
     """x with all its tensors on `device`. x: a tensor, a Layout, a dict of them, or anything else.
 
-    To a GPU through pinned memory: such a copy waits in the GPU's queue, and the program goes on.
-    From ordinary memory, the program would wait until the GPU has done all that it was given
-    before.
+    Copies to a GPU start from pinned memory: such a copy is queued on the GPU, and the program
+    continues. With ordinary memory, the program would wait until the GPU has finished all earlier
+    work.
     """
     if isinstance(x, dict):
         return {name: to_device(value, device) for name, value in x.items()}
@@ -219,7 +219,7 @@ def feed(pairs: list[dict], groups: Iterable[list[int]], packing: str, device) -
     weights  [n] fp32: 1, or 0 for a stand-in. An empty group is pair 0 with weight 0, for a rank
              that has no pairs left and takes part in the collectives only
 
-    One group ahead: the next batch is built and on its way while a GPU still works on this one.
+    It works one group ahead: the next batch is built and copied while a GPU works on this one.
     """
     device = torch.device(device)
     ready = None

@@ -1,7 +1,7 @@
 """What must hold before the first update. A check that fails stops the run: it would train wrongly.
 
     check_repeat        two forward passes of the same pair agree: nothing random is left on
-    check_causal        no log-prob depends on the tokens behind it
+    check_causal        no log-prob depends on the tokens after it
     check_model         our log-probs of a short pair are those of transformers' own logits
     audit               the generator's log-probs of its answers are those of this trainer
     check_first_loss    while the policy is its own reference, the loss is that of equal log-probs
@@ -34,10 +34,10 @@ def check_repeat(first, second, pair: dict, device_type: str, fields: dict, wher
     """first, second: [2], log-probs of a pair by the same model, one forward pass after the other.
 
     On a CPU they are equal, bit for bit: the same sums in the same order. On a GPU, too, unless a
-    kernel adds with atomics, which come in any order (a mixture of experts may add its experts'
-    outputs so). That is rounding, and its mean over an answer far below what dropout does.
+    kernel adds with atomics, whose order varies (a mixture of experts may add its experts' outputs
+    this way). That is only rounding: its mean over an answer is far below what dropout changes.
 
-    fields: of network.random_fields, to name the suspects.
+    fields: from network.random_fields, to name the suspects.
     """
     tolerance = 0.0 if device_type == "cpu" else 1e-3  # nats per token
     gap = gap_per_token(first, second, pair)
@@ -76,7 +76,7 @@ def row_of(prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def check_causal(model, pair: dict, dtype: str, where: str) -> None:
-    """No logit depends on what is written behind it. model: transformers' own.
+    """No logit depends on the tokens after it. model: transformers' own.
 
     BERT, XLM or XLNet look both ways unless their config says otherwise: the policy would see the
     answer it predicts.
@@ -90,7 +90,7 @@ def check_causal(model, pair: dict, dtype: str, where: str) -> None:
     tolerance = 1e-4 if dtype == "fp32" else 0.1
     if not gap <= tolerance:
         raise Stop(
-            f"{where}: the log-probs of a token depend on those behind it, by {gap:.2g} nats on "
+            f"{where}: the log-probs of a token depend on those after it, by {gap:.2g} nats on "
             "average: it is no causal language model as its config.json has it (is_decoder, "
             "causal, attn_type), and cannot be trained."
         )
@@ -103,7 +103,7 @@ def check_model(logprobs: torch.Tensor, model, pair: dict, dtype: str, where: st
     weights.
     """
     gap = gap_per_token(logprobs, own_logprobs(model, pair), pair)
-    # fp32: the order of sums. bf16: 8 bits per number, and only a few tokens to average over.
+    # fp32: only the order of sums differs. bf16: 8 bits per number, and few tokens to average over.
     tolerance = 1e-4 if dtype == "fp32" else 0.25
     if not gap <= tolerance:
         raise Stop(
@@ -129,9 +129,9 @@ def audit(
     """Compare the generator's log-prob of each answer that this very policy wrote with ours.
 
     logprobs: [n, 2] of the policy as loaded. An answer's gap is |difference| / sqrt(its tokens):
-    rounding errors add up like a random walk, so they make the same gap at any length; that of a
-    mistake grows with the length. In bf16, 0.03 was seen in 24 layers of random weights, 0.3
-    between two iterations' policies (docs/math.md).
+    rounding errors add up like a random walk, so they make the same gap at any length, while the
+    gap of a mistake grows with the length. In bf16, 0.03 was seen in 24 layers of random weights,
+    and 0.3 between two iterations' policies (docs/math.md).
 
     Returns figures for the metadata; raises Stop where the mean gap is past the tolerance.
     """

@@ -1,11 +1,11 @@
-"""FSDP2 for a Hugging Face model: what there is to know about sharding, and nothing of DPO.
+"""FSDP2 for a Hugging Face model: everything about sharding, and nothing about DPO.
 
-    start, leave              join torchrun's ranks, and part
-    shard                     a layer is whole only while it works; else each rank holds a share
-    reshard                   let go of whole weights: before anyone changes, saves or lists shares
+    start, leave              join torchrun's ranks, and leave them
+    shard                     a layer is whole only while it computes; else each rank has a shard
+    reshard                   drop the gathered weights before shards are changed, saved or listed
     load_weights              whole weights, which rank 0 has read, become everyone's shards
-    save_checkpoint           shards of weights and Adam states
-    load_checkpoint           and back; another number of ranks may resume from them
+    save_checkpoint           save shards of weights and Adam states
+    load_checkpoint           load them; another number of ranks may resume from them
     gather_weights, export    whole weights again, on rank 0, and a Hugging Face folder
 
 `policy` is the module that becomes the root, and `policy.model` the Hugging Face model in it.
@@ -50,7 +50,7 @@ TIMEOUT = timedelta(hours=2)
 
 
 def start() -> torch.device:
-    """Join torchrun's ranks, or make a group of one: no other code knows that case."""
+    """Join torchrun's ranks, or make a group of one, so that no other code treats that case."""
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
@@ -66,11 +66,11 @@ def start() -> torch.device:
 
 
 def leave() -> None:
-    """Part from the other ranks."""
+    """Leave the other ranks."""
     barrier()
-    # A thread of gloo may still hold a tensor of the last collective. If it lets go when the
-    # interpreter has ended, the process aborts (pytorch/pytorch#179291). Asleep, the interpreter
-    # lets it.
+    # A thread of gloo may still hold a tensor of the last collective. If it releases the tensor
+    # after the interpreter has ended, the process aborts (pytorch/pytorch#179291). This sleep gives
+    # it the time to do so before.
     time.sleep(0.1)
     dist.destroy_process_group()
 
@@ -108,7 +108,7 @@ def shard(policy, dtype, size: int | None, offload: bool, device_type: str, worl
 
 
 def mesh_of(device_type: str, world: int, size: int | None) -> DeviceMesh:
-    """All ranks in a row, or copies of the weights x the `size` neighbours that share one."""
+    """A mesh of all ranks, or of copies of the weights x the `size` neighbours that share one."""
     if size is None:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shards",))
     grid = torch.arange(world).view(-1, size)  # [copies, size]
@@ -135,9 +135,8 @@ def room_to_stay_gathered(policy, dtype: torch.dtype, offload: bool) -> int:
 def stays_gathered(policy, dtype, ranks_per_copy: int, offload: bool, device_type: str) -> bool:
     """Whether the weights stay gathered between microbatches, and are gathered once per step.
 
-    FSDP2 casts and copies every weight for each forward and each backward, also where one rank
-    holds all of them and there is nothing to gather. That is time lost where the memory is not
-    needed.
+    FSDP2 casts and copies every weight for each forward and each backward, even if one rank holds
+    all of them and there is nothing to gather. That wastes time if there is memory to keep them.
     """
     if device_type != "cuda" or ranks_per_copy > 1:
         return False
@@ -146,10 +145,10 @@ def stays_gathered(policy, dtype, ranks_per_copy: int, offload: bool, device_typ
 
 
 def reshard(policy) -> None:
-    """Let go of all gathered weights: policy.parameters() are the shards again.
+    """Drop all gathered weights, so that policy.parameters() are the shards again.
 
-    The next forward gathers anew. After a forward without a backward the root is still whole, and
-    with stays_gathered everything is.
+    The next forward gathers them again. After a forward without a backward the root is still whole,
+    and with stays_gathered everything is.
     """
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -170,7 +169,7 @@ def load_weights(policy, source, device, offload: bool) -> None:
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
 
-    # Rotary frequencies and their like are in no state dict.
+    # Rotary frequencies and similar buffers are in no state dict.
     for name, buffer in model.named_buffers():
         if source:
             value = source.get_buffer(name).to(device, buffer.dtype)
@@ -182,7 +181,7 @@ def load_weights(policy, source, device, offload: bool) -> None:
 
 
 def check_tie(model) -> None:
-    """Stop where a weight that stands in two places would come apart."""
+    """Stop if a weight that is used in two places would become two weights."""
     name = type(model).__name__
     if getattr(model.config, "tie_word_embeddings", False):  # Inkling's config has no such field
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -246,7 +245,7 @@ def load_checkpoint(parts: Path, policy, optimizer) -> int:
     """
     for group in optimizer.param_groups:
         assert all(isinstance(p, DTensor) for p in group["params"]), "the optimizer has no shards"
-    # One rank looks: file systems need not show all of them the same.
+    # One rank looks: a shared file system may not show all ranks the same.
     found = [checkpoints(parts)]
     dist.broadcast_object_list(found)
     if not found[0]:
@@ -268,12 +267,12 @@ def gather_weights(policy) -> dict[str, torch.Tensor]:
 
 
 def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
-    """Write `weights` in `dtype` (None: as `model` came) as a folder like `model`.
+    """Write `weights` in `dtype` (None: that of `model`) as a folder like `model`.
 
     Returns the share of the weights that changed.
     """
-    # Loaded again, because it knows how it wants to be saved. It computes nothing, so any attention
-    # will do.
+    # The model is loaded again, because it knows how to save itself. It computes nothing, so any
+    # attention will do.
     result = models.load_model(AutoModelForCausalLM, model, dtype or "auto", "eager")
     total, changed = 0, 0
     for name, before in result.named_parameters():  # a tied weight once

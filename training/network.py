@@ -1,7 +1,7 @@
-"""The network that is trained: how it takes its batches, and what of it must be switched off.
+"""The network that is trained: how its batches are laid out, and what must be switched off in it.
 
-Policy and reference must be the same function, and the one that generated. So nothing random may be
-left on: dropout of values, of layers (OPT), of paths, or noise in a router (PhiMoE, Mixtral).
+Policy, reference and generator must be the same function. So nothing random may be left on: dropout
+of values, of layers (OPT), of paths, or noise in a router (PhiMoE, Mixtral).
 """
 
 import re
@@ -57,7 +57,8 @@ def build_model(config, dtype, packing: str, gradient_checkpointing: bool, name:
 
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # A layer is recomputed only in training mode: the layer alone, and not what is in it.
+        # A layer is recomputed only if it is in training mode. That is set for the layer alone, and
+        # not for the modules in it.
         for layer in layers_of(model):
             layer.training = True
     return model
@@ -67,9 +68,9 @@ def build_model(config, dtype, packing: str, gradient_checkpointing: bool, name:
 
 
 def random_fields(config) -> dict[str, float]:
-    """The fields of a transformers config that make training random, its sub-configs' included.
+    """The fields of a transformers config that make training random, those of sub-configs included.
 
-    All whose name speaks of dropping, jitter or noise, and whose value is a number above zero:
+    These are all whose name contains drop, jitter or noise, and whose value is a number above zero:
     {"router_jitter_noise": 0.01, "ffn_config.moe_jitter_eps": 0.1}.
     """
     found = {}
@@ -83,12 +84,12 @@ def random_fields(config) -> dict[str, float]:
 
 
 def is_positive_number(value) -> bool:
-    """True is none: drop_last_layer=True, say, is part of a model's shape."""
+    """True does not count: drop_last_layer=True, for example, is part of a model's shape."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def switch_off_dropout(config) -> None:
-    """Set to zero, in place, whatever random_fields finds that drops something.
+    """Set every dropout field that random_fields finds to zero, in place.
 
     The policy runs in evaluation mode, which switches off all of them. But a layer that is to be
     recomputed (--gradient_checkpointing) is itself in training mode, and recurrent models are, too.

@@ -7,8 +7,8 @@ A pair is a dict:
     "logprobs"                        what the generator computed for (chosen, rejected), or None
     "models"                          hashes of the policies that wrote (chosen, rejected), or None
 
-The generator's token ids are taken as they are. A row without any is anyone's preference data: it
-is rendered once, with the chat template of the model that is trained (chat.py).
+The generator's token ids are taken as they are. A row without any may come from any preference data
+set: it is rendered once, with the chat template of the model that is trained (chat.py).
 """
 
 from collections import Counter
@@ -50,7 +50,7 @@ def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
 
 
 class Reader:
-    """Makes pairs of rows, and counts on the way."""
+    """Turns rows into pairs, and counts what it drops."""
 
     def __init__(self, args, tokenizer, config):
         self.model = args.model
@@ -122,7 +122,7 @@ class Reader:
             )
         if self.endless:
             say(
-                f"note: in {self.endless:,} of them the chat template writes no stop id behind an "
+                f"note: in {self.endless:,} of them the chat template writes no stop id after an "
                 "answer, so training does not teach where to end "
                 f"(stop ids: {self.stop_ids})"
             )

@@ -42,9 +42,9 @@ def peak_memory(device) -> dict[str, int]:
 
 
 def matmul_weights(layers, config) -> float:
-    """N: the weights of `layers` that a token is multiplied with.
+    """N: the weights of `layers` that each token is multiplied with.
 
-    Experts are stacked, [E, …], and a token sees num_experts_per_tok of them.
+    Experts are stacked, [E, …], and each token sees num_experts_per_tok of them.
     """
     experts_per_token = getattr(config.get_text_config(), "num_experts_per_tok", None)
     total = 0.0
@@ -75,8 +75,8 @@ def attention_width(config) -> int:
 def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float | None:
     """Useful flops of forward and backward over pairs of (p, c, r) tokens. weights: N.
 
-    None where the config does not tell the sizes that this needs: recurrent models, and some with
-    words of their own.
+    None if the config does not tell the sizes that this needs: recurrent models, and some that name
+    them differently.
     """
     text_config = config.get_text_config()
     try:
