@@ -3,11 +3,11 @@
     python -m bench.attention        # a GPU in bf16 (varlen_attn), else this CPU in fp32 (SDPA)
     python -m bench.attention --device cuda --dtype fp32   # the fallback of fp32 on a GPU (SDPA)
 
-First the error of output and gradients against plain softmax(Q K^T) V in fp64 with the dense mask,
-on the same rounded numbers: this is where a causal mask aligned to the wrong corner or a wrong
-group of heads would show. Then milliseconds of forward + backward of one layer's attention for the
-same pairs, three ways: [P|C] and [P|R] padded to the longest (right padding needs no mask under
-causality: this flatters padding), packed without sharing, and packed with the prompt shared.
+First it prints the error of output and gradients against plain softmax(Q K^T) V in fp64 with the
+dense mask, on the same rounded numbers: a causal mask aligned to the wrong corner or a wrong group
+of heads would show here. Then it prints milliseconds of forward + backward of one layer's attention
+for the same pairs, three ways: [P|C] and [P|R] padded to the longest (right padding needs no mask
+under causality: this favours padding), packed without sharing, and packed with the prompt shared.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def compare(lengths, shape, device, dtype) -> dict[str, float]:
     upstream = torch.randn_like(out)
     got = [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)]
 
-    # Token i may look at token j if both are of one pair, j is not behind i, and not (i in R and j
+    # Token i may look at token j if both are of one pair, j is not after i, and not (i in R and j
     # in C).
     part = torch.cat([torch.tensor([0] * p + [1] * c + [2] * r) for p, c, r in lengths])  # [T]
     pair = torch.repeat_interleave(
@@ -78,7 +78,7 @@ def run_packed(layout, q, k, v):
 
 
 def milliseconds(run, device, repeats=3) -> float:
-    """The fastest of a few: on a machine that does other work the mean measures the others."""
+    """The fastest of a few: on a machine with other work, the mean would measure that work."""
     best = float("inf")
     for _ in range(repeats + 1):  # the first is the warm-up and never the fastest
         if device.type == "cuda":

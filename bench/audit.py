@@ -1,5 +1,5 @@
-"""How far generator and trainer are apart when nothing is wrong, and when something is: where the
-audit's line belongs.
+"""How far generator and trainer are apart when nothing is wrong, and when something is: this shows
+where the audit's tolerance belongs.
 
     python -m bench.audit --max_new_tokens 4 16 64 256 --num_samples 8 \\
         --save bench/results/audit_random.txt
@@ -8,15 +8,15 @@ audit's line belongs.
 
 dpo_train.py stops when the log-prob that the generator stored with each answer and its own are too
 far apart. Both add n numbers, one per token, that were rounded differently. If such errors were
-independent, their sum D would grow like the root of n; a mistake's (another template, other
+independent, their sum D would grow like the root of n; that of a mistake (another template, other
 weights) grows mostly like n. So two measures of an answer are shown, |D| / n and |D| / sqrt(n),
 over answers cut at several lengths.
 
-Without --model, it is a network of 24 layers with random weights: rounding errors are of such
-depth, not of training. For each backend and dtype: generate.py answers, and the trainer's own
-functions compute the log-probs again, as they are and with mistakes made on purpose: the first
-token of the prompt doubled (a second BOS), its last one left out (a template cut short), and with
---stale the weights of another policy, such as one iteration later.
+Without --model, the network has 24 layers of random weights: rounding errors come from the depth,
+not from training. For each backend and dtype, generate.py answers, and the trainer's own functions
+compute the log-probs again, without a mistake and with mistakes made on purpose: the first token of
+the prompt doubled (a second BOS), its last one left out (a template cut short), and with --stale
+the weights of another policy, such as one iteration later.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def build_random(folder: Path) -> None:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    model.lm_head.weight.data *= 3  # else all tokens are about as likely, and no error matters
+    model.lm_head.weight.data *= 3  # else all tokens are about equally likely, and no error shows
     model.save_pretrained(folder / "model")
     letters = Tokenizer(models.BPE())
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,12 +1,12 @@
-"""What the machine can do at most, and the log-prob kernel's three matrix products, each by itself.
+"""The machine's peak rates, and the log-prob kernel's three matrix products, each by itself.
 
     python -m bench.gemms               a GPU in bf16, four models' heads
     python -m bench.gemms --shapes 256x64x1009 --square 256 --copy_gib 0.01            a CPU
 
-The ceilings: a square product of random numbers (zeros run faster), and a copy that reads and
-writes each byte once. The products are called as kernels/logprob.py calls them: logits a chunk at a
-time with an fp32 result, dH and dW over all rows. Beside each stands the name of the kernel that
-took most of its time. Times are medians.
+The peaks: a square product of random numbers (zeros run faster), and a copy that reads and writes
+each byte once. The products are called as kernels/logprob.py calls them: logits one chunk at a time
+with an fp32 result, dH and dW over all rows. Beside each is the name of the kernel that took most
+of its time. Times are medians.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def median_ms(run, repeats: int) -> float:
 
 
 def slowest_kernel(run) -> str:
-    """The name of the GPU kernel, or of torch's operation on a CPU, that takes most of the time of
+    """The name of the GPU kernel, or on a CPU of torch's operation, that takes most of the time of
     run().
     """
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if CUDA else [ProfilerActivity.CPU]

@@ -8,8 +8,8 @@ On a CPU, with answers of real length:
         --model demo/build/seed_0/policy --prompts demo/build/seed_0/heldout.jsonl \\
         --engine_args max_model_len=256 enforce_eager=true
 
-One engine is started and both sides use it, in turns, so that its start, compiling and the
-machine's mood cancel out:
+One engine is started and both sides use it in turn, so that its start, compilation and the
+machine's varying speed cancel out:
 
     direct    LLM.generate on the token ids of all prompts at once, with the same seeds; the answers
               stay in memory
@@ -17,10 +17,10 @@ machine's mood cancel out:
               flushing, joining
 
 `direct` is timed twice: with vLLM's own detokenizing, as a user would call it, and without. Beside
-the clock stands the processor time of this process; the engine has its own, which is the same for
-all sides. What the stage costs once and not for each answer, about half a second, needs a run of a
-minute to vanish. --untrained gives the model random weights: it hardly ever ends an answer, and the
-demo's, of 7 tokens, would make this a measurement of the work between answers.
+the wall time is the processor time of this process; the engine's processes have their own, which is
+the same for all sides. The stage also costs about half a second once per run, which is negligible
+only in a run of a minute. --untrained gives the model random weights, so it hardly ever ends an
+answer. The demo's answers, of 7 tokens, would mostly measure the work between answers.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def stage_command(ours: argparse.Namespace) -> list[str]:
 
 
 def start_engine(args, policy):
-    """The stage's engine, and beside it a tokenizer, which LLM.generate wants for its text."""
+    """The stage's engine, with a tokenizer, which LLM.generate needs for its text."""
     generate.vllm_environment(args)
     import vllm
 
@@ -86,7 +86,7 @@ def start_engine(args, policy):
 
 
 def sampling_parameters(rows: list[dict], args, policy, detokenize: bool) -> list:
-    """What generate.py asks of the engine for each row, through vLLM's front door."""
+    """What generate.py asks of the engine for each row, through vLLM's public interface."""
     import vllm
 
     parameters = []
@@ -113,7 +113,7 @@ def direct(llm, rows: list[dict], prompts: list[dict], args, policy, detokenize:
 
 
 def whole_stage(engine, command: list[str]) -> str:
-    """generate.py's main() on the engine that is there. -> candidates.jsonl"""
+    """generate.py's main() on the existing engine. -> candidates.jsonl"""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(sys, "argv", [*command, "--output", f"{folder}/candidates.jsonl"]),

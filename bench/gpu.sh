@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in three phases of at most nine and a half minutes each on one H200:
+# What only a GPU can measure, in three phases of at most nine and a half minutes each on one H200:
 #
 #     bash bench/gpu.sh A    ceilings, the GPU tests, the log-prob kernel, attention
 #     bash bench/gpu.sh B    a training step against TRL at Qwen2.5's 0.5B and 1.5B
@@ -35,7 +35,7 @@ rehearse=
 
 export PYTHON=${PYTHON:-$(command -v python3)}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-peers=${TMPDIR:-/tmp}/bench_gpu_peers # what WHEELS hold, behind the repository on Python's path
+peers=${TMPDIR:-/tmp}/bench_gpu_peers # what WHEELS hold, after the repository on Python's path
 export PYTHONPATH=$PWD:$peers${PYTHONPATH:+:$PYTHONPATH}
 
 if [[ -z $list ]]; then
@@ -104,7 +104,7 @@ A() {
     step "log-prob kernel" 150 "$PYTHON" -m bench.kernel --shapes "${heads[@]}" "${rounds[@]}"
     step "tuning" 55 "$PYTHON" -m bench.kernel --tune --shapes "${heads[@]:0:2}" "${rounds[@]}"
     if [[ -n $list ]] || { [[ -z $rehearse ]] && command -v ncu >/dev/null; }; then
-        # One launch of the row kernel behind the warm-up; the clocks stay as they are.
+        # One launch of the row kernel after the warm-up; the clocks stay as they are.
         step "row kernel under ncu" 45 ncu --clock-control none --kernel-name row_kernel \
             --launch-skip 8 --launch-count 1 --section SpeedOfLight --section Occupancy \
             --section MemoryWorkloadAnalysis --section LaunchStats \

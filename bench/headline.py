@@ -1,10 +1,10 @@
-"""Headlines: a benchmark's main numbers, beside what was predicted for one H200 before anything was
-measured.
+"""Headlines: a benchmark's main numbers, beside the predictions that were made for one H200 before
+anything was measured.
 
     headline: three GEMMs, 16384x896x151936: 21.3 ms (predicted 20.5: 1.04 times)
 
-bench/gpu.sh gathers these lines in its summary, so that a reader sees at once which prediction
-missed.
+bench/gpu.sh gathers these lines in its summary, so that a reader sees at once which prediction was
+wrong.
 """
 
 import torch
@@ -18,7 +18,7 @@ HEADS = (
 GEMMS_MS = (20.5, 32.9, 72.7, 69.9)  # at 620 to 740 TFLOP/s, by shape
 STASHED_MS = (25.3, 37.7, 77.7, 74.4)  # and the row kernel at 90 % of the memory's 4.3 TB/s
 
-# What is predicted: a number, or the lowest and highest that would be no surprise.
+# What is predicted: a number, or the lowest and highest number that would not be a surprise.
 PREDICTED = {
     "peak GEMM": (620, 800),  # TFLOP/s
     "memory bandwidth": 4300,  # GB/s

@@ -4,7 +4,7 @@
 #
 #     bash bench/interrupt_demo.sh [EPOCHS]
 #
-# EPOCHS of training, default 4: enough that the signal finds it at work.
+# EPOCHS of training, default 4: enough that the signal comes during training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,7 +18,7 @@ export GOLD_FN=demo/gold.py:gold GENERATE_ARGS="--max_new_tokens 40"
 export TRAIN_ARGS="--learning_rate 2e-4 --batch_size 32 --num_train_epochs ${1:-4}"
 rows=$RUN/iter_01/policy.parts/train.jsonl
 
-# A policy that has seen little: here it is the machinery that is looked at.
+# A policy that was trained briefly: only the machinery is tested here.
 "${PYTHON:-python3}" demo/build.py --output "$demo" --policy_steps 150 --comparisons 500
 
 bash iterate.sh &

@@ -1,11 +1,11 @@
-"""What the judge's ring of neighbours loses against a round robin, and why it is dealt at random.
+"""What the judge's ring of neighbours loses against a round robin, and why it is shuffled.
 
     python -m bench.judge_ring --save bench/results/judge_ring.txt
 
-Above five candidates judge.py compares each with four others only, its neighbours in a ring dealt
-at random. Here a judge that never errs compares answers whose worth is known: normal variates of
-unit variance, with a mean for each source (a policy, a temperature). make_pairs.py's own ranking
-then makes one max_min pair per prompt. The columns:
+If there are more than five candidates, judge.py compares each with four others only, its neighbours
+in a shuffled ring. Here a judge that never errs compares answers whose quality is known: normal
+variates of unit variance, with a mean for each source (a policy, a temperature). make_pairs.py's
+own ranking then makes one max_min pair per prompt. The columns:
 
     requests      what one prompt costs, each comparison in both orders
     best, worst   how often the chosen answer is the best of all N, and the rejected one the worst
@@ -49,7 +49,7 @@ MEETINGS = {
 
 
 def win_rates(worth: list[float], pairs: list[tuple[int, int]]) -> list[float]:
-    """What judge.py makes of the verdicts of a judge that never errs."""
+    """The scores that judge.py computes from the verdicts of a judge that never errs."""
     points = defaultdict(list)
     for i, j in pairs:
         points[i].append(float(worth[i] > worth[j]))

@@ -8,13 +8,13 @@ error in one table.
     # instead: block sizes of the row kernel, rows of a chunk
     python -m bench.kernel --tune
 
-The upstream gradient is another for every sequence of 256 tokens, as in DPO: rows that take one for
-all say so. Hidden states lean towards their targets (about -0.4 nats a token), as those of a
-trained model do. Times are the best of `--repeats` rounds over all rows, so that a busy moment hits
-no row alone. Memory is the most that was allocated at once during forward and backward, beside the
-inputs; it includes both gradients. Errors are of the first 256 tokens against fp64: the largest of
-a log-prob in nats, and the larger of dH and dW relative by norm. "x GEMMs" compares with the three
-matrix products alone, one call each, which no exact method can beat.
+Every sequence of 256 tokens has another upstream gradient, as in DPO; rows that take one gradient
+for all say so. Hidden states lean towards their targets (about -0.4 nats per token), as those of a
+trained model do. Times are the best of `--repeats` rounds over all rows, so that a busy moment does
+not affect one row alone. Memory is the most that was allocated at once during forward and backward,
+without the inputs; it includes both gradients. Errors are of the first 256 tokens against fp64: the
+largest of a log-prob in nats, and the larger of dH and dW relative by norm. "x GEMMs" compares with
+the three matrix products alone, one call each, which no exact method can beat.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def compiled():
 
 
 def as_called():
-    """Word for word as dpo_train.py's Policy does, for a head without bias, scale and soft-cap:
-    with every default.
+    """Exactly as dpo_train.py's Policy calls it, with every default, for a head without bias, scale
+    and soft-cap.
     """
     head = {"bias": None, "scale": 1.0, "softcap": None}
     return lambda h, w, y: linear_logprob(h, targets=y, weight=w, **head)
@@ -126,7 +126,7 @@ ROWS = {
 
 
 def inputs(T, D, V, dtype):
-    """hidden, weight, targets, and g, one number a sequence of 256 tokens."""
+    """hidden, weight, targets, and g, one number per sequence of 256 tokens."""
     torch.manual_seed(0)
     weight = torch.randn(V, D, device=DEVICE) / math.sqrt(D)  # rows of length 1
     targets = torch.randint(V, (T,), device=DEVICE)
@@ -160,7 +160,7 @@ def step(f, hidden, weight, targets, g):
 
 
 def gemms(hidden, weight, q):
-    """The three products of forward and backward, nothing else."""
+    """The three products of forward and backward, and nothing else."""
     with torch.no_grad():
         start = clock()
         torch.mm(hidden, weight.T, out=q)

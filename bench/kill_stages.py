@@ -1,17 +1,18 @@
-"""kill -9 generate.py and score.py at 20 random moments each, at one and at two ranks: the files of
-undisturbed runs.
+"""kill -9 generate.py and score.py at 20 random moments each, at one and at two ranks: the files
+must be those of undisturbed runs.
 
     OMP_NUM_THREADS=1 python -m bench.kill_stages --save bench/results/kill_stages.txt
     OMP_NUM_THREADS=1 python -m bench.kill_stages --vllm --kills 4     generate.py's vLLM backend
 
-Small random models on the CPU. Every stage runs as a user runs it, under torchrun where there are
-two ranks. It and all that it started are killed at once, and the same command resumes. One kill in
-four falls anywhere in a start; the others when one to three more parts are there, and up to a
-part's time later, which is the joining of all where none is left. An output that is whole before
-the kills are used up is compared, removed and begun anew.
+The models are small and random, on the CPU. Every stage runs as a user runs it, under torchrun if
+there are two ranks. The stage and all that it started are killed at once, and the same command
+resumes. One kill in four falls anywhere in a start. The others come when one to three more parts
+are there, or up to a part's time later; if no part is left, that is while the parts are joined. An
+output that is whole before the kills are used up is compared and removed, and the stage starts
+again.
 
-The hf backend and score.py must write the same bytes. Of vLLM only this is asked: every id once, in
-order, with all its samples, each ending as it says (the number of rows whose bytes are the same is
+The hf backend and score.py must write the same bytes. vLLM must only give every id once, in order,
+with all its samples, each ending as it says (the number of rows whose bytes are the same is
 printed).
 """
 
@@ -110,7 +111,7 @@ def finished(output: Path) -> int:
 
 
 def state(output: Path) -> str:
-    """What a kill left behind."""
+    """The state in which a kill left the stage."""
     if output.exists():
         return "the output is there"
     torn = len(list(output.parent.glob(output.name + ".parts/*.tmp")))
@@ -128,7 +129,7 @@ def start(call: list[str], log: Path) -> subprocess.Popen:
 
 
 def complete(output: Path) -> None:
-    """Every prompt once, in order, with all its samples, and ends that are what they say."""
+    """Every prompt once, in order, with all its samples, each ending as it says."""
     rows = [json.loads(line) for line in open(output, encoding="utf-8")]
     assert [row["id"] for row in rows] == [f"p{i}" for i in range(PARTS * 64 - 7)]
     assert all(len(row["candidates"]) == SAMPLES for row in rows)
@@ -139,8 +140,8 @@ def complete(output: Path) -> None:
 
 
 def disturb(stage: str, ranks: int, folder: Path, kills: int, rng: random.Random, say) -> None:
-    """`kills` kills of one stage at one number of ranks, and every output that came out whole
-    against the quiet one.
+    """`kills` kills of one stage at one number of ranks; every whole output is compared with the
+    undisturbed one.
     """
     name, log = stage.split()[0], folder / "log"
     quiet, output = folder / f"{name}.jsonl", folder / f"{name}_disturbed_{ranks}.jsonl"

@@ -1,14 +1,14 @@
-"""Interrupt one training at 20 random steps, kill -9 and SIGTERM in turn: the weights are those of
-an undisturbed one.
+"""Interrupt one training run at 20 random steps, with kill -9 and SIGTERM in turn: the weights must
+be those of an undisturbed run.
 
     OMP_NUM_THREADS=1 python -m bench.kill_train --save bench/results/kill_train.txt
 
-A Llama of the demo's size, on the CPU. The trainer runs as a user runs it, in a process of its own,
-with --save_every; this script reads its train.jsonl, and interrupts when the step drawn for this
-restart has been logged. After kill -9 it goes on from the last checkpoint and does up to
---save_every - 1 steps again; after SIGTERM it saves first, says so by exit code 75, and repeats
-none. At the end train.jsonl must have a row a step, all of them as in the undisturbed run but for
-the clock, and the weights must be equal in every bit.
+The model is a Llama of the demo's size, on the CPU. The trainer runs as a user runs it, in its own
+process, with --save_every. This script reads its train.jsonl, and interrupts when the step drawn
+for this restart has been logged. After kill -9 the trainer resumes from the last checkpoint and
+repeats up to --save_every - 1 steps. After SIGTERM it saves first, exits with 75, and repeats none.
+At the end train.jsonl must have one row per step, all as in the undisturbed run except for the
+times, and the weights must be equal in every bit.
 """
 
 import argparse

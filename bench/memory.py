@@ -1,13 +1,12 @@
-"""Peak memory of a training step beside what `dpo_train.py --dry_run` says of it, and the seconds
-it takes.
+"""Peak memory of a training step beside what tools/memory.py predicts, and the seconds it takes.
 
     python -m bench.memory --shape Qwen2.5-7B --gradient_checkpointing --tokens_per_batch 4096
     python -m bench.memory --shape Qwen2.5-1.5B --cpu_offload            weights in host memory
 
-The first one needs a GPU of 141 GB.
+The first command needs a GPU of 141 GB.
 
-The prediction is for a GPU and bf16. On a CPU this file runs, and the two numbers have nothing to
-do with each other.
+The prediction is for a GPU and bf16. This file also runs on a CPU, but there the two numbers are
+unrelated.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from stage import parse
 
 
 def predicted_gib(model: Path, flags: list[str]) -> float:
-    """What the dry run, which is printed, says of this machine."""
+    """What the dry run, which is printed, predicts for this machine."""
     command = [sys.executable, "tools/memory.py", "--model", str(model), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, flush=True)
@@ -39,9 +38,9 @@ def predicted_gib(model: Path, flags: list[str]) -> float:
 
 
 def sum_for(table: str, free: float) -> float:
-    """GiB that the dry run's table predicts where `free` GiB are free at the start.
+    """GiB that the dry run's table predicts if `free` GiB are free at the start.
 
-    Weights that stay gathered are a line of their own below the sum.
+    Weights that stay gathered have their own line below the sum.
     """
     total = float(re.search(r"([\d.]+)  sum on the GPU", table)[1])
     gathered = re.search(r"([\d.]+)  more on a GPU with ([\d.]+) GiB free", table)

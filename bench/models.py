@@ -2,26 +2,26 @@
 
     python -m bench.models --save docs/models.md                 all of them, one after another
     python -m bench.models --only qwen3 gemma3_text              some; what they print is shown
-    python -m bench.models --only qwen3 --save docs/models.md    … and their rows are written anew
+    python -m bench.models --only qwen3 --save docs/models.md    … and their rows are replaced
 
 A model is made from its configuration class with small sizes (SIZES and OWN below), random weights
-and a tokenizer of bytes. Then it goes the way of a user's model, by the same main() functions:
+and a tokenizer of bytes. Then it takes the steps of a user's model, by the same main() functions:
 
     1. generate.py --backend hf    two prompts, two answers each. A model that is refused there gets
                                    random answers, as if another engine had written them.
     2. dpo_train.py                two steps on those answers; its own checks are on. The second
-                                   moves nothing, so the log-probs that it logs are those of the
+                                   changes no weight, so the log-probs that it logs are those of the
                                    exported weights.
     3. compare                     with transformers' own attention, logits and autograd in fp32:
                                    the log-prob of each answer, and the gradient of the first step
     4. reload                      the exported folder in transformers: no weight is missing, some
                                    have changed, the log-probs are those that the trainer logged
 
-What is written of a model:
+What the table says about a model:
 
     packed     trained as dpo_train.py prefers: prompts shared, no padding
-    padded     trained in padded batches, for the reason beside it
-    refused    dpo_train.py said in one line why not
+    padded     trained in padded batches, for the reason given
+    refused    dpo_train.py said in one line why
     not built  transformers cannot make it from a small configuration, so nothing is known
     FAILED     a traceback, a disagreement or a time-out. None should be left
 
@@ -114,7 +114,7 @@ SMALL = {}
 for size, names in SIZES:
     SMALL |= dict.fromkeys(names.split(), size)
 
-# Model type -> arguments without which its configuration cannot be made: it is made of others.
+# Model type -> arguments that its configuration needs, because it consists of other ones.
 GEMMA4_DRAFT = {
     "model_type": "gemma4_text",
     "hidden_size_per_layer_input": 0,
@@ -140,7 +140,7 @@ OWN: dict[str, dict] = {
     "cpmant": {"prompt_length": 8},  # of its own, before each sequence
     # The product is the number of positions, the sum the hidden size.
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
-    "zaya": {"num_experts_per_tok": 1},  # it knows no other
+    "zaya": {"num_experts_per_tok": 1},  # it supports no other
     # A layer of each kind, where the kinds are no "layer_types"
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -228,11 +228,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return result
 
 
-# ---- the way of one model ----------------------------------------------------------------------
+# ---- the steps of one model --------------------------------------------------------------------
 
 
 class Row(NamedTuple):
-    """A line of the table. All are strings, as they stand there."""
+    """A line of the table. All are strings, as in the table."""
 
     name: str  # model type
     outcome: str  # packed, padded, refused, not built or FAILED
@@ -246,7 +246,7 @@ class Disagreement(Exception):
 
 
 def call(main, script: str, *arguments) -> str:
-    """Run a stage's main() as its command would; what it printed. SystemExit: it has refused."""
+    """Run a stage's main() as its command would; return its output. SystemExit: it has refused."""
     sys.argv = [script, *map(str, arguments)]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -275,7 +275,7 @@ def sample(model: Path, folder: Path) -> list[dict]:
 
 
 def made_up() -> list[dict]:
-    """Rows as sample() gives, of random tokens, by no policy."""
+    """Rows as sample() returns them, of random tokens instead of a policy's."""
     rng = random.Random(0)
     rows = []
     for i, length in enumerate((20, 40)):
@@ -323,14 +323,14 @@ def agree(what: str, gap: float, limit: float) -> float:
 
 
 def load_plain(folder: Path, **options):
-    """The model as transformers loads it, in fp32, with the attention that leaves nothing out."""
+    """The model as transformers loads it, in fp32, with an attention that omits nothing."""
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", **options
     )
 
 
 def examine(name: str, folder: Path) -> Row:
-    """The way of one model, as the top of this file has it."""
+    """All steps for one model, as the top of this file lists them."""
     model = folder / "model"
     try:
         build(name, model)
@@ -386,9 +386,9 @@ def examine(name: str, folder: Path) -> Row:
 
 
 def train(model: Path, folder: Path) -> str:
-    """dpo_train.py's two steps, from folder/pairs.jsonl to folder/policy; what it printed.
+    """dpo_train.py's two steps, from folder/pairs.jsonl to folder/policy; returns its output.
 
-    In the second, beta is 0 and so is the gradient; without Adam's first moment nothing moves.
+    In the second, beta is 0 and so is the gradient; without Adam's first moment no weight changes.
     """
     return call(
         dpo_train.main, "dpo_train.py", "--model", model, "--pairs", folder / "pairs.jsonl",
@@ -426,9 +426,9 @@ def one_line(text) -> str:
 
 
 def guarded(name: str, seconds: float) -> Row:
-    """examine(name) in a process of its own; what must not happen becomes a row, too."""
+    """examine(name) in its own process; a crash or a time-out becomes a row, too."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    # A fork has everything imported already; so far no thread was started that it would lack.
+    # A fork has everything imported already. No thread has been started yet that it would lack.
     process = multiprocessing.get_context("fork").Process(target=work, args=(name, sender))
     process.start()
     sender.close()
@@ -495,16 +495,16 @@ logits and autograd in fp32:
 
     python -m bench.models --save docs/models.md
 
-- `trains`: what dpo_train.py makes of it. *packed*: without padding, each prompt computed once.
+- `trains`: how dpo_train.py trains it. *packed*: without padding, each prompt computed once.
   *padded*: in padded batches. *refused*: it ends with the line in `remark`, before anything is
-  trained. *not built*: transformers makes no small model of it here, so nothing is known.
+  trained. *not built*: transformers cannot make a small model of it here, so nothing is known.
 - `samples`: hf where generate.py --backend hf writes answers, else - with its refusal in `remark`.
-  vLLM was not asked.
+  vLLM was not tried.
 - `gap`: the largest difference to transformers' own log-probs, in nats per token: of the sampled
   answers, and of the policy in training to the exported folder.
 
-Sequences are short here. A window of attention that is shorter than prompt + answer turns packed
-into padded. Models of pictures or sound are given text alone.
+Sequences are short here. If a model's attention window is shorter than prompt + answer, packed
+becomes padded. Models of pictures or sound are given text alone.
 """
 
 
@@ -516,7 +516,7 @@ def main() -> None:
     p.add_argument("--save", type=Path, help="the table; rows of models not asked for stay")
     p.add_argument("--timeout", type=float, default=120, help="seconds per model")
     args = stage.parse(p)
-    if not args.only:  # of hundreds of models no one reads warnings
+    if not args.only:  # nobody reads the warnings of hundreds of models
         warnings.simplefilter("ignore")
         transformers_logging.set_verbosity_error()
     rows = {row.name: row for row in read_rows(args.save) if row.name in NAMES} if args.save else {}

@@ -1,26 +1,26 @@
-"""Scoring packed, each prompt once for all its answers, against naive batches of a fixed number of
-padded answers.
+"""Packed scoring, which computes each prompt once for all its answers, against naive batches of a
+fixed number of padded answers.
 
     OMP_NUM_THREADS=1 python -m bench.score                      # a small Llama on a CPU
     OMP_NUM_THREADS=1 python -m bench.score --vllm --rows 16     # also vLLM's pooling runner
     python -m bench.score --model Skywork/Skywork-Reward-V2-Qwen3-8B --dtype bf16 --rows 64
 
-Both score the same random token ids, of lengths as in UltraFeedback with 8 answers a prompt:
+Both score the same random token ids, of lengths as in UltraFeedback with 8 answers per prompt:
 log-normal prompts of median 100 and answers of median 250 tokens, long tails cut at 1024 each.
 Naive is what a loop over a DataLoader does: --naive_batch answers in the order of the file, padded
-to the longest of them. The scores must be equal before the times mean anything. Each way runs once
-to warm up and then --repeats times in turn; the best time counts: seconds on a GPU, seconds of
-processor on a CPU, so that other programs there do not count.
+to the longest of them. The scores must be equal, or the times mean nothing. Each way runs once to
+warm up and then --repeats times in turn; the best time counts: wall time on a GPU, processor time
+on a CPU, so that other programs there do not count.
 
 The first command, on one thread: naive batches of 8, 16 and 32 take 3.15, 4.47 and 5.47 times as
 long as score.py at its default for a CPU. Padding makes them compute 1.8 to 2.4 times the tokens
-that the answers have; score.py computes 0.75 times as many, for each prompt is computed once.
-(Padded batches of like length, which score.py made before: naive batches of 8 took 1.76 times as
-long.)
+that the answers have; score.py computes 0.75 times as many, because each prompt is computed once.
+(Compared with padded batches of like length, which score.py made before, naive batches of 8 took
+1.76 times as long.)
 
 vLLM's pooling runner gives the same scores and is not faster here, so score.py does without it. In
 processor seconds, --vllm --rows 16 --hidden_size 512 --naive_batch 8 --tokens_per_batch 4096: naive
-27.8, score.py 9.75, vLLM 9.58, scores within 4e-5 of each other. It, too, computes a prompt once,
+27.8, score.py 9.75, vLLM 9.58, scores within 4e-5 of each other. vLLM also computes a prompt once,
 through its prefix cache, and takes half a minute to start.
 """
 
@@ -71,8 +71,8 @@ def naive(network, sequences: list[list[int]], size: int) -> list[float]:
 
 
 def vllm(network, dtype: str):
-    """vLLM's pooling runner on the network's weights, as a function of token ids: raw logits, and
-    nothing is remembered between two calls.
+    """vLLM's pooling runner on the network's weights, as a function of token ids: raw logits, with
+    nothing cached between two calls.
     """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from tokenizers import Tokenizer, models
@@ -81,7 +81,7 @@ def vllm(network, dtype: str):
 
     folder = tempfile.mkdtemp()
     network.save_pretrained(folder)
-    no_tokenizer = Tokenizer(models.WordLevel({"a": 0}, "a"))  # vLLM wants one, and never uses it
+    no_tokenizer = Tokenizer(models.WordLevel({"a": 0}, "a"))  # vLLM needs one, but never uses it
     PreTrainedTokenizerFast(tokenizer_object=no_tokenizer).save_pretrained(folder)
     engine = LLM(
         folder,
@@ -105,7 +105,7 @@ def vllm(network, dtype: str):
 
 
 def processor_seconds() -> float:
-    """Of this process and of what it started: vLLM's engine is a process of its own."""
+    """Of this process and of what it started: vLLM's engine is another process."""
     import psutil
 
     own = psutil.Process()
@@ -187,9 +187,10 @@ def ways_to_score(args, plain, packing, sequences: list[score.Sequence]) -> dict
     ids = [list(sequence.ids) for sequence in sequences]
     ways = {}
     for size in args.naive_batch:
-        ways[f"naive, {size} a batch"] = partial(naive, plain, ids, size)
+        ways[f"naive, {size} per batch"] = partial(naive, plain, ids, size)
     for tokens in args.tokens_per_batch:
-        ways[f"score.py, {tokens} tokens a batch"] = partial(ours, args, packing, sequences, tokens)
+        name = f"score.py, {tokens} tokens per batch"
+        ways[name] = partial(ours, args, packing, sequences, tokens)
     if args.vllm:
         ways["vLLM's pooling runner"] = partial(vllm(plain, args.dtype), ids)
     return ways

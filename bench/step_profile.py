@@ -1,5 +1,4 @@
-"""Where the time of one optimizer step goes: GPU kernels by their kind, and the time in which none
-ran.
+"""Where the time of one optimizer step goes: GPU kernels by kind, and the time without any kernel.
 
     python -m bench.step_profile --shape Qwen2.5-1.5B            a GPU
     python -m bench.step_profile --shape Qwen2.5-1.5B --compile  with torch.compile of the layers

@@ -1,13 +1,13 @@
-# Sourced by bench/gpu.sh: steps of which none stops the others.
+# Sourced by bench/gpu.sh: steps that do not stop each other.
 #
 #     step NAME SECONDS COMMAND…   run it under `timeout`; output to $log, a line to $summary
 #     skip NAME WHY                only the line
 #     pick PATTERN                 lines of the last step's output that match, as headlines
 #     finish                       print the summary; false if a step failed
 #
-# Below a step's line stand its headlines: the lines of its output that begin with "headline: "
-# (bench/headline.py), or the last one where there are none. With list=1 nothing runs, and each
-# step's name, seconds and command are printed. A slower machine takes the seconds `slower` times.
+# Below a step's line are its headlines: the lines of its output that begin with "headline: "
+# (bench/headline.py), or if there are none, the last line. With list=1 nothing runs, and each step's
+# name, seconds and command are printed. On a slower machine, `slower` multiplies the seconds.
 
 from=0 # where the last step's output begins in $log
 grace=5 # seconds from SIGTERM to SIGKILL
@@ -15,7 +15,7 @@ slower=1
 list=
 failed=0
 
-# note LINE: to the summary, and to whoever watches.
+# note LINE: to the summary, and to the terminal.
 note() { printf '%s\n' "$1" | tee -a "$summary"; }
 
 step() {

@@ -4,26 +4,25 @@ MFU, peak memory.
     OMP_NUM_THREADS=1 python -m bench.train --rounds 2 --steps 4 --save bench/results/train_cpu.txt
     python -m bench.train --shapes Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-7B --save bench/results/gpu.txt
 
-The first command takes a small model on a CPU, the second needs a GPU.
+The first command uses a small model on a CPU; the second needs a GPU.
 
-Without trl in the environment it measures our side alone. What is compared, and how it is kept
-fair:
+Without trl in the environment it measures only our side. What is compared, and how it is kept fair:
 
   pairs    one file for both, UltraFeedback-like: log-normal lengths, mean 200 (prompt) and 350
-           (answers), heavy tails, the two answers to a prompt alike in length (correlation 0.5 of
+           (answers), heavy tails, the two answers to a prompt similar in length (correlation 0.5 of
            the logs); on a CPU a quarter of that. The text is one word per token, so TRL's
            tokenising gives exactly our ids; this is checked.
   step     all pairs in one optimizer step; the same weights, optimizer, learning rate and clipping;
-           reference log-probs computed beforehand by both; losses of all steps are compared: no one
-           is fast by computing something else. bf16 products over fp32 weights on a GPU, fp32 on a
-           CPU.
+           reference log-probs computed beforehand by both. The losses of all steps are compared, so
+           nobody is fast by computing something else. bf16 products over fp32 weights on a GPU,
+           fp32 on a CPU.
   TRL      as fast as its options make it: precomputed reference, its chunked log-probs (1.16 has no
            other), pairs sorted by length, several microbatch sizes, Liger's layer kernels on a GPU
            if installed. `padding_free` is switched off by 1.16 itself. "rebalanced" (microbatches
            of unequal size) is shown, but it weighs a pair by the size of its microbatch, so its
-           loss is another one and it cannot win. On a CPU, TRL puts every position through the
+           loss is a different one and it cannot win. On a CPU, TRL puts every position through the
            head; on a GPU only those of answers. "answers only" is TRL changed to do so on a CPU as
-           well: what is left of our lead there is not an accident of the device.
+           well: what remains of our lead there is not due to the device.
   ours     dpo_train.py's own main(), stopped before the export.
   time     from the step's first collation to the end of optimizer.step(), without the first step;
            median over steps and rounds. Each contender runs in a process of its own, and rounds
@@ -31,9 +30,9 @@ fair:
            threads, so that other work on the machine is not counted (on an idle machine and with
            one thread it is the wall clock); the shortest wall time stands in the last column.
   memory   GPU: torch.cuda.max_memory_allocated over those steps. CPU: the peak of resident memory
-           over them (VmHWM, reset after the first step), without pages of files, less what there
-           was before a model was loaded.
-  tokens   only useful ones count: p + c + r a pair, however often a contender computes the prompt
+           over them (VmHWM, reset after the first step), without pages of files, minus the memory
+           in use before a model was loaded.
+  tokens   only useful ones count: p + c + r per pair, however often a contender computes the prompt
            or a pad.
   MFU      6 flops per weight and useful token (the head: answer tokens only) and 12 per head
            dimension and visible pair of tokens, per second, over the GPU's dense bf16 peak.
@@ -295,7 +294,7 @@ def run_trl(task: dict, folder: Path) -> dict:
     import trl.trainer.utils
     from transformers import TrainerCallback
 
-    meter = Meter()  # behind the imports: its baseline holds them
+    meter = Meter()  # after the imports, so that its baseline includes them
     if task["answers_only"]:
         trl.trainer.utils._use_triton = lambda device: (
             True
@@ -459,8 +458,8 @@ def table(
             + (
                 "none of ours needs as little memory"
                 if best is None
-                else f"{best['name']}: {peer['median'] / best['median']:.2f}x its pairs a second, "
-                f"{best['peak'] / peer['peak']:.2f}x its peak memory"
+                else f"{best['name']}: {peer['median'] / best['median']:.2f}x its pairs per "
+                f"second, {best['peak'] / peer['peak']:.2f}x its peak memory"
             )
         )
     return lines
@@ -557,7 +556,7 @@ def main():
         "python -m bench.train " + " ".join(sys.argv[1:]),
         ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
         + f"; {gpu or f'CPU, {torch.get_num_threads()} thread'}, {dtype}",
-        f"{args.pairs} pairs a step, on average {p_:.0f} + {c_:.0f} + {r_:.0f} tokens, "
+        f"{args.pairs} pairs per step, on average {p_:.0f} + {c_:.0f} + {r_:.0f} tokens, "
         f"longest sequence {longest}; "
         f"{args.steps - 1} timed steps x {args.rounds} rounds",
     ]

@@ -1,7 +1,7 @@
 """Do we and TRL's DPOTrainer compute the same thing? Five steps on the same pairs.jsonl, in fp32,
 side by side.
 
-    python -m bench.trl_dpo             needs trl==1.16.0 beside requirements.txt
+    python -m bench.trl_dpo             needs trl==1.16.0 in addition to requirements.txt
     python -m bench.trl_dpo --model runs/demo/iter_01/policy \\
         --pairs runs/demo/iter_02/pairs.jsonl --limit 64
 
@@ -12,8 +12,8 @@ theirs `trl.DPOTrainer` as a user would call it.
 
 TRL reads the file unchanged, but only its text: it renders and tokenises that itself. We train on
 the generator's token ids. The two are the same sequences only where tokenising the text gives back
-the ids, so this is checked pair by pair before anything is compared. If it fails somewhere (a
-template that writes "\\n" behind EOS is enough: TRL trains it, and the generator stops at EOS), we
+the ids, so this is checked pair by pair before anything is compared. If it fails for some pair (a
+template that writes "\\n" after EOS is enough: TRL trains it, and the generator stops at EOS), we
 get the ids that TRL trains on, and the output says so.
 
 Without --model it builds a Llama of two layers with Llama 3's kind of template, and 24 pairs of
@@ -69,8 +69,8 @@ WORDS = (
 
 
 def build_model(folder: Path, seed: int = 0) -> None:
-    """A random Llama with a byte-level BPE that adds a BOS, as its template does: whoever does both
-    gets two.
+    """A random Llama with a byte-level BPE that adds a BOS, as its template does: using both gives
+    two.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -140,7 +140,7 @@ def build_pairs(path: Path, model_folder: Path, n: int = 24, seed: int = 0) -> N
 
 
 def text_only(rows: list[dict]) -> list[dict]:
-    """The rows as anyone's preference data would be: without what only the generator knows."""
+    """The rows as other preference data would be: without what only the generator knows."""
     return [
         {k: v for k, v in row.items() if not k.endswith(("_token_ids", "_logprob", "_model"))}
         for row in rows
@@ -148,7 +148,7 @@ def text_only(rows: list[dict]) -> list[dict]:
 
 
 def canonical(rows: list[dict], tokenizer) -> int:
-    """How many pairs' token ids are what their text tokenises to."""
+    """In how many pairs the token ids are what the text tokenises to."""
     same = 0
     for row in rows:
         ids = [row.get(f"{k}_token_ids") for k in PARTS]
@@ -179,8 +179,8 @@ def trl_trainer(
     """A DPOTrainer that takes all pairs in each of `steps` optimizer steps, `microbatch` pairs at a
     time.
 
-    An epoch is a step, so that no shuffle changes what a step is made of. TRL's log-probs are
-    chunked without asking.
+    An epoch is one step, so that no shuffle changes which pairs a step has. TRL's log-probs are
+    always chunked.
     """
     import datasets
     import trl

@@ -1,1 +1,1 @@
-"""A complete, offline instance of the problem: prompts, a policy, a reward model, and the truth."""
+"""A complete offline example: prompts, a policy, a reward model, and the true reward."""

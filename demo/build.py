@@ -6,11 +6,11 @@
 
     python demo/build.py --output demo/build/seed_0 --seed 0
 
-How honest is it? The gold reward (gold.py) makes the annotator's noisy choices, as a person's true
-taste would, and draws the report's second curve; no training sees its values, and within a run
-nothing is selected by it. But the demo was designed by looking at it: how sloppy the writer is, how
-noisy the annotator, and the loop's learning rate were set so that three iterations show a rise, on
-held-out prompts like these. So the curve shows that the loop works, and is no evidence for the
+How honest is it? The gold reward (gold.py) determines the annotator's noisy choices, as a person's
+true taste would, and it is the report's second curve. No training sees its values, and within a run
+nothing is selected by it. But it was used to design the demo: how sloppy the writer is, how noisy
+the annotator is, and the loop's learning rate were set so that three iterations show a rise, on
+held-out prompts like these. So the curve shows that the loop works, but is no evidence for the
 method.
 
 The same seed gives the same bytes on the same machine with the same OMP_NUM_THREADS.
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-# started as a script, yet part of the repository
+# run as a script, but part of the repository
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import records
@@ -32,7 +32,7 @@ def arguments():
     p = parser(__doc__)
     add = p.add_argument
     add("--output", default="demo/build/seed_0", help="folder to build (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the split, the weights, the answers and the noise")
+    add("--seed", type=int, default=0, help="for the split, the weights, the answers and the noise")
     add("--policy_steps", type=int, default=400, help="of 32 answers; flat by 300 (default: 400)")
     add("--comparisons", type=int, default=5000, help="noisy choices, seen twice (default: 5000)")
     return p
@@ -79,8 +79,8 @@ def main() -> None:
     if stage.done:
         return
 
-    # Here and in the functions above, not at the top: torch and transformers take seconds to
-    # import, and often there is nothing left to do.
+    # Imported here and in the functions above, not at the top: torch and transformers take seconds
+    # to import, and often there is nothing left to do.
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The gold reward: the truth of the demo, which no training sees.
+"""The gold reward: the true reward of the demo, which no training sees.
 
 A prompt asks for COUNT words of a CATEGORY: "please list three fruits for a game". With S the set
 of distinct words of that category in the answer,
@@ -8,9 +8,9 @@ of distinct words of that category in the answer,
 so "plum, fig, pear" is 1.0, and every missing, surplus, repeated or foreign item costs its share.
 
 The demo's reward model has learned from noisy comparisons (train_reward_model.py) and is only a
-proxy of this number. The loop climbs the proxy and the report shows both, because they part ways
-when one climbs too far: over-optimisation (Gao et al. 2022, arXiv:2210.10760). To watch without
-deciding anything, give it the weight 0:
+proxy of this number. The loop optimises the proxy. The report shows both, because they diverge when
+the proxy is optimised too far: over-optimisation (Gao et al. 2022, arXiv:2210.10760). To watch gold
+without letting it decide anything, give it the weight 0:
 
     python score.py --candidates C --output S --reward_model rm=demo/build/seed_0/reward_model \\
         --reward_fn gold=demo/gold.py:gold --reward_weights gold=0

@@ -38,9 +38,9 @@ CLOSERS = [
     " today",
 ]
 
-# How careful the writer is whom the policy imitates. So careless that most answers fail (gold 0.37
-# on average, one in six exact), and so varied that the best of eight answers is mostly a good one:
-# what there is to learn from pairs.
+# How careful the writer is that the policy imitates: so careless that most answers fail (gold 0.37
+# on average, one in six exact), but so varied that the best of eight answers is mostly a good one.
+# This difference is what pairs can teach.
 RIGHT_CATEGORY = 0.5
 RIGHT_COUNT = 0.6
 

@@ -6,8 +6,8 @@ Maximum likelihood on the tokens of the answer y, given the prompt x,
     L = - sum_t log p(y_t | x, y_<t) / number of answer tokens in the batch
 
 on an endless stream: every step draws prompts and writes new answers to them, so there is nothing
-to overfit, and the policy ends as a faithful copy of the sloppy writer (task.py). Whatever it does
-better it must learn from preferences.
+to overfit, and the policy becomes a faithful copy of the sloppy writer (task.py). Anything better
+it must learn from preferences.
 """
 
 import random
@@ -98,7 +98,7 @@ def make_batch(
         answer.append(tokenizer.eos_token_id)
         ids.append(torch.tensor(context + answer))
         targets.append(torch.tensor([-100] * len(context) + answer))
-    # Padding stands on the right and attention looks to the left, so no mask is needed.
+    # Padding is on the right and attention looks to the left, so no mask is needed.
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, T]
     targets = pad_sequence(targets, batch_first=True, padding_value=-100)  # [B, T]
     return ids, targets

@@ -1,8 +1,8 @@
 """A Bradley-Terry reward model: from noisy choices between two answers to a score for one.
 
 An annotator sees two answers of the policy to one prompt and says which is better. The demo's
-annotator knows the truth but errs, the more easily the closer the answers are (Bradley and Terry
-1952):
+annotator knows the truth but makes mistakes, more often the closer the answers are (Bradley and
+Terry 1952):
 
     P(a is preferred to b) = s((gold(a) - gold(b)) / NOISE),        s(z) = 1 / (1 + e^-z)
 
@@ -11,9 +11,9 @@ choices by maximum likelihood (Ouyang et al. 2022, arXiv:2203.02155, equation 1)
 
     L = - mean over comparisons of log s(r(x, preferred) - r(x, other))
 
-Only the choices reach it, never a gold value. It is a proxy: right about what the initial policy
-writes, less sure about what a better policy will write, and an online loop finds out where it is
-wrong.
+It sees only the choices, never a gold value. It is a proxy: right about what the initial policy
+writes, less sure about what a better policy will write, and an online loop finds the answers where
+it is wrong.
 """
 
 import random
@@ -104,7 +104,7 @@ def make_reward_model(policy) -> LlamaForSequenceClassification:
     config = LlamaConfig(**(policy.config.to_dict() | one_label))
     model = LlamaForSequenceClassification(config)
     model.model.load_state_dict(policy.model.state_dict())
-    torch.nn.init.zeros_(model.score.weight)  # it starts indifferent: the first loss is ln 2
+    torch.nn.init.zeros_(model.score.weight)  # all scores start equal: the first loss is ln 2
     return model
 
 
@@ -115,7 +115,7 @@ def encode(tokenizer, row: dict, answer: str) -> list[int]:
 
 
 def scores(model, tokenizer, sequences: list[list[int]]) -> torch.Tensor:
-    """r of each sequence, [B]: the head at its last token that is no padding."""
+    """r of each sequence, [B]: the head at its last token that is not padding."""
     batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")  # ids and mask, [B, T]
     logits = model(**batch, use_cache=False).logits  # [B, 1]
     return logits[:, 0]

@@ -1,5 +1,5 @@
-"""What every test file shares: stages are run as a user runs them, as processes with arguments and
-exit codes.
+"""What all test files share: stages run as a user runs them, as processes with arguments and exit
+codes.
 """
 
 import os

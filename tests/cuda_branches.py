@@ -4,19 +4,18 @@
     python tests/cuda_branches.py         run it in such an environment: a line per case
     python tests/cuda_branches.py score   only the cases whose names begin so
 
-Tensors are torch's fake ones: they say that they are on "cuda", they have shapes and dtypes, and no
-content. Every operation checks its arguments as the real one does and gives a result of the right
-shape. So what fails here fails on a GPU: an argument that this torch does not have (`enable_gqa` in
-2.11), a dtype that a product refuses, a tensor left on the CPU. The cases of the trainer also show
-that nothing there waits for the device: a fake tensor has no number to be waited for.
+Tensors are torch's fake ones: they say that they are on "cuda", and they have shapes and dtypes,
+but no content. Every operation checks its arguments as the real one does and gives a result of the
+right shape. So what fails here fails on a GPU: an argument that this torch does not have
+(`enable_gqa` in 2.11), a dtype that a product refuses, a tensor left on the CPU. The cases of the
+trainer also show that nothing there waits for the device: a fake tensor has no number to wait for.
 
 What this does not show: any number, speed or memory; the Triton kernel (Launch below looks at what
 it is given, tests/test_logprob_triton.py interprets and compiles it); random generators on the
 device; torch.inference_mode, in which fake tensors do not work; FSDP and NCCL; copies through
-pinned memory; reading weights; vLLM. transformers
-knows fake tensors and takes care not to ask them anything, so it builds a padded batch's mask where
-it might leave it out. torch's autograd engine wants a device, so `backward` below does its work and
-calls the same nodes.
+pinned memory; reading weights; vLLM. transformers recognises fake tensors and does not ask for
+their values, so it builds a padded batch's mask even where it could leave it out. torch's autograd
+engine needs a device, so `backward` below does its work and calls the same nodes.
 """
 
 import inspect
@@ -47,7 +46,7 @@ from training.batches import collate
 
 CUDA = torch.device("cuda")
 LAYERS = 2
-# Qwen2.5-0.5B but for its depth: 14 query heads share 2 key heads, head and embedding are tied.
+# Qwen2.5-0.5B except for its depth: 14 query heads share 2 key heads, head and embedding are tied.
 CONFIG = dict(
     vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=LAYERS,
     num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0,
@@ -56,14 +55,14 @@ CONFIG = dict(
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-# ---- what stands for the device ----------------------------------------------------------------
+# ---- what replaces the device ------------------------------------------------------------------
 
 
 class Operations(TorchDispatchMode):
     """Counts operations by name.
 
-    With `answers` it makes up what a program would wait for the device to tell: every number is 1,
-    every condition true, and every mask selects everything.
+    With `answers` it invents the values that a program would wait for: every number is 1, every
+    condition true, and every mask selects everything.
     """
 
     def __init__(self, answers: bool):
@@ -108,7 +107,7 @@ def all_of_masks(indices: list) -> list:
 
 
 class Launch:
-    """Stands for the Triton kernel: checks its arguments, and what it would read and write."""
+    """Replaces the Triton kernel: checks its arguments, and what it would read and write."""
 
     def __init__(self, device: str):
         self.device, self.launched = device, 0
@@ -134,7 +133,7 @@ class Launch:
 
 
 class NoGenerator:
-    """Stands for torch.Generator("cuda"), which needs the device; fake tensors draw nothing."""
+    """Replaces torch.Generator("cuda"), which needs the device; fake tensors draw nothing."""
 
     def __init__(self, device):
         assert torch.device(device).type == "cuda"
@@ -204,12 +203,12 @@ def call(node, inputs: list) -> list:
         needed = [edge[0] is not None for edge in node.next_functions]
     else:  # a Function written in Python has a result for each argument, tensor or not
         results = node.apply(*inputs)
-        needed = node.needs_input_grad  # torch's own Functions hand a None more behind those
+        needed = node.needs_input_grad  # torch's own Functions add one None after those
     return [gradient for gradient, need in zip(results, needed, strict=False) if need]
 
 
 def in_order(root) -> list:
-    """The nodes of the graph above `root`, each behind all that it hands its gradients to."""
+    """The nodes of the graph above `root`, each after all nodes that it passes gradients to."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, finished = stack.pop()
@@ -262,7 +261,7 @@ def trainer(packing: str, dtype: str, mode: str) -> str:
 
 
 def pair_of(prompt: int, chosen: int, rejected: int) -> dict:
-    """A pair of so many tokens."""
+    """A pair with this many tokens."""
     sizes = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return {name: np.ones(size, np.int32) for name, size in sizes.items()}
 
@@ -282,8 +281,8 @@ def scorer(kind: str, dtype: str) -> str:
         for name, (prompt, answers) in prompts.items()
         for answer in answers
     ]
-    # `checked`, or it would compare with a sequence alone, for which transformers takes another way
-    # with fake tensors than with real ones. `attention_alone` covers the way with real ones.
+    # `checked`, or it would compare with a sequence alone, for which transformers takes another
+    # path with fake tensors than with real ones. `attention_alone` covers the path of real ones.
     common = dict(path="model", max_length=4096, tokens_per_batch=16384, packs=True, checked=True)
     common["tolerance"] = score.TOLERANCE[dtype]
     with fake_device(answers=True) as operations, torch.no_grad():
@@ -305,7 +304,7 @@ def scorer(kind: str, dtype: str) -> str:
 
 
 def attention_alone(rows: str, dtype: str) -> str:
-    """Packed attention by itself, in the two ways that no case above takes.
+    """Packed attention by itself, in the two ways that the cases above do not cover.
 
     alone: rows without a layout, as score.py computes a sequence that it compares a batch with.
     packed: sequences that share nothing, in one row.

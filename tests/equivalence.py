@@ -3,9 +3,9 @@ sequence at a time.
 
     torchrun --nproc_per_node 2 tests/equivalence.py FOLDER
 
-FOLDER holds models (tests/small_models.py), each in a folder of its own. A line of JSON for each
-model, packing and checkpointing: how far the log-probs (in nats a token) and the gradient (as a
-share of its norm) are from those of transformers in fp64, with its own attention, logits and
+FOLDER holds models (tests/small_models.py), each in its own folder. The output is one line of JSON
+per model, packing and checkpointing: how far the log-probs (in nats per token) and the gradient (as
+a share of its norm) are from those of transformers in fp64, with its own attention, logits and
 autograd.
 """
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# a prime, so no multiple of any block (PITFALLS 33), and 7 more than the tokenizer knows, as in
+# a prime, so not a multiple of any block (PITFALLS 33), and 7 more than the tokenizer has, as with
 # Qwen's
 VOCAB = 307
 
@@ -91,12 +91,12 @@ def config(arch: str = "llama", **overrides):
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=32,  # vLLM on a CPU knows no smaller one
+        head_dim=32,  # vLLM on a CPU supports no smaller one
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        # transformers' 0.02 gives nearly uniform tokens, and so tests that would see no mistake
+        # transformers' 0.02 gives nearly uniform tokens, with which tests would see no mistake
         initializer_range=0.1,
     )
     if arch in ("gemma2", "gemma3"):

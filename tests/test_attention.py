@@ -78,7 +78,7 @@ def build(config, tied=False):
         for p in model.parameters():
             if (
                 p.dim() > 1
-            ):  # at the usual 0.02 all attention is nearly uniform, and the wrong key hardly shows
+            ):  # at the usual 0.02 all attention is nearly uniform, and a wrong key hardly shows
                 p.normal_(std=0.3)
     return model
 
@@ -165,8 +165,8 @@ def shared(model, pairs):
 
 
 def gradients(model, logprobs):
-    """Gradients of a sum in which every token has another weight, so that no two can stand in for
-    one another.
+    """Gradients of a sum in which every token has another weight, so that no two tokens can be
+    exchanged unnoticed.
     """
     model.zero_grad()
     (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
@@ -200,8 +200,8 @@ def test_alone_is_batched_is_packed_is_prefix_shared(family, tied, checkpointing
 
 
 def test_what_follows_a_pair_does_not_change_it():
-    """PITFALLS 19: other tokens behind it change nothing, bit for bit; another number of them only
-    the rounding.
+    """PITFALLS 19: other tokens after it change nothing, bit for bit; another number of them
+    changes only the rounding.
     """
     model, pairs = build(FAMILIES["llama"]), random_pairs()
     mine = len(pairs[0][1]) + len(pairs[0][2])
@@ -227,7 +227,7 @@ def test_padding_never_changes_a_log_prob():
 
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["prompt", "chosen", "rejected"])
 def test_only_what_may_look_at_a_token_depends_on_it(part):
-    """The mask as the model computes it: exchange one token and see which outputs of the row move.
+    """The mask as the model computes it: change one token and see which outputs of the row change.
     R never sees C.
     """
     p, c, r = 6, 5, 7
@@ -254,8 +254,8 @@ def test_only_what_may_look_at_a_token_depends_on_it(part):
 
 
 def test_no_gradient_flows_from_the_rejected_answer_to_the_chosen():
-    """PITFALLS 19, backwards: what R's outputs say about C's inputs is exactly nothing, and about
-    P's something.
+    """PITFALLS 19, in backward: the gradient of R's outputs by C's inputs is exactly zero, and by
+    P's it is not.
     """
     p, c, r = 6, 5, 7
     model = build(FAMILIES["llama"])
@@ -396,8 +396,8 @@ def varlen_as_documented(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size):
     "varlen", [varlen_of_torch_2_11, varlen_of_torch_2_12], ids=["2.11", "2.12"]
 )
 def test_pitfalls_52_both_branches_compute_the_same_by_any_signature(monkeypatch, varlen):
-    """What we hand to the flash kernel means what we hand to SDPA: forward, and the gradient
-    through the gather. PITFALLS 52: whether this torch's varlen_attn has enable_gqa or not.
+    """What we pass to the flash kernel means the same as what we pass to SDPA: forward, and the
+    gradient through the gather. PITFALLS 52: with and without enable_gqa in torch's varlen_attn.
     """
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     monkeypatch.setattr(attention, "VARLEN_ASKS_FOR_GQA", attention.asks_for_gqa(varlen))
@@ -505,7 +505,7 @@ def test_models_that_packing_does_not_change_are_accepted(config):
 
 
 def test_a_soft_capped_model_runs_padded_with_eager_attention():
-    """transformers' SDPA drops Gemma 2's soft cap without a word; if this ever fails, "sdpa" has
+    """transformers' SDPA drops Gemma 2's soft cap without a message; if this ever fails, "sdpa" has
     become right.
     """
     config = Gemma2Config(**TINY, head_dim=8, attn_logit_softcapping=1.0)

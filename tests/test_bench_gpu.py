@@ -1,5 +1,5 @@
-"""bench/gpu.sh runs where nobody can mend it: its commands are understood, it ends in time, nothing
-stops the rest.
+"""bench/gpu.sh runs where nobody can correct it: its commands are understood, it ends in time, and
+no step stops the others.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def test_each_command_is_one_that_its_module_understands(phase, monkeypatch):
 
 
 def test_a_flag_that_no_module_has_would_be_seen(monkeypatch):
-    """The test above would fail: argparse ends the process before it says that it understood."""
+    """The test above can fail: argparse ends the process at a flag that it does not understand."""
     monkeypatch.setattr(sys, "argv", ["bench.gemms", "--cubes", "3"])
     with pytest.raises(SystemExit):
         importlib.import_module("bench.gemms").main()

@@ -1,6 +1,4 @@
-"""The comparisons with TRL: that what both sides are given is what it is said to be, and that our
-side runs.
-"""
+"""The comparisons with TRL: both sides are given what the benchmark says, and our side runs."""
 
 import json
 import re
@@ -23,7 +21,7 @@ def read(path):
 
 def test_pairs_for_trl_hold_the_contract_and_canonical_ids(tmp_path):
     """Token ids = what the text tokenises to, one BOS (PITFALLS 1), one EOS at the end, log-probs
-    of the very model.
+    of this model.
     """
     trl_dpo.build_model(tmp_path / "model")
     trl_dpo.build_pairs(tmp_path / "pairs.jsonl", tmp_path / "model", n=6)
@@ -44,7 +42,7 @@ def test_pairs_for_trl_hold_the_contract_and_canonical_ids(tmp_path):
         assert own_logprobs(model, ids).tolist() == pytest.approx(expected, abs=1e-4)
     rows[2]["chosen_token_ids"].insert(
         1, 7
-    )  # ids that the text does not tell of, as a generator may sample
+    )  # ids that the text does not tokenise to, as a generator may sample them
     assert trl_dpo.canonical(rows, tokenizer) == 5
 
 
@@ -62,7 +60,7 @@ def test_text_only_pairs_render_to_the_same_ids(tmp_path):
 
 
 def test_words_of_the_benchmark_are_its_token_ids(tmp_path):
-    """So TRL, which takes text, trains on the ids that we train on."""
+    """So TRL, which takes text, trains on the same ids as we do."""
     train.SHAPES["tiny"] = train.SHAPES["small"] | dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1
     )
@@ -105,8 +103,8 @@ def test_useful_flops_are_those_of_a_plain_model():
         model(input_ids=torch.arange(n)[None], use_cache=False).logits.sum().backward()
     products = counter.get_flop_counts()["Global"]
     attention = [v for k, v in products.items() if k == torch.ops.aten.bmm]
-    # One "answer" of n tokens behind no prompt, and no second one. Eager attention computes the
-    # masked half, too.
+    # One "answer" of n tokens without a prompt, and no second one. Eager attention also computes
+    # the masked half.
     visible = 12 * 2 * config.hidden_size * n * (n + 1) / 2
     linear = train.useful_flops(config, [(0, n, 0)]) - visible
     assert linear == pytest.approx(sum(products.values()) - sum(attention), rel=1e-6)
@@ -114,8 +112,8 @@ def test_useful_flops_are_those_of_a_plain_model():
 
 
 def test_only_equal_losses_and_no_more_memory_win():
-    """The verdict is against TRL's fastest that computes the same loss, by our fastest that fits
-    into its memory.
+    """The verdict compares TRL's fastest that computes the same loss with our fastest that fits
+    into the same memory.
     """
 
     def task(name, side, seconds, peak, loss):
@@ -140,7 +138,7 @@ def test_only_equal_losses_and_no_more_memory_win():
     lines = train.table(tasks, [(4, 3, 2)], train.Qwen2Config(**train.SHAPES["small"]), 1e12, 1e-4)
     assert [line for line in lines if line.startswith("checkpointing")] == [
         "checkpointing off, fair (its fastest at equal loss): "
-        "small: 2.00x its pairs a second, 0.50x its peak memory"
+        "small: 2.00x its pairs per second, 0.50x its peak memory"
     ]
     assert any(line.split() == ["none", "no", "out", "of", "memory"] for line in lines)
 

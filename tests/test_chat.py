@@ -1,5 +1,5 @@
-"""chat.py: one BOS, every stop id, an answer that ends where it ends, and templates that fail in
-one line.
+"""chat.py: one BOS, every stop id, an answer that ends at the right token, and templates that fail
+with one line.
 """
 
 import pytest
@@ -137,7 +137,7 @@ def test_a_template_without_stop_ids_leaves_the_answer_as_it_is(tmp_path):
 
 
 def test_an_answer_of_several_turns_is_refused(tmp_path):
-    """Cut at its first stop id it would lose all turns but one; no policy answers for the user."""
+    """Cut at its first stop id it would lose all turns but one; no policy writes a user's turn."""
     row = pair()
     row["rejected"] = row["rejected"] + ASK + row["rejected"]
     with pytest.raises(Stop, match="p.jsonl:7: chosen and rejected must each be one turn"):

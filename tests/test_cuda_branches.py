@@ -1,8 +1,8 @@
 """The branches that only a GPU takes, without one: tests/cuda_branches.py says what this shows.
 
 It needs the CUDA build of torch, which a machine without a GPU can install but rarely has:
-`bash tools/versions.sh cuda` makes such an environment. What protects those branches everywhere
-stands in tests/test_attention.py (varlen_attn by each signature) and tests/test_logprob_triton.py.
+`bash tools/versions.sh cuda` makes such an environment. On other machines, tests/test_attention.py
+(varlen_attn by each signature) and tests/test_logprob_triton.py protect those branches.
 """
 
 import pytest

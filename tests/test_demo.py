@@ -1,4 +1,4 @@
-"""The demo: its truth is the truth, its files are what the contract says, and building it is
+"""The demo: gold is what its formula says, its files are what the contract says, and a build is
 repeatable and whole.
 """
 
@@ -35,9 +35,9 @@ def built(stage, tmp_path_factory):
         (" plum,fig\npear\n", 1.0),
         ("plum, fig", 2 / 3),  # one is missing
         ("plum, fig, pear, apple", 3 / 4),  # one too many
-        ("plum, fig, plum", 2 / 3),  # a repeat is no new fruit
+        ("plum, fig, plum", 2 / 3),  # a repeat is not a new fruit
         ("plum, plum, plum, plum, plum", 1 / 5),
-        ("plum, fig, wolf", 2 / 3),  # one is no fruit
+        ("plum, fig, wolf", 2 / 3),  # one is not a fruit
         ("wolf, bear, dog", 0.0),  # another category
         ("plum fig pear", 0.0),  # no list
         ("plums, figs, pears", 0.0),  # no words of the game
@@ -61,7 +61,7 @@ def test_gold_refuses_a_prompt_of_another_game():
 
 
 def test_no_word_belongs_to_two_categories():
-    """Otherwise the truth of an answer would not be one number."""
+    """Otherwise the gold of an answer would not be one number."""
     words = [word for group in CATEGORIES.values() for word in group]
     assert len(words) == len(set(words)) == 60
 
@@ -133,7 +133,7 @@ def test_template_has_no_bos_and_every_turn_ends_in_eos(built):
     assert ids == tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=False)
     assert ids.count(tokenizer.eos_token_id) == 2
     assert GenerationConfig.from_pretrained(built / "policy").eos_token_id == tokenizer.eos_token_id
-    # What stands before the answer is a prefix of the whole: nothing merges at the boundary
+    # What comes before the answer is a prefix of the whole: nothing merges at the boundary
     # (PITFALLS 3).
     prompt = tokenizer.apply_chat_template(conversation[:1], add_generation_prompt=True).input_ids
     assert ids[: len(prompt)] == prompt

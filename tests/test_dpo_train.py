@@ -1,5 +1,5 @@
-"""The trainer: its loss, its data, its cuts into microbatches and ranks, its restarts, its exports,
-its refusals.
+"""The trainer: its loss, its data, its division into microbatches and ranks, its restarts, its
+exports, its refusals.
 """
 
 import json
@@ -171,7 +171,7 @@ def test_every_loss_is_its_equation(kind, e, a, c):
 
 
 def test_the_loss_is_four_tensors_and_numbers():
-    """As one would paste it into a notebook: the DPO paper's equation 7."""
+    """The DPO paper's equation 7, written out as in a notebook."""
     policy_chosen, policy_rejected = torch.tensor([-10.0]), torch.tensor([-12.0])
     reference_chosen, reference_rejected = torch.tensor([-11.0]), torch.tensor([-11.5])
     loss = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1)
@@ -182,8 +182,8 @@ def test_the_loss_is_four_tensors_and_numbers():
 
 
 def test_pitfalls_16_loss_and_gradient_equal_a_hand_written_fp64_loop(tmp_path):
-    """Prompt tokens are no target, and every answer token is: against a loop over single tokens, in
-    fp64.
+    """No prompt token is a target, and every answer token is: compared with a loop over single
+    tokens, in fp64.
     """
     model = causal_lm(tmp_path / "m", tie=True)
     rows = make_pairs(tmp_path / "m", model, n=6)
@@ -241,15 +241,13 @@ def test_microbatches_hold_every_pair_once_under_the_budget(packing, world):
         assert (
             n < 100 or packing == "padded" or max(loads) - min(loads) <= 0.05 * sum(loads) / world
         )
-    # One above the budget goes alone.
+    # A pair above the budget gets a microbatch of its own.
     assert [0] in microbatches({0: 5000, 1: 600, 2: 600}, 1000, 1, packing)[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_pitfalls_19_and_20_alone_equals_batched_packed_and_prefix_shared(tmp_path, stage, ranks):
-    """Log-probs and gradient through the very functions that train; padding never changes a
-    log-prob.
-    """
+    """Log-probs and gradient through the functions that train; padding never changes a log-prob."""
     archs = ("llama", "qwen2", "qwen3", "olmo2")
     for arch, tie in ((arch, tie) for arch in archs for tie in (True, False)):
         causal_lm(tmp_path / f"{arch}-{tie}", arch, tie=tie)
@@ -305,7 +303,7 @@ def test_pitfalls_22_one_rank_two_ranks_and_hsdp_agree(run, stage):
         "1e-4",
         "--tokens_per_batch",
         "60",
-    ]  # several microbatches a step and rank
+    ]  # several microbatches per step and rank
     run("one", *flags)
     log = run.log()
     for name, more in {"two": [], "hsdp": ["--shard_size", "1"]}.items():
@@ -410,12 +408,12 @@ def test_pitfalls_21_pairs_without_room_or_tokens_are_dropped_and_counted(run):
 
 
 def test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_dropped(run):
-    """Anyone's preference data: conversations through the template, text as it is when the prompt
+    """Other preference data: conversations through the template, and text as it is if the prompt
     stays a prefix.
     """
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
 
-    def merges(token):  # across the boundary behind its first letter
+    def merges(token):  # across the boundary after its first letter
         ids = tokenizer("x " + token[0])["input_ids"]
         return tokenizer("x " + token)["input_ids"][: len(ids)] != ids
 
@@ -446,7 +444,7 @@ def test_text_beside_conversations_is_an_error(run):
 
 
 def test_answers_without_a_stop_id_are_trained_and_reported(run):
-    """No end is invented; that none is trained is said."""
+    """No end is invented; a message says that none is trained."""
     talk = {"prompt": [{"role": "user", "content": "hi"}]}
     talk |= {k: [{"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
     write(run.pairs, [talk])
@@ -493,7 +491,7 @@ def test_a_template_that_raises_names_file_and_line(run, template):
 
 
 def test_pitfalls_17_the_reference_of_an_interrupted_run_is_used_and_checked(run):
-    """It stays with the run's parts. A damaged one is noticed; that of other weights is refused."""
+    """It stays with the run's parts. A damaged one is noticed; one of other weights is refused."""
     run("undisturbed")
     full_passes = []
     all_logprobs = dpo_train.all_logprobs
@@ -661,7 +659,7 @@ def test_random_fields_are_found_in_sub_configs_and_dropout_is_zeroed():
     config = DbrxConfig(
         resid_pdrop=0.1, attn_config={"attn_pdrop": 0.2}, ffn_config={"moe_jitter_eps": 0.3}
     )
-    config.drop_last_layer = True  # a shape, not a chance
+    config.drop_last_layer = True  # part of the shape, not a probability
     nested = {"attn_config.attn_pdrop": 0.2, "ffn_config.moe_jitter_eps": 0.3}
     assert network.random_fields(config) == {"resid_pdrop": 0.1, **nested}
     network.switch_off_dropout(config)
@@ -696,7 +694,7 @@ def make_lengths(lengths):
 
 
 def test_recomputed_layers_are_the_same_function_and_recomputed(run):
-    """--gradient_checkpointing is felt in evaluation mode: each layer runs again in backward."""
+    """--gradient_checkpointing works in evaluation mode: each layer runs again in backward."""
     config = AutoConfig.from_pretrained(run.folder / "model")
     model = network.build_model(config, torch.float32, "padded", True, "model")
     calls = []

@@ -156,7 +156,7 @@ def test_peak_memory_of_two_ranks_is_near_the_prediction(tmp_path, predict):
     """25M parameters: half of the states, activations and all, against the resident memory of rank
     0 in a real run.
 
-    A CPU's attention kernels and gloo's buffers are others than a GPU's, so this is a bound and no
+    A CPU's attention kernels and gloo's buffers differ from a GPU's, so this is a bound and not an
     equality.
     """
     shape = dict(
@@ -245,8 +245,8 @@ def test_ranks_that_cannot_share_are_refused(tmp_path, stage):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "olmo2"])
 def test_model_flops_are_what_torch_counts(tmp_path, arch, tie):
-    """Matrix products of a real forward and backward, all of them; of attention what the causal
-    mask leaves.
+    """All matrix products of a real forward and backward; of attention, what the causal mask
+    leaves.
     """
     causal_lm(tmp_path, arch, tie=tie)
     policy = Policy(
@@ -267,8 +267,8 @@ def test_model_flops_are_what_torch_counts(tmp_path, arch, tie):
     rotary = [module for module in counts if module.endswith("rotary_emb")]
     products -= sum(sum(counts[module].values()) for module in rotary)
 
-    # Attention a query at a time: every key that is counted is one that is seen. Backward is twice
-    # the forward.
+    # Attention one query at a time: every key that is counted is one that is seen. Backward is
+    # twice the forward.
     c = policy.model.config
     q = torch.randn(1, c.num_attention_heads, 1, c.head_dim, device="meta")
     with FlopCounterMode(display=False) as counter:

@@ -70,7 +70,7 @@ def test_weights_that_stay_gathered_change_no_bit_and_are_gathered_once_a_step(
     monkeypatch.setattr(fsdp, "stays_gathered", lambda *_: True)
     assert "stay gathered" in run("kept", *flags)
 
-    assert gathered["microbatches"] >= 3 * len(log) > 3  # else there is nothing to be spared
+    assert gathered["microbatches"] >= 3 * len(log) > 3  # else there is nothing to save
     assert gathered["of a step"] == gathered["parameters"] < let_go / 4
     for name, weight in run.weights("let_go").items():
         assert torch.equal(weight, run.weights("kept")[name]), name
@@ -147,7 +147,7 @@ def test_groups_of_hsdp_have_our_timeout(tmp_path):
     assert len(said) == 2 and int(said[1].split()[0]) in (2, 3), done.stdout
 
 
-# ---- microbatches on their way -----------------------------------------------------------------
+# ---- microbatches to the device ----------------------------------------------------------------
 
 PAIRS = [
     {k: np.arange(5, 5 + n + i, dtype=np.int32) for n, k in enumerate(batches.PARTS, 2)}
@@ -172,7 +172,7 @@ def test_microbatches_arrive_in_order_and_are_built_one_ahead(monkeypatch, packi
         batches, "collate", lambda pairs, *others: built.append(pairs) or collate(pairs, *others)
     )
     for k, batch in enumerate(batches.feed(PAIRS, GROUPS, packing, "cpu")):
-        rows = GROUPS[k] or [0]  # a rank without a pair computes one all the same
+        rows = GROUPS[k] or [0]  # a rank without a pair still computes one
         assert len(built) == min(k + 2, len(GROUPS))
         assert batch["rows"].tolist() == rows
         expected = collate([PAIRS[i] for i in rows], packing)

@@ -85,7 +85,7 @@ def own_logprob(model, prompt: list[int], answer: list[int]) -> float:
 
 
 def check_answers(rows, folder, stops, max_new_tokens, tolerance=1e-3):
-    """What must hold of every candidate, whoever wrote it."""
+    """What must hold for every candidate, whichever backend wrote it."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -97,8 +97,7 @@ def check_answers(rows, folder, stops, max_new_tokens, tolerance=1e-3):
                 own_logprob(model, row["prompt_token_ids"], ids), abs=tolerance
             )
             assert c["logprob"] <= 0 and all(0 <= i < VOCAB for i in ids)
-            # PITFALLS 4, 5: a stop id stands at the end and nowhere else, exactly where the policy
-            # stopped
+            # PITFALLS 4, 5: a stop id is at the end and nowhere else, exactly if the policy stopped
             assert not set(ids[:-1]) & set(stops)
             assert (ids[-1] in stops) == (c["finish_reason"] == "stop")
             assert len(ids) == max_new_tokens or (
@@ -142,9 +141,7 @@ def test_answers_hold_what_the_policy_wrote(run, policy, tmp_path):
     "arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "mistral"]
 )
 def test_architectures(run, tmp_path, arch, tie):
-    """Every family, at a vocabulary that is no multiple of anything (PITFALLS 33), soft caps and
-    windows included.
-    """
+    """Every family, with a prime vocabulary (PITFALLS 33), soft caps and windows included."""
     small_window = {"sliding_window": 16} if arch in ("gemma2", "gemma3", "mistral") else {}
     causal_lm(tmp_path / "m", arch, tie=tie, eos=STOPS, **small_window)
     rows = run(tmp_path / "m", CHAT, "--max_new_tokens", 12, "--num_samples", 3)
@@ -234,7 +231,7 @@ TRUNCATIONS = [
 
 
 def check_truncated(rows, folder, arguments):
-    """The support exactly, the frequencies by chi-square, and log-probs that know nothing of the
+    """The support exactly, the frequencies by chi-square, and log-probs that do not depend on the
     truncation.
     """
     exact = next_token(folder, rows[0]["prompt_token_ids"], **arguments)
@@ -244,7 +241,7 @@ def check_truncated(rows, folder, arguments):
     assert set(first) >= set(
         (exact > 0.005).nonzero()[:, 0].tolist()
     )  # 25 expected: none is cut that should not be
-    for name in arguments.keys() - {"temperature"}:  # each argument is felt
+    for name in arguments.keys() - {"temperature"}:  # each argument has an effect
         off = arguments | {name: 1.0 if name == "top_p" else 0}
         assert not chi_square_fits(first, next_token(folder, rows[0]["prompt_token_ids"], **off))
     check_answers([{**rows[0], "candidates": rows[0]["candidates"][:20]}], folder, STOPS, 2)
@@ -371,8 +368,8 @@ def test_a_prompts_answers_do_not_depend_on_its_neighbours(run, policy):
 
 
 def test_exactly_one_bos(run, tmp_path):
-    """PITFALLS 1: template and tokenizer both add a BOS; the prompt has one, be it conversation or
-    text.
+    """PITFALLS 1: template and tokenizer both add a BOS; the prompt has one, whether conversation
+    or text.
     """
     causal_lm(tmp_path / "m", template="bos")
     rows = run(tmp_path / "m", [*CHAT, "a plain text", "a"], "--max_new_tokens", 2)
@@ -398,7 +395,7 @@ def test_exactly_one_bos(run, tmp_path):
 
 
 def test_stop_ids_come_from_everywhere(tmp_path, monkeypatch):
-    """PITFALLS 5: generation config, tokenizer, and the token that the template puts behind an
+    """PITFALLS 5: generation config, tokenizer, and the token that the template puts after an
     answer.
     """
     causal_lm(tmp_path / "m", template="bos", eos=[77, 78])
@@ -522,8 +519,8 @@ def command(policy, folder, nproc=1):
 
 
 def test_killed_at_one_and_at_two_ranks_is_byte_identical(policy, tmp_path):
-    """Law 7, PITFALLS 12: kill -9 in the middle of one rank, then of two; the file is that of an
-    undisturbed run.
+    """Law 7, PITFALLS 12: kill -9 in the middle of a run of one rank, then of two; the file is that
+    of an undisturbed run.
     """
     write_prompts(tmp_path / "prompts.jsonl", [CHAT[i % 3] for i in range(7 * 64 + 7)])
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"

@@ -119,8 +119,8 @@ def kill_and_resume(folder):
 
 @pytest.fixture(scope="module")
 def background(folder):
-    """The killed run goes on beside the tests of the shared engine: four engines start, and nobody
-    waits for four.
+    """The killed run resumes while the tests of the shared engine run: four engines start, and no
+    test waits for all four.
     """
     write_prompts(folder / "prompts.jsonl", [CHAT[i % 3] for i in range(PROMPTS)])
     with ThreadPoolExecutor(1) as pool:

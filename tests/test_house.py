@@ -1,4 +1,4 @@
-"""The house: what may import what. Each stage is one file, and one process."""
+"""The structure of the code: what may import what. Each stage is one file, and one process."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ def imports(path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_pitfalls_30_a_stage_imports_no_other_stage(stage):
-    """One process a stage: an engine's memory is free when the process ends, and no trainer ever
+    """One process per stage: an engine's memory is free when the process ends, and no trainer ever
     holds an engine.
     """
     ours = {p.stem for p in ROOT.glob("*.py")} | {"demo", "tools", "bench", "tests"}

@@ -164,8 +164,8 @@ def test_one_command_leaves_everything_a_reader_looks_for(world, whole):
 
 
 def test_the_page_of_one_prompt_is_not_stale(whole):
-    """docs/one_prompt.md has the headings and keys that a run of today gives, and its loss is
-    the one that its own numbers make.
+    """docs/one_prompt.md has the headings and keys that a run gives now, and its loss is the one
+    that its own numbers give.
     """
     run, _ = whole
     today = one_prompt.page(run, None)
@@ -226,11 +226,11 @@ def test_the_printed_commands_can_be_run_by_hand(whole):
 
 
 def kill_at_random(world, run, kills, expected):
-    """Start the loop, kill -9 its whole process group at a random moment, and again; at last let it
-    end.
+    """Start the loop, kill -9 its whole process group at a random moment, repeat, and finally let
+    it end.
 
-    What it has done when it ends is compared. If it ends before its moment, it begins anew: kills
-    fall on all stages.
+    The result is compared when it ends. If it ends before its moment, it starts again, so that
+    kills fall on all stages.
     """
     rng = random.Random(time.time())
     while True:
@@ -282,7 +282,7 @@ def test_pitfalls_35_a_failing_stage_stops_the_loop_and_names_its_log(world, tmp
     log = tmp_path / "run/iter_00/logs/score.log"
     assert done.returncode == 1 and str(log) in done.stderr and "nan" in log.read_text()
     assert not (tmp_path / "run/iter_01").exists()
-    # The cause mended, the same command goes on.
+    # With the cause corrected, the same command resumes.
     (tmp_path / "bad.py").write_text(REWARD)
     assert (
         iterate(world, tmp_path / "run", REWARD_FN=f"{tmp_path}/bad.py:reward", ITERS=0).returncode
@@ -301,14 +301,14 @@ def test_a_stage_that_was_just_killed_may_take_a_moment_to_go(world, tmp_path):
     holder = subprocess.Popen(["flock", tmp_path / ".lock", "sleep", "2"])
     while subprocess.run(["flock", "--nonblock", tmp_path / ".lock", "true"]).returncode == 0:
         time.sleep(0.01)
-    done = iterate(world, tmp_path, PROMPTS=tmp_path / "none.jsonl")  # what comes behind the lock
+    done = iterate(world, tmp_path, PROMPTS=tmp_path / "none.jsonl")  # what comes after the lock
     assert "another loop" not in done.stderr and "none.jsonl" in done.stdout + done.stderr
     holder.wait()
 
 
 def alive(session):
-    """Processes of the session that still run; one that has ended and waits to be reaped (state Z)
-    does not.
+    """Processes of the session that still run, without those that have ended but are not reaped
+    yet (state Z).
     """
     stats = [
         path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")
@@ -328,7 +328,7 @@ def all_gone(session, seconds):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent):
-    """Sent to the script alone; it passes the signal on, waits, and leaves no child behind."""
+    """Sent to the script alone; it passes the signal on, waits, and leaves no child running."""
     process = subprocess.Popen(
         ["bash", ROOT / "iterate.sh"],
         env=settings(world, tmp_path / "run", ITERS=0), start_new_session=True,
@@ -347,7 +347,7 @@ def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_path, sent):
     """As a terminal's Ctrl-C does it: the process that keeps the log gets the signal, too, and must
-    not go first.
+    not end first.
     """
     more = {"TRAIN_ARGS": "--learning_rate 1e-4 --batch_size 1 --num_train_epochs 50"}
     process = subprocess.Popen(
@@ -410,7 +410,7 @@ def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_pa
     different = counts["judge_pairs"]["in"]
     assert (
         4 < different <= 8
-    )  # 8 prompts, 2 answers each; the same answer twice is a tie without asking
+    )  # 8 prompts, 2 answers each; the same answer twice is a tie, without a request
     assert counts["judge_replies"] == {"in": 2 * different, "out": 2 * different, "dropped": {}}
     assert counts["judge_pairs"]["dropped"] == {"first_shown_won_twice": different}
     scored = [json.loads(line) for line in open(tmp_path / "run/iter_00/eval/scored.jsonl")]

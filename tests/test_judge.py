@@ -181,7 +181,7 @@ def test_win_rates_over_all_pairs_in_both_orders(judge):
     )
     assert wins(scored) == [[0, 1 / 3, 2 / 3, 1], [0.25, 0.25, 1], [0.5, 0.5]]
     assert [c["reward"] for c in scored[0]["candidates"]] == [0, 1 / 3, 2 / 3, 1]
-    assert len(server.requests) == 2 * (6 + 3)  # the same text twice is not worth asking
+    assert len(server.requests) == 2 * (6 + 3)  # no request for the same text twice
     assert counts["judge_replies"] == {"in": 18, "out": 18, "dropped": {}}
     assert counts["judge_pairs"] == {"in": 9, "out": 9, "dropped": {}}
     assert {r["path"] for r in server.requests} == {"/v1/chat/completions"}
@@ -237,7 +237,7 @@ def test_pitfalls_42_two_sources_are_compared_with_each_other(judge):
     texts = [[f"{value:.6f}" for value in row] for row in worth]
     scored, _, server = judge(rows(*texts), larger)
 
-    # Of all pairs of 16 answers 64 in 120 are of two sources; of the ring in file order 6 in 32
+    # Of all pairs of 16 answers, 64 in 120 are from two sources; of a ring in file order, 6 in 32
     # were.
     second = {text for row in texts for text in row[8:]}
     across = 0
@@ -307,7 +307,7 @@ def scored_rows():
 
 @pytest.mark.parametrize("weight", [1, 0.5, -2, 0])
 def test_the_win_rate_is_added_to_the_reward_of_a_scored_file(judge, weight):
-    """A weight of 0 watches: the number is written down and decides nothing."""
+    """A reward with weight 0 is only watched: it is recorded and decides nothing."""
     before = scored_rows()
     (after,), _, _ = judge(before, longer, "--judge_weight", weight)
     for old, new, rate in zip(
@@ -327,7 +327,7 @@ def test_the_weight_counts_without_other_rewards_too(judge):
 
 
 def test_another_weight_is_another_run(judge):
-    """PITFALLS 13: what changes the result is told apart, what does not is free to change."""
+    """PITFALLS 13: a setting that changes the result stops a restart; another may change."""
     data = rows(["a", "bb"])
     _, _, server = judge(data, longer)
     with pytest.raises(records.Stop, match="--judge_weight: was 1.0, is 2.0"):
@@ -363,7 +363,7 @@ def test_reasoning_is_stripped_from_what_the_judge_sees(judge):
     assert wins(scored) == [[1, 0]]
 
 
-# ---- a server in all its moods -----------------------------------------------------------------
+# ---- a server that fails -----------------------------------------------------------------------
 
 
 def test_a_judge_that_prefers_a_place_decides_nothing_and_is_reported(judge):
@@ -389,8 +389,8 @@ def test_retries_until_the_server_recovers(judge):
 
 
 def test_failures_are_counted_and_never_guessed(judge):
-    """A pair of which one order failed is left out; who has no pair left is dropped under a name
-    (PITFALLS 12).
+    """A pair of which one order failed is left out; an answer without a pair is dropped, and
+    counted by reason (PITFALLS 12).
     """
 
     def broken(a, b):
@@ -412,8 +412,8 @@ def test_failures_are_counted_and_never_guessed(judge):
 
 
 def test_no_reply_is_paid_for_twice(judge, tmp_path):
-    """The replies outlive the run, a torn line of a kill included; another prompt is another
-    question.
+    """The replies survive the run, even if a kill tore the last line; another prompt is another
+    request.
     """
     data = rows(["a", "bb", "ccc"], ["x", "yy"])
     first, counts, server = judge(data, longer)
@@ -507,8 +507,8 @@ def test_a_server_that_refuses_a_parameter_gets_what_it_wants(judge, refuses):
 
 
 def test_a_request_that_is_too_long_is_no_refused_parameter(judge):
-    """vLLM's words name max_tokens, too; it is the request that fails, and the next one asks as
-    before.
+    """vLLM's message also names max_tokens, but only this request fails; the next one has the same
+    parameters.
     """
     message = "'max_tokens' or 'max_completion_tokens' is too large: 512. "
     too_long = (400, message + "This model's context is 128 tokens.")

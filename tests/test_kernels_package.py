@@ -1,8 +1,8 @@
-"""Hugging Face's package `kernels` may be installed beside ours of the same name, as a user's own
-environment has it.
+"""Hugging Face's package `kernels` may be installed beside ours of the same name, as in a user's
+own environment.
 
-transformers imports it where it finds it in a version that it knows. Here a stand-in lies behind
-the repository on Python's path, as site-packages does: the repository's folder hides it, and
+transformers imports it if it finds a version that it knows. Here a stand-in comes after the
+repository on Python's path, as site-packages does: the repository's folder hides it, and
 kernels-0.dist-info tells transformers so.
 """
 

@@ -1,6 +1,6 @@
-"""Law 6: the kernel equals the fp64 reference, forward and backward, whatever the vocabulary. Here
-with the torch rows, which are the specification; test_logprob_triton.py holds the Triton rows to
-the same.
+"""Law 6: the kernel equals the fp64 reference, forward and backward, for any vocabulary. Here with
+the torch rows, which are the specification; test_logprob_triton.py tests the Triton rows in the
+same way.
 """
 
 import os
@@ -36,13 +36,13 @@ HEADS = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Seven rows a chunk, so that a few dozen tokens are many chunks and the last one is short."""
+    """Seven rows per chunk, so that a few dozen tokens are many chunks and the last is short."""
     monkeypatch.setitem(kernel.CHUNK, "cpu", 7)
 
 
 def inputs(T, D, V, dtype=torch.float32, bias=False, seed=0):
-    """hidden, weight, bias (or None), targets with 0 and V-1 among them, and g, another for every
-    token.
+    """hidden, weight, bias (or None), targets with 0 and V-1 among them, and g, which differs for
+    every token.
     """
     torch.manual_seed(seed)
     hidden, weight = torch.randn(T, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
@@ -200,8 +200,8 @@ def test_logits_of_ten_thousand(dtype):
 
 
 def test_hopeless_targets_keep_a_gradient_in_range():
-    """Across S = FAR, where the reference point of a row changes, values and gradients go on
-    smoothly.
+    """Across S = FAR, where the reference point of a row changes, values and gradients stay
+    smooth.
     """
     V = 97
     for gap in (20.0, 40.0, 41.5, 42.0, 60.0, 300.0):
@@ -242,7 +242,7 @@ def test_sure_targets_keep_their_precision():
 
 
 def test_a_log_prob_is_never_positive():
-    """PITFALLS 33: phantom logits behind an odd vocabulary once made log-probs positive."""
+    """PITFALLS 33: phantom logits after an odd vocabulary once made log-probs positive."""
     for V in (1, 2, 63, 64, 65, 127):
         hidden, weight, _, targets, _ = inputs(11, 4, V, torch.bfloat16)
         assert (linear_logprob(hidden * 20, weight, targets) <= 0).all()
@@ -330,7 +330,7 @@ def test_same_bits_twice():
 
 
 def test_alone_equals_batched():
-    """Law 4: a token's log-prob depends on no other token, and its row of dH neither."""
+    """Law 4: a token's log-prob, and its row of dH, depend on no other token."""
     hidden, weight, _, targets, g = inputs(20, 16, 503)
     together, (dh, _) = ours(hidden, weight, None, targets, g)
     for i in range(0, 20, 6):
@@ -572,9 +572,9 @@ def two_ranks(rank, folder):
             torch.save(gradients, f"{folder}/{dtype}.pt")
     with pytest.raises(ValueError, match="sharded"):
         linear_logprob(torch.zeros(1, 16), model.embedding.weight, torch.zeros(1, dtype=torch.long))
-    # Not the interpreter's usual end: a thread of gloo that still holds a tensor of the last
-    # collective would wait for the GIL of an interpreter that is gone, and abort the process
-    # (pytorch/pytorch#179291): 5 of 30 runs did.
+    # Not the interpreter's usual exit: a thread of gloo that still holds a tensor of the last
+    # collective would wait for the GIL of an interpreter that has ended, and abort the process
+    # (pytorch/pytorch#179291), as 5 of 30 runs did.
     os._exit(0)
 
 

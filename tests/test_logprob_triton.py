@@ -165,7 +165,7 @@ def test_kernel_equals_fp64(results, name):
 
 def test_rows_equal_the_torch_rows(results):
     """The specification and the kernel, S, Q and d; likely, sure and hopeless targets; and Q sums
-    to zero in each row. The padding behind an odd vocabulary held NaN all along (PITFALLS 33).
+    to zero in each row. The padding after an odd vocabulary always held NaN (PITFALLS 33).
     """
     s, q, d, balance = results["rows"]
     assert s < 1e-5 and q < 1e-4 and d < 1e-4 and balance < 1e-5
@@ -249,7 +249,7 @@ def compile_for(capability: int, variant: str) -> dict:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiles_without_spills(capability, variant):
     """For A100, H100/H200 and B200: no spill, little shared memory, whole blocks of a row at 16
-    bytes an access.
+    bytes per access.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("under the interpreter nothing compiles")

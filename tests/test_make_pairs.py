@@ -1,5 +1,5 @@
-"""Pairs: who meets whom, what is refused and under which name, and that nothing depends on the
-order of rows.
+"""Pairs: which answers form one, what is refused and for which reason, and that nothing depends on
+the order of rows.
 """
 
 import json

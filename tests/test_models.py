@@ -1,5 +1,5 @@
-"""models.py: a model by hub name is one commit for a whole run, is whole, and never brings code
-that runs.
+"""models.py: a hub name is one commit for a whole run, the model is whole, and its own code never
+runs.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ POLICY, ENHANCER, REWARD = "fruit/policy", "fruit/enhancer", "fruit/reward"
 def publish(cache: Path, name: str, folder: Path, branch: str = "main") -> str:
     """Put `folder` into the cache as the hub's client keeps a download, and return its commit.
 
-    Contents stand in blobs/ under their hashes, a commit is a folder of links to them, and a branch
+    Contents are in blobs/ under their hashes, a commit is a folder of links to them, and a branch
     is a file that names a commit.
     """
     repository = cache / ("models--" + name.replace("/", "--"))
@@ -346,7 +346,7 @@ def test_what_is_trained_from_a_hub_model_is_a_plain_folder(world):
 
 
 def test_a_changed_commit_is_noticed_at_a_restart_of_the_loop(world):
-    """PITFALLS 49, too: the refused restart leaves the record of the run alone, and what the
+    """PITFALLS 49, too: the refused restart does not change the record of the run, and what the
     message says works.
     """
     folder, commits, iterate = world
@@ -390,8 +390,8 @@ def test_the_loop_with_a_name_that_is_not_there_ends_in_one_line(world, tmp_path
 
 
 def plant(folder: Path, marker: Path) -> None:
-    """A tokenizer that only a Python file beside it can build; whoever imports that file leaves
-    `marker` behind.
+    """A tokenizer that only a Python file beside it can build; importing that file creates
+    `marker`.
     """
     code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast\n"
     (folder / "planted.py").write_text(code + "class Planted(PreTrainedTokenizerFast): pass\n")

@@ -1,5 +1,5 @@
-"""Where prompts come from: tools/prepare_prompts.py splits a data set, tools/take_prompts.py deals
-it out.
+"""Where prompts come from: tools/prepare_prompts.py splits a data set, tools/take_prompts.py
+divides it among the iterations.
 """
 
 import json
@@ -98,8 +98,8 @@ def test_split_depends_on_content_and_seed_alone(tmp_path, monkeypatch):
 
 
 def test_messages_lose_the_answer_and_nothing_else(tmp_path, monkeypatch):
-    """Trailing assistant turns are the answer; earlier ones are context. Extra keys in turns do not
-    travel.
+    """Trailing assistant turns are the answer; earlier ones are context. Extra keys in turns are
+    left out.
     """
     turns = [
         {"role": "user", "content": "a", "weight": 1},
@@ -181,7 +181,7 @@ def test_again_does_nothing_and_a_lost_output_comes_back(tmp_path, monkeypatch, 
     ],
 )
 def test_bad_rows_and_idle_flags_are_errors(tmp_path, monkeypatch, rows, flags, message):
-    """PITFALLS 25 for the flags; every message names the place and leaves no output behind."""
+    """PITFALLS 25 for the flags; every message names the place, and no output is left."""
     data = write(tmp_path / "data.jsonl", rows)
     if "heldout" in flags:
         flags = flags | {"heldout_output": tmp_path / "heldout.jsonl"}

@@ -164,8 +164,8 @@ def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(tmp_path):
 
 
 def test_overwriting_goes_on_where_it_was_interrupted(tmp_path):
-    """Slurm gives a requeued job the same command, --overwrite and all; with other settings it
-    begins anew.
+    """Slurm gives a requeued job the same command, including --overwrite; with other settings it
+    starts again.
     """
     path = prompts(tmp_path / "p.jsonl")
     fill(new_stage(tmp_path, seed=1), path)
@@ -311,7 +311,7 @@ run(main)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
 def test_ranks_end_when_torchrun_is_killed(tmp_path):
-    """Orphans would go on writing beside the ranks of the next start."""
+    """Orphans would continue to write at the same time as the ranks of the next start."""
     (tmp_path / "rank.py").write_text(RANK)
     launcher = [
         sys.executable,
@@ -331,7 +331,7 @@ def test_ranks_end_when_torchrun_is_killed(tmp_path):
     process.wait()
 
     def alive(pid):
-        try:  # a zombie, which nobody has asked about yet, is dead
+        try:  # a zombie, which nobody has reaped yet, is dead
             return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
         except FileNotFoundError:
             return False

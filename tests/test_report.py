@@ -129,7 +129,7 @@ def with_refs(text, rm, gold, logprob, init, prev, **more):
 
 
 def small_run(run: Path) -> Path:
-    """Two prompts, two answers each, two policies: every figure can be worked out on paper."""
+    """Two prompts, two answers each, two policies: every figure can be computed on paper."""
     add_eval(
         run,
         0,
@@ -284,7 +284,7 @@ class Reader(HTMLParser):
 
 
 def test_page_is_one_safe_file(tmp_path, monkeypatch):
-    """Answers and settings are text: no tag of theirs comes alive, and nothing is fetched from
+    """Answers and settings are text: none of their tags takes effect, and nothing is fetched from
     anywhere.
     """
     run = small_run(tmp_path / "run")
@@ -316,9 +316,7 @@ def test_same_files_same_page(tmp_path, monkeypatch):
 
 
 def test_without_gold_it_is_called_a_proxy(tmp_path, monkeypatch, capsys):
-    """A reward named gold that has a weight was optimised, so it is no gold; nor can one be asked
-    for.
-    """
+    """A reward named gold that has a weight was optimised, so it is not gold; --gold refuses it."""
     run = small_run(tmp_path / "run")
     read = report.read_run(run)
     assert read.gold == "gold" and "gold" in read.rows[0]
@@ -416,8 +414,8 @@ def test_other_heldout_prompts_are_an_error(tmp_path):
 
 
 def test_prompt_whose_answers_were_all_dropped(tmp_path, monkeypatch):
-    """score.py keeps such a row without candidates: it is left out of figures and differences, and
-    that is said.
+    """score.py keeps such a row without candidates: it is left out of figures and differences, with
+    a message.
     """
     run = small_run(tmp_path / "run")
     path = run / "iter_01" / "eval" / "scored.jsonl"
@@ -435,13 +433,13 @@ def test_unlike_sampling_is_said(tmp_path):
     write_meta(run / "iter_01/eval/candidates.jsonl", arguments={"temperature": [0.7], "seed": 0})
     out = " ".join(report.read_run(run).warnings)
     assert (
-        "temperature was [1.0] from iter_00, [0.7] from iter_01" in out and "estimate no KL" in out
+        "temperature was [1.0] from iter_00, [0.7] from iter_01" in out and "not estimate KL" in out
     )
 
 
 def test_clustered_error_is_that_of_repeated_draws():
-    """The law behind the standard error: over 200 draws of 30 prompts, its mean is the spread of
-    the means.
+    """The standard error means what it says: over 200 draws of 30 prompts, its mean is the spread
+    of the means.
     """
     rng = random.Random(0)
     means, errors = [], []

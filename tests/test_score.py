@@ -1,5 +1,5 @@
-"""score.py: a score depends on prompt and answer and on nothing else, and nothing goes missing
-without a name.
+"""score.py: a score depends on prompt and answer and on nothing else, and nothing is dropped
+without a reason that is counted.
 """
 
 import json
@@ -135,7 +135,7 @@ def answers_of(rows):
     return records.answers_of(rows, strip_reasoning=False)
 
 
-# ---- one score, whatever stands beside it ------------------------------------------------------
+# ---- one score, whatever is in the batch -------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
@@ -202,8 +202,8 @@ def test_padding_side_changes_nothing(folder):
 @pytest.mark.parametrize("load", [score.load_reward_model, score.load_reference])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
 def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, load):
-    """Law 9 and PITFALLS 19: beginnings that are shared, or all of a sequence; one that only looks
-    shared is another row's. What packing cannot express (Gemma 2) runs one by one. Every value is
+    """Law 9 and PITFALLS 19: sequences share a beginning, or all of it; one that only looks shared
+    belongs to another row. What packing cannot express (Gemma 2) runs one by one. Every value is
     that of the sequence alone.
     """
     if load is score.load_reward_model:
@@ -340,7 +340,7 @@ def test_one_bos_and_the_reward_models_own_template(folder, text):
 
 
 def test_what_is_too_long_is_dropped_and_never_cut(tmp_path, run, folder):
-    """PITFALLS 7, 12: the answer goes under a name, the row stays, no other score moves."""
+    """PITFALLS 7, 12: the answer is dropped with a reason, the row stays, no other score changes."""
     data = rows(6)
     data[2]["candidates"][1]["text"] = "plum " * 300  # the model reads 256 tokens
     for c in data[4]["candidates"]:
@@ -419,7 +419,7 @@ def test_template_arguments_reach_the_template(tmp_path, run, folder):
 
 
 def test_weights_penalty_and_everything_else_untouched(tmp_path, run, folder):
-    """Weight 0 watches; a truncated answer pays; unknown keys and the order of rows survive."""
+    """Weight 0 decides nothing; a truncated answer pays; unknown keys and the rows' order stay."""
     data = rows(5)
     write(tmp_path / "c.jsonl", data)
     run(
@@ -453,7 +453,7 @@ def test_weights_by_name_and_by_place():
     assert score.weights([], names) == [1, 1, 1]
     assert score.weights(["1", "0", "-.5"], names) == [1, 0, -0.5]
     assert score.weights(["judge=2", "gold=0"], names) == [1, 0, 2]
-    # iterate.sh lets gold watch, and SCORE_ARGS may say more: neither undoes the other.
+    # iterate.sh gives gold the weight 0, and SCORE_ARGS may say more: neither undoes the other.
     twice = [
         "--candidates",
         "c",
@@ -832,7 +832,7 @@ def test_bad_input_names_file_and_line(tmp_path, run, folder):
 
 
 def test_another_name_weight_or_function_is_another_run(tmp_path, run, folder):
-    """PITFALLS 13: what changes the result is told apart, what does not is free to change."""
+    """PITFALLS 13: a setting that changes the result stops a restart; another may change."""
     write(tmp_path / "c.jsonl", rows(2))
     common = [tmp_path / "c.jsonl", tmp_path / "s.jsonl"]
     run(*common, "--reward_model", folder / "rm")

@@ -61,7 +61,7 @@ def test_a_model_that_looks_both_ways_is_refused(rows):
 
 
 def test_what_is_wrong_in_a_model_becomes_a_row_and_not_the_end():
-    """A model type that does not exist stands for whatever goes wrong."""
+    """A model type that does not exist is an example of what can go wrong."""
     script = """if True:
         from bench import models
         print(models.guarded("no such", 60))

@@ -1,10 +1,10 @@
-"""How dense is the code? Reading takes time per thought, and a line should hold one.
+"""How dense is the code? Reading takes time per thought, so a line should hold one thought.
 
     python tools/density.py                 every Python file of the project, the densest first
     python tools/density.py FILE.py …       these files, of any project, to compare with
-    python tools/density.py --limits        fail where a file of the house is over a limit
+    python tools/density.py --limits        fail if the root, kernels/ or training/ exceeds a limit
 
-Per file: tokens per code line (a docstring, a comment and a blank line are no code), code lines,
+Per file: tokens per code line (docstrings, comments and blank lines are not code), code lines,
 comment lines per code line, lines over 100 columns, the longest function, and comprehensions within
 comprehensions. For comparison, the same count gives nanoGPT's train.py 7.4, cleanrl's ppo.py 8.6,
 and eric-mitchell/direct-preference-optimization 10.5.
@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 100  # columns
-MOST_TOKENS = 10.5  # per code line, of any file of the house
-MEAN_TOKENS = 9.5  # per code line, over all files of the house
+MOST_TOKENS = 10.5  # per code line, of any file in_house
+MEAN_TOKENS = 9.5  # per code line, over all files in_house
 MOST_LINES = 60  # of a function
 
 NO_CODE = {
@@ -148,7 +148,7 @@ def faults(house: list[Density]) -> list[str]:
     mean = mean_tokens(house)
     if mean > MEAN_TOKENS:
         found.append(
-            f"the house: {mean:.1f} tokens per code line on average; at most {MEAN_TOKENS}"
+            f"all of them: {mean:.1f} tokens per code line on average; at most {MEAN_TOKENS}"
         )
     return found
 
@@ -181,7 +181,7 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="*", help="default: every Python file of the project")
     parser.add_argument(
-        "--limits", action="store_true", help="exit with 1 where the house is over a limit"
+        "--limits", action="store_true", help="exit with 1 if the root, kernels/ or training/ fails"
     )
     args = parser.parse_args()
 

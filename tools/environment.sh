@@ -2,12 +2,12 @@
 # run. Set PYTHON to use an environment of your own; then nothing is installed.
 
 # count_gpus: print how many GPUs one process sees, by CUDA's rules. torch knows, but it may not be installed yet.
-# - CUDA_VISIBLE_DEVICES lists indices or UUIDs; the first that does not exist hides all behind it: "0,-1,1" is one GPU.
-# - A card that is cut up by MIG is no whole GPU any more, and a process sees one MIG device, however many there are.
+# - CUDA_VISIBLE_DEVICES lists indices or UUIDs; the first that does not exist hides all after it: "0,-1,1" is one GPU.
+# - A card that MIG divides is no longer a whole GPU, and a process sees one MIG device, however many there are.
 count_gpus() {
     local line uuid card name names=() count=0 cards=0
     local -A kind=() # of each index and UUID: whole, or mig
-    # "GPU 0: NVIDIA H200 (UUID: GPU-…)", and below it, where it is cut up, "  MIG 3g.71gb Device 0: (UUID: MIG-…)"
+    # "GPU 0: NVIDIA H200 (UUID: GPU-…)", and if MIG divides it, below it "  MIG 3g.71gb Device 0: (UUID: MIG-…)"
     while read -r line; do
         uuid=${line##*UUID: }
         uuid=${uuid%)}
@@ -43,8 +43,8 @@ if [[ -n "${PYTHON:-}" ]]; then
 else
     PYTHON=$PWD/.venv/bin/python
 
-    # install FILE [pip arguments]: once for each content of FILE. The marker is written last, so an installation that
-    # was cut off is done again.
+    # install FILE [pip arguments]: once for each content of FILE. The marker is written last, so an interrupted
+    # installation is done again.
     install() {
         local file=$1 marker
         shift

@@ -48,8 +48,8 @@ check_settings() {
         die "JUDGE_SERVER_ARGS are for a server started here; JUDGE_URL's runs already"
 }
 
-# pinned MODEL: a name on the hub with its commit of now. Whatever is pushed there later, this run
-# keeps to that one.
+# pinned MODEL: a name on the hub with its current commit. Whatever is pushed there later, this run
+# keeps using that commit.
 pinned() {
     if [[ -z $1 || -e $1 || $1 == init || $1 == prev ]]; then
         echo "$1"
@@ -72,7 +72,7 @@ begin() {
     mkdir -p "$RUN"
     if ((NODE_RANK == 0)); then # two loops must never share a run; the lock goes with the process
         exec 9>"$RUN/.lock"
-        flock --wait 5 9 || # a stage that was just killed may hold it for a moment yet
+        flock --wait 5 9 || # a stage that was just killed may still hold it for a moment
             die "another loop is at work in $RUN (or a stage of a killed one is; see: fuser $RUN/.lock)"
     fi
     trap stop INT TERM
@@ -92,14 +92,14 @@ begin() {
 folder_of() { echo "$RUN/$(printf 'iter_%02d' "$1")"; }
 
 # is_done_and_gone FOLDER: with KEEP=last, a finished iteration whose policy, or the one before, was
-# removed. There is nothing to run again, and nothing to run it with.
+# removed. There is nothing to run again, and no policy to run it with.
 is_done_and_gone() {
     [[ $KEEP == last && -e $1/eval/scored.jsonl ]] || return 1
     [[ ! -e $1/policy || ($policy != "$MODEL" && ! -e $policy) ]] || return 1
     echo "$1: done; its policy or the one before was not kept"
 }
 
-# discard POLICY: renamed first, as a folder half removed would be taken for a policy.
+# discard POLICY: it is renamed first, because a half removed folder would be taken for a policy.
 discard() {
     [[ $1 != "$MODEL" ]] || return 0
     mv "$1" "$1.gone"
@@ -125,7 +125,7 @@ stage() {
     shift
     mkdir -p "$(dirname "$log")"
     printf '\n+ %s\n' "$*" | tee -a "$log"
-    "$@" > >(trap '' INT TERM; exec tee -a "$log") 2>&1 & # Ctrl-C reaches tee, too, and a stage has last words
+    "$@" > >(trap '' INT TERM; exec tee -a "$log") 2>&1 & # Ctrl-C reaches tee, too, but the stage still prints
     child=$!
     wait "$child" || status=$?
     child=
@@ -160,7 +160,7 @@ once() {
 # ---- Scoring and evaluation ----------------------------------------------------------------------
 
 # score LOGS OUTPUT [ARGS of score.py…]: ${candidates[@]} with the rewards that were set. The judge
-# adds its reward to what the others have made, and so comes last.
+# adds its reward to the others, so it comes last.
 score() {
     local logs=$1 output=$2 inputs=("${candidates[@]}") scored
     shift 2
@@ -206,8 +206,8 @@ free_port() {
     "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# serve_judge LOG PORT: start JUDGE's server and wait until it answers. The next stage finds the GPUs
-# free again.
+# serve_judge LOG PORT: start JUDGE's server and wait until it answers. stop_judge frees the GPUs for
+# the next stage.
 judge=
 serve_judge() {
     local log=$1 port=$2 copies=()

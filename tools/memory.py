@@ -1,13 +1,13 @@
-"""The memory of one rank in training, on a GPU that need not be here.
+"""The memory of one rank in training on a GPU, computed on a machine that needs none.
 
     python tools/memory.py --model Qwen/Qwen2.5-7B-Instruct --gradient_checkpointing --world_size 8
 
-Needs the model's config.json alone: no weights, no pairs, no GPU. The other flags are
+This needs only the model's config.json: no weights, no pairs, no GPU. The other flags are
 dpo_train.py's.
 
-Bytes are not estimated but counted. The model is built with its real shapes; one microbatch runs
+Bytes are counted, not estimated. The model is built with its real shapes; one microbatch runs
 forward and backward on tensors without content (FakeTensorMode); and `Live` adds up what every
-operation allocates and what becomes free. docs/scaling.md explains the rows.
+operation allocates and what is freed. docs/scaling.md explains the rows.
 """
 
 import sys
@@ -87,12 +87,12 @@ def example_pairs(tokens: int, packing: str) -> list[dict]:
 
 
 def forget_gradient(parameter) -> None:
-    """FSDP takes a layer's gradient at once, as soon as it is there."""
+    """FSDP takes a layer's gradient as soon as it exists."""
     parameter.grad = None
 
 
 def count_activations(make_policy, pairs: list[dict], packing: str) -> tuple[int, int, int]:
-    """Bytes behind the layers, more behind the log-probs, and more at the peak.
+    """Bytes in use after the layers, how many more after the log-probs, and more at the peak.
 
     make_policy: a function that makes the policy whole, in the dtype of the products.
     """
@@ -156,7 +156,7 @@ def table(rows: dict[str, int], offload: bool) -> str:
 
 
 def staying_gathered(rows: dict[str, int], policy, dtype: torch.dtype, offload: bool) -> str:
-    """The line for a rank that shares its weights with nobody: what they take if they stay
+    """The line for a rank that shares its weights with no other rank: what they take if they stay
     gathered.
 
     rows: predict()'s, whose sum has two layers gathered at a time.
@@ -172,7 +172,7 @@ def staying_gathered(rows: dict[str, int], policy, dtype: torch.dtype, offload: 
 def rows_of(args) -> tuple[dict[str, int], object]:
     """predict()'s rows for these arguments, and the sharded policy on the meta device."""
     if args.world_size < 1:
-        raise Stop("--world_size starts at 1")
+        raise Stop("--world_size must be at least 1")
     dpo_train.check_shard_size(args.shard_size, args.world_size)
     if args.dtype == "auto":
         args.dtype = "bf16"  # as on a GPU

@@ -122,7 +122,7 @@ The first iteration of the demo, `bash iterate.sh`, seen through one prompt. Mad
 {block(shown(prompt))}
 ## candidates.jsonl: what the policy reads, and what it writes
 
-The chat template makes token ids of the conversation, `prompt_token_ids`:
+The chat template turns the conversation into token ids, `prompt_token_ids`:
 
 {token_table(tokenizer, scored["prompt_token_ids"])}
 The policy writes {len(scored["candidates"])} answers to it. The `token_ids` of the chosen one end

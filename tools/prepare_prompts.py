@@ -9,10 +9,10 @@ Hugging Face hub (needs the package `datasets`). A row's prompt is its `prompt` 
 what --field names: a string, or a conversation [{"role", "content"}], whose trailing assistant
 turns are the answer and are cut off.
 
-Every row that does not come out is counted under a name:
+Every row that does not come out is counted by reason:
 
-    empty               nothing to answer: no text, or no turns but the system's and assistant's
-    duplicate           roles and words of an earlier row; spacing does not matter
+    empty               nothing to answer: no text, or only turns of the system and the assistant
+    duplicate           the same roles and words as an earlier row; spacing does not matter
     over the maximum    more than --max_prompts
     held out, training  what went to the other file
 
@@ -86,9 +86,9 @@ def arguments():
     add(
         "--max_prompts",
         type=int,
-        help="at most so many training prompts, drawn at random; default: all",
+        help="at most this many training prompts, drawn at random; default: all",
     )
-    add("--seed", type=int, default=0, help="of the split and of the draw; default 0")
+    add("--seed", type=int, default=0, help="seed of the split and of the draw; default 0")
     return p
 
 
@@ -96,7 +96,7 @@ def arguments():
 
 
 def find_files(args) -> list[Path]:
-    """The files that --dataset names on this machine; none: it is a name on the hub."""
+    """The files that --dataset names on this machine; none if it is a name on the hub."""
     path = Path(args.dataset)
     if not path.exists():
         is_no_hub_name = args.dataset.startswith((".", "/")) or args.dataset.count("/") > 1
@@ -196,7 +196,7 @@ def field_of(row: dict, asked: str | None) -> str:
 
 
 def given_prompt(row, args, where: str) -> str | list | None:
-    """What the row holds as its prompt, as it stands there."""
+    """What the row holds as its prompt, unchanged."""
     if not isinstance(row, dict):
         raise Stop(f"{where}: expected a JSON object, found {type(row).__name__}.")
     field = field_of(row, args.field)
@@ -370,7 +370,7 @@ def main():
     check_arguments(args)
     files = find_files(args)
 
-    # The held-out prompts first: whoever finds the training prompts finds them, too.
+    # The held-out prompts first, so that they exist once the training prompts do.
     outputs = {"held out": args.heldout_output, "training": args.output}
     inputs = {"dataset": files} if files else {}
     stages = {}
@@ -380,7 +380,7 @@ def main():
         stage = Stage(args, inputs, output, free=("heldout_output",))
         if not stage.done:
             stages[fate] = stage
-            # There are no parts. Without their folder, a run after a mended row is not compared
+            # There are no parts. Without their folder, a run after a corrected row is not compared
             # with this one.
             remove(stage.parts)
     if not stages:

@@ -2,9 +2,10 @@
 
     python tools/report.py runs/demo
 
-Reads iter_00, iter_01, … as far as they exist. Held-out figures come from iter_*/eval/scored.jsonl:
-the same prompts for every policy, several answers each. Answers to one prompt are alike, so prompts
-and not answers are the sample. With x_p the mean over the answers to prompt p, of P prompts,
+It reads iter_00, iter_01, … as far as they exist. Held-out figures come from
+iter_*/eval/scored.jsonl: the same prompts for every policy, several answers each. Answers to one
+prompt are alike, so the sample is the prompts, not the answers. With x_p the mean over the answers
+to prompt p, of P prompts,
 
     x         (1/P) sum_p x_p
     x_se      sd(x_p) / sqrt(P)          standard error, clustered by prompt
@@ -13,9 +14,9 @@ and not answers are the sample. With x_p the mean over the answers to prompt p, 
     x_win     (1/P) sum_p P(an answer beats one of the initial policy to the same prompt)
               ties count a half; x_win_se likewise
 
-for x = reward (the weighted sum that was optimised: a proxy), gold (a reward that only watched; see
---gold) and reward/NAME (every other reward by itself). summary.jsonl has one row per iteration. Its
-other columns:
+for x = reward (the weighted sum that was optimised: a proxy), gold (a reward that was only watched;
+see --gold) and reward/NAME (every other reward by itself). summary.jsonl has one row per iteration.
+Its other columns:
 
     kl/NAME, _se       mean of log pi(y|x) - log ref(y|x), summed over the tokens of an answer: an
                        unbiased estimate of KL(pi || ref) for answers drawn at temperature 1; ref is
@@ -42,7 +43,7 @@ held-out figures:
     objective/scores_margin     mean of score_chosen - score_rejected, over the iteration's pairs
     val/contain_eos_token       1 - truncated
 
-No iteration is called the best: to choose one by its held-out figures would spoil them.
+No iteration is called the best: choosing one by its held-out figures would bias these figures.
 
 The curves are drawn by report_curves.py, the page is written by report_page.py.
 """
@@ -102,7 +103,7 @@ Measures = dict[str, list[float]]  # of the answers to one prompt: name -> one v
 
 @dataclass
 class Iteration:
-    """What one folder iter_NN holds; empty what it does not hold yet."""
+    """What one folder iter_NN holds; what it does not hold yet is empty."""
 
     folder: Path
     metas: dict[str, dict]  # stage -> its X.meta.json; a stage is called after its output
@@ -120,7 +121,7 @@ class Run:
 
     folder: Path
     config: dict  # config.json
-    gold: str | None  # name of the reward that only watched
+    gold: str | None  # name of the reward that was only watched
     iterations: list[Iteration]
     rows: list[dict]  # of summary.jsonl, one per iteration
     legend: list[str]  # how to read the table
@@ -194,7 +195,7 @@ def read_metas(folder: Path) -> dict[str, dict]:
 
 
 def choose_gold(asked: str | None, folders: list[Path]) -> str | None:
-    """The reward that only watched, if there is one: no stage of the run gave it a weight."""
+    """The reward that was only watched, if there is one: no stage of the run gave it a weight."""
     optimised = optimised_rewards(folders)
     names = heldout_rewards(folders)
     if asked and asked not in names:
@@ -263,7 +264,7 @@ def measure(row: dict, gold: str | None = None) -> Measures:
 
 
 def compare_settings(iterations: list[Iteration]) -> list[str]:
-    """Stop unless every policy answered the same prompts; return in what their answers differ."""
+    """Stop unless every policy answered the same prompts; return how their sampling differs."""
     warnings = []
     first_ids = None  # of the first policy that was evaluated
     seen = {name: {} for name in SAMPLING}  # setting -> {its value: the first folder that has it}
@@ -278,8 +279,8 @@ def compare_settings(iterations: list[Iteration]) -> list[str]:
             if ids != first_ids:
                 raise Stop(
                     f"{iteration.folder}/eval/scored.jsonl: these are not the held-out prompts of "
-                    f'the other iterations; id "{min(ids ^ first_ids)}", for one, is on one side '
-                    "only. Evaluate this policy again."
+                    f'the other iterations; id "{min(ids ^ first_ids)}", for example, is only in '
+                    "one of the two. Evaluate this policy again."
                 )
 
         # an answer to each?
@@ -299,7 +300,7 @@ def compare_settings(iterations: list[Iteration]) -> list[str]:
 
 
 def unlike_settings(seen: dict[str, dict[str, str]]) -> list[str]:
-    """A warning for each setting that has several values, and one where KL is not estimated."""
+    """A warning for each setting that has several values, and one if KL is not estimated."""
     warnings = []
     for setting, values in seen.items():
         if len(values) > 1:
@@ -308,7 +309,7 @@ def unlike_settings(seen: dict[str, dict[str, str]]) -> list[str]:
     if {*seen["temperature"], *seen["top_p"]} - {"1.0", "[1.0]"}:
         warnings.append(
             "Held-out answers were not drawn at temperature 1 and top_p 1, "
-            "so the KL columns estimate no KL."
+            "so the KL columns do not estimate KL."
         )
     return warnings
 
@@ -317,7 +318,7 @@ def unlike_settings(seen: dict[str, dict[str, str]]) -> list[str]:
 
 
 def summarise(iteration: Iteration, initial: dict[str, Measures], reference: str) -> dict:
-    """A row of summary.jsonl; a key is missing as long as the file that it is made of is.
+    """A row of summary.jsonl; a key is missing while the file that it comes from is missing.
 
     initial: the held-out measures of the initial policy. reference: "init" or "prev".
     """
@@ -375,7 +376,7 @@ def win_rate(now: list[float], then: list[float]) -> float:
 
 
 def heldout_figures(now: dict[str, Measures], initial: dict[str, Measures]) -> dict:
-    """x, x_se, … of one policy; x_diff and x_win, too, where there is an initial one to compare."""
+    """x, x_se, … of one policy, and x_diff and x_win if there is an initial one to compare with."""
     answered = {id: measures for id, measures in now.items() if measures}
     answers = sum(len(measures["reward"]) for measures in answered.values())
     row = {"prompts": len(answered), "answers": answers}
@@ -408,7 +409,7 @@ def names_of(rows) -> list[str]:
 
 
 def sampled_figures(path: Path) -> dict:
-    """Means over the answers that pairs are made of, in one pass that holds nothing."""
+    """Means over the answers that pairs are made of, in one pass over the file."""
     sums: Counter = Counter()
     counts: Counter = Counter()
     for row in read_jsonl(path, SCORED):
@@ -434,7 +435,7 @@ def training_figures(steps: list[dict]) -> dict[str, dict]:
 
 
 def policy_figures(meta: dict, row: dict, reference: str) -> dict:
-    """What the trainer wrote down, and the objective's figures, which need its beta."""
+    """What the trainer recorded, and the objective's figures, which need its beta."""
     figures = {key: meta[key] for key in ("audit", "changed_weights") if key in meta}
     beta = meta["arguments"]["beta"][-1]
     figures["beta"] = beta
@@ -555,13 +556,13 @@ def legend(rows: list[dict], gold: str | None) -> list[str]:
     ]
     if gold:
         lines.append(
-            f'reward is the proxy that was optimised; gold (the reward "{gold}") only watched.'
+            f'reward is the proxy that was optimised; gold (the reward "{gold}") was only watched.'
         )
     return lines
 
 
 def every_figure(rows: list[dict]) -> list[list[str]]:
-    """summary.jsonl on its side: a line per figure, a column per iteration."""
+    """summary.jsonl transposed: one line per figure, one column per iteration."""
     flat = [flatten(row) for row in rows]
     lines = []
     for key in names_of(flat):
@@ -591,7 +592,7 @@ def flatten(row: dict, prefix: str = "") -> dict:
 def heldout_examples(folders: list[Path]) -> list[Example]:
     """Some held-out prompts, and the first answer of each of these policies.
 
-    A hash of their ids draws the prompts: nobody picked them.
+    The prompts are drawn by a hash of their ids, not picked.
     """
     answered: dict[str, dict[str, dict]] = {}  # policy -> {prompt id: its row}
     for folder in folders:
@@ -623,7 +624,7 @@ def extreme_pairs(path: Path) -> dict[str, list[Example]]:
 
 
 def versions(iterations: list[Iteration]) -> dict[str, list[str]]:
-    """package -> its versions that took part, in order; "git" is this project's commit."""
+    """package -> the versions that were used, in order; "git" is this project's commit."""
     found: dict[str, list[str]] = {}
     for iteration in iterations:
         for meta in iteration.metas.values():
@@ -675,7 +676,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("run", type=Path, help="folder of the run, runs/NAME")
     p.add_argument(
         "--gold",
-        help='name of the reward that only watched; default: "gold", where it was not optimised',
+        help='name of the reward that was only watched; default: "gold", if it was not optimised',
     )
     return p
 

@@ -1,4 +1,4 @@
-"""The curves of a report: which figures meet which axes, and how they are drawn.
+"""The curves of a report: which figures go on which axes, and how they are drawn.
 
 report.py passes in the rows of summary.jsonl and of train.jsonl. The first three curves become
 curve.png; all of them become SVG within the page.
@@ -58,8 +58,8 @@ def panels(rows: list[dict], logs: list[list[dict]], gold: str | None) -> list[P
         per_iteration("Reward: the proxy that is optimised", rows, [proxy]),
         per_iteration("Gold: only watched", rows, [golden]),
         against_distance(rows, golden if gold else proxy),
-        per_iteration("KL, nats an answer", rows, kl),
-        per_iteration("Tokens an answer", rows, [length]),
+        per_iteration("KL, nats per answer", rows, kl),
+        per_iteration("Tokens per answer", rows, [length]),
         per_iteration("Rates", rows, rates),
         per_step("Training loss", steps, Curve("loss", "", ONE)),
         per_step("Training accuracy", steps, Curve("rewards/accuracies", "", ONE)),
@@ -81,7 +81,7 @@ def per_step(title: str, steps: list[dict], curve: Curve) -> Panel:
 
 
 def numbered_steps(logs: list[list[dict]]) -> list[dict]:
-    """The steps of all iterations in a row, numbered as "at".
+    """The steps of all iterations one after another, numbered as "at".
 
     A row of NaN after each iteration breaks the line.
     """
@@ -97,7 +97,7 @@ def numbered_steps(logs: list[list[dict]]) -> list[dict]:
 
 
 def points_of(panel: Panel, curve: Curve) -> list[dict]:
-    """The rows that know both coordinates."""
+    """The rows that have both coordinates."""
     return [row for row in panel.rows if panel.x in row and curve.key in row]
 
 
@@ -135,7 +135,7 @@ def write_png(drawn: list[Panel], png: Path) -> None:
 
 
 def svg_of(panel: Panel) -> str:
-    """The panel as an SVG element that can stand within a page."""
+    """The panel as an SVG element that can be put into a page."""
     from matplotlib.figure import Figure
 
     figure = Figure((4, 2.6), layout="constrained")
@@ -146,7 +146,7 @@ def svg_of(panel: Panel) -> str:
     # no header, and no size of its own
     opening = r'(?s).*?<svg .*?(viewBox="[^"]*").*?>'
     svg = re.sub(opening, r'<svg role="img" \1>', text.getvalue(), count=1)
-    # no metadata, and no ids that several figures would share
+    # remove metadata, and ids that several figures would share
     svg = re.sub(r'(?s)<metadata>.*?</metadata>| id="\w+_\d+"', "", svg)
     # the page's colours
     for color, name in PAGE_COLORS.items():

@@ -1,7 +1,7 @@
-"""The page of a report: one HTML file that asks the network for nothing.
+"""The page of a report: one HTML file that loads nothing from the network.
 
-report.py says what the page shows; here it becomes HTML. All text from the run is escaped: an
-answer may hold any tag, and none comes alive. report.css holds the look.
+report.py decides what the page shows; here it becomes HTML. All text from the run is escaped: an
+answer may contain any tag, and none takes effect. report.css holds the style.
 """
 
 import html
@@ -129,7 +129,7 @@ def details(page: Page) -> list[str]:
     versions = [[package, "; then ".join(known)] for package, known in page.versions.items()]
     summary = "<summary>summary.jsonl; tools/report.py defines each</summary>"
     return [
-        "<h2>Dropped, by name</h2>",
+        "<h2>Dropped, by reason</h2>",
         "".join(dropped),
         f"<h2>Every figure</h2><details>{summary}",
         grid(page.figures),

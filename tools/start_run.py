@@ -3,9 +3,9 @@ heldout.jsonl.
 
     python tools/start_run.py NAME…        names of settings, whose values are in the environment
 
-The held-out prompts are copied, so that a later change of the file cannot move the yardstick in the
-middle of a run: if it has changed, this stops. So it does when the hub now gives another commit for
-a model's name than it gave when the run began; iterate.sh puts the commit behind each name.
+The held-out prompts are copied, so that a later change of the file cannot change the evaluation in
+the middle of a run: if the file has changed, this stops. It also stops if the hub now gives another
+commit for a model's name than when the run began; iterate.sh appends the commit to each name.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Take one iteration's prompts from the file of all of them.
+"""Take one iteration's prompts from the file of all prompts.
 
     python tools/take_prompts.py --prompts prompts.jsonl --heldout heldout.jsonl \\
         --output iter_02/prompts.jsonl --iteration 2 --num_prompts 1000
 
 All prompts are shuffled once per pass, the passes are laid end to end, and iteration k takes the
-k-th --num_prompts of that row: no prompt is seen twice before every one was seen once. When they
+k-th slice of --num_prompts: no prompt is seen twice before every prompt was seen once. When they
 run out, the next pass begins with a new shuffle, and a message says so. An iteration that lies
 across two passes never holds a prompt twice: what it has from the end of one pass goes to the end
 of the next.
@@ -13,8 +13,8 @@ A prompt that is also held out would turn the evaluation into a memory test, so 
 compared with the held-out ones, by id and by content, before anything is written.
 
 The slice depends on (seed, iteration, num_prompts, number of lines) alone. Line numbers are
-shuffled, not rows, so memory holds ids and no text. Lines are copied as they stand, in the order of
-the file.
+shuffled, not rows, so memory holds ids and no text. Lines are copied unchanged, in the order of the
+file.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def arguments():
         type=int,
         help="prompts per iteration; default: all of them, every time",
     )
-    add("--seed", type=int, default=0, help="of the shuffles; default 0")
+    add("--seed", type=int, default=0, help="seed of the shuffles; default 0")
     return p
 
 
@@ -89,7 +89,7 @@ def new_pass(total: int, n: int, iteration: int) -> int | None:
 def content_key(prompt: str | list[dict]) -> bytes:
     """What makes two prompts the same: roles and words.
 
-    Spacing makes no difference, nor a string instead of one user turn.
+    Spacing makes no difference, and a string is the same as one user turn.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     words = []
@@ -100,9 +100,9 @@ def content_key(prompt: str | list[dict]) -> bytes:
 
 
 def check(prompts: str, heldout: str) -> int:
-    """The number of prompts, each with an id of its own.
+    """The number of prompts, after a check that ids are unique.
 
-    Stops at the first that has the id of another, or the id or the content of a held-out one.
+    Stops at the first prompt that has the id of another, or the id or content of a held-out one.
     """
     place_of_id: dict[str, str] = {}
     place_of_content: dict[bytes, str] = {}
@@ -139,11 +139,12 @@ def stop_at_heldout(where: str, what: str, place: str) -> None:
 def main():
     args = parse(arguments())
     if args.iteration < 1 or (args.num_prompts is not None and args.num_prompts < 1):
-        raise Stop("--iteration and --num_prompts count from 1")
+        raise Stop("--iteration and --num_prompts must be at least 1")
     stage = Stage(args, {"prompts": args.prompts, "heldout": args.heldout}, args.output)
     if stage.done:
         return
-    # There are no parts. Without their folder, a run after a mended row is not compared with this.
+    # There are no parts. Without their folder, a run after a corrected row is not compared with
+    # this one.
     remove(stage.parts)
 
     # how many
