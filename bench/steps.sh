@@ -35,7 +35,7 @@ step() {
     case $status in
         0) verdict=ok ;;
         124) verdict="timed out" ;;
-        137) verdict="timed out"; ((took >= limit)) || verdict="killed" ;; # for want of memory?
+        137) verdict="timed out"; ((took >= limit)) || verdict="killed" ;; # out of memory?
         *) verdict="failed ($status)" ;;
     esac
     note "$(printf '%-22s %-12s %5d s' "$name" "$verdict" "$took")"

@@ -233,7 +233,7 @@ def test_vllm_is_told_the_commit_and_to_run_no_code(hub, tmp_path, monkeypatch):
 
 
 def test_vllm_gets_the_name_and_the_commit_apart(hub, tmp_path, monkeypatch):
-    """What the engine itself is started with: vLLM knows no name@revision."""
+    """What the engine itself is started with: vLLM does not support name@revision."""
     vllm = pytest.importorskip("vllm")
     causal_lm(tmp_path / "model")
     commit = publish(hub, POLICY, tmp_path / "model")
@@ -365,7 +365,7 @@ def test_a_changed_commit_is_noticed_at_a_restart_of_the_loop(world):
         assert f"MODEL={POLICY}@{old}" in refused.stdout
         assert config.read_text() == before
 
-        # With the commit that the message names, the run may begin again.
+        # With the commit that the message names, the run resumes.
         pinned = {
             "ENHANCER": f"{ENHANCER}@{commits[ENHANCER]}",
             "REWARD_MODEL": f"{REWARD}@{commits[REWARD]}",

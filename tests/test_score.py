@@ -340,7 +340,7 @@ def test_one_bos_and_the_reward_models_own_template(folder, text):
 
 
 def test_what_is_too_long_is_dropped_and_never_cut(tmp_path, run, folder):
-    """PITFALLS 7, 12: the answer is dropped with a reason, the row stays, no other score changes."""
+    """PITFALLS 7, 12: the answer is dropped for a reason, the row and other scores stay."""
     data = rows(6)
     data[2]["candidates"][1]["text"] = "plum " * 300  # the model reads 256 tokens
     for c in data[4]["candidates"]:

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py stands in the root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from records import Stop, dump, read_jsonl, remove, whole
 from stage import Stage, parse, parser, run, seed_of
 from take_prompts import content_key

@@ -59,7 +59,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py stands in the root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from records import SCORED, Stop, dump, read_jsonl, write_whole
 from report_curves import draw, panels
 from report_page import EXAMPLES, Example, Page, answer_box, html_of, pair_boxes

@@ -23,7 +23,7 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py stands in the root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from records import PROMPT, Stop, read_jsonl, remove, whole
 from stage import Stage, parse, parser, run, seed_of
 
