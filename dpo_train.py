@@ -5,8 +5,8 @@
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         dpo_train.py --shard_size 8 …
 
-The second command uses 8 GPUs of one machine; the third 4 machines, each with a copy of the
-weights.
+The second command uses 8 GPUs of one machine. The third uses 4 machines; each holds one copy of the
+weights, sharded over its 8 GPUs.
 
 A pair is a prompt x with a chosen answer y_w and a rejected answer y_l. In the loop both answers
 come from the policy itself: generate.py sampled them just before. Let
@@ -18,9 +18,9 @@ come from the policy itself: generate.py sampled them just before. Let
 
 with log-probs summed over the tokens of an answer. So d says how much more the policy prefers y_w
 to y_l than the reference does. DPO (arXiv 2305.18290, eq. 7) minimises -log sigmoid(beta d). In
-general, with e = --label_smoothing and
+general, with e = --label_smoothing, alpha = --length_coef and
 
-    z = beta d + a (|y_w| - |y_l|)
+    z = beta d + alpha (|y_w| - |y_l|)
 
 the loss of a pair is, by --loss_type,
 
@@ -29,16 +29,16 @@ the loss of a pair is, by --loss_type,
     hinge     max(0, 1 - z)                                           SLiC (2305.10425)
     ipo       (d' - 1 / (2 beta))^2                                   IPO (2310.12036, eq. 17)
 
-Here a = --length_coef is 0 by default. With a > 0 a longer chosen answer needs less preference,
-which discounts length: R-DPO (2403.19159). And --nll_coef c adds c times -log pi(y_w|x) / |y_w|.
-For ipo, d' is d with means per token in place of sums. The IPO paper uses sums; with sums, a few
-tokens of a long answer are enough to reach the target, and pairs of different lengths are not
-comparable.
+Both e and alpha are 0 by default. With alpha > 0, a pair whose chosen answer is the longer one has
+a larger z from the start, so it pushes d less, and the policy learns less about length as such:
+R-DPO (2403.19159). And --nll_coef c adds c times -log pi(y_w|x) / |y_w|. For ipo, d' is d with
+means per token in place of sums. The IPO paper uses sums; then a small change of every token takes
+a long answer to the target, and a short one nowhere near it.
 
 The loss of a step is the mean over all its pairs, of all ranks and microbatches: however the pairs
 are divided, the gradient is the same. What happens, in the order of main():
 
-  1. Read the pairs. The token ids that the generator wrote are trained as they are.
+  1. Read the pairs. We train on the token ids that the generator wrote; nothing is tokenized again.
   2. Compute the reference's log-probs once, before the first step. By default the reference *is*
      the policy that was just loaded: one pass without gradients, and no second model at any time.
   3. Audit. The generator stored the log-prob of each answer that it sampled, and the trainer's must
@@ -63,6 +63,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -83,10 +84,15 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import models
+from arguments import integer_in, number_in, parse, parser
 from kernels.attention import attention_implementation
 from kernels.logprob import backbone, linear_logprob, lm_head
+
+# Stop is an error for the user: run prints it as one line, without a traceback.
+# whole gives a temporary path, for a file or a folder, which gets its name when it is complete.
+# say and progress print on rank 0 only.
 from records import Stop, whole
-from stage import Stage, parse, parser, progress, ranks, run, say, seed_of
+from stage import Stage, progress, ranks, run, say, seconds_since, seed_of
 from training import checks, fsdp, network, speed
 from training.batches import cost, feed, lengths_of, microbatches, shortest_and_longest
 from training.log import TrainLog
@@ -127,10 +133,14 @@ def add_files(add) -> None:
     )
     add("--ref_model", help="the reference; default: --model itself, which costs no second model")
     add("--pairs", nargs="+", required=True, help="pairs.jsonl; several are trained on together")
-    add("--output", required=True, help="folder of the trained policy; train.jsonl goes beside it")
+    add(
+        "--output",
+        required=True,
+        help="folder of the trained policy; its log is OUTPUT.train.jsonl",
+    )
     add(
         "--max_length",
-        type=int,
+        type=integer_in("[1, inf)"),
         help="pairs with a longer prompt + answer are dropped; default: the model's positions",
     )
 
@@ -138,7 +148,7 @@ def add_files(add) -> None:
 def add_loss(add) -> None:
     add(
         "--beta",
-        type=float,
+        type=number_in("(0, inf)"),
         nargs="+",
         default=[0.1],
         help="0.1, as in the DPO paper; several: one per epoch",
@@ -146,37 +156,73 @@ def add_loss(add) -> None:
     add("--loss_type", choices=("sigmoid", "ipo", "hinge", "robust"), default="sigmoid")
     add(
         "--label_smoothing",
-        type=float,
+        type=number_in("[0, 0.5)"),
         help="share of flipped labels (sigmoid: default 0; robust: needed)",
     )
     add(
         "--nll_coef",
-        type=float,
+        type=number_in("[0, inf)"),
         default=0.0,
         help="weight of the chosen answer's loss per token; default 0: DPO alone",
     )
     add(
         "--length_coef",
-        type=float,
+        type=number_in("(-inf, inf)"),
         help="a in the equations above: discounts length; default 0",
     )
 
 
 def add_optimizer(add) -> None:
     # The defaults are those of OpenRLHF 0.9.5, its last release with an iterative DPO loop.
-    add("--learning_rate", type=float, default=5e-7, help="5e-7: for full models of 1B and more")
-    add("--batch_size", type=int, default=128, help="pairs per optimizer step, over all ranks")
-    add("--num_train_epochs", type=int, default=1, help="1: the next iteration has fresh pairs")
+    add(
+        "--learning_rate",
+        type=number_in("(0, 1]"),
+        default=5e-7,
+        help="5e-7 suits full fine-tuning of 1B parameters and more",
+    )
+    add(
+        "--batch_size",
+        type=integer_in("[1, inf)"),
+        default=128,
+        help="pairs per optimizer step, over all ranks",
+    )
+    add(
+        "--num_train_epochs",
+        type=integer_in("[1, inf)"),
+        default=1,
+        help="1: the next iteration has fresh pairs",
+    )
     add(
         "--lr_scheduler",
         choices=("cosine", "constant"),
         default="cosine",
         help="after the warm-up: down to a tenth, or constant",
     )
-    add("--warmup_ratio", type=float, default=0.03, help="share of the steps with a rising rate")
-    add("--weight_decay", type=float, default=0.0, help="0: beta holds the policy back already")
-    add("--adam_betas", type=float, nargs=2, default=[0.9, 0.95], metavar=("B1", "B2"))
-    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm; 0: do not")
+    add(
+        "--warmup_ratio",
+        type=number_in("[0, 1]"),
+        default=0.03,
+        help="share of the steps with a rising rate",
+    )
+    add(
+        "--weight_decay",
+        type=number_in("[0, inf)"),
+        default=0.0,
+        help="0: beta holds the policy back already",
+    )
+    add(
+        "--adam_betas",
+        type=number_in("[0, 1)"),
+        nargs=2,
+        default=[0.9, 0.95],
+        metavar=("B1", "B2"),
+    )
+    add(
+        "--max_grad_norm",
+        type=number_in("[0, inf)"),
+        default=1.0,
+        help="clip the gradient's norm; 0: do not",
+    )
 
 
 def add_memory_and_speed(add) -> None:
@@ -195,7 +241,7 @@ def add_memory_and_speed(add) -> None:
     )
     add(
         "--tokens_per_batch",
-        type=int,
+        type=integer_in("[1, inf)"),
         default=16384,
         help="tokens in one forward pass of one rank; 16k fill a large GPU",
     )
@@ -204,7 +250,7 @@ def add_memory_and_speed(add) -> None:
         choices=("auto", "prefix", "padded"),
         default="auto",
         help="prefix: no padding, and each prompt once; padded: for models whose attention this "
-        "would change (windows, soft-caps); auto: prefix where it gives the model's own numbers",
+        "prefix cannot express (windows, soft-caps); auto: prefix wherever it can",
     )
     add(
         "--gradient_checkpointing",
@@ -218,7 +264,7 @@ def add_memory_and_speed(add) -> None:
     )
     add(
         "--shard_size",
-        type=int,
+        type=integer_in("[1, inf)"),
         help="ranks that share one copy of the weights; default: all. With the number of GPUs per "
         "machine, each machine holds a copy (HSDP)",
     )
@@ -227,18 +273,19 @@ def add_memory_and_speed(add) -> None:
 def add_watching(add) -> None:
     add(
         "--save_every",
-        type=int,
+        type=integer_in("[0, inf)"),
         default=0,
         help="steps between checkpoints of 12 bytes per weight; 0: only when interrupted, "
         "as an iteration is short",
     )
     add(
         "--max_logprob_gap",
-        type=float,
-        help="the audit's tolerance: mean |difference| / sqrt(tokens), in nats, as rounding errors "
-        "add up like a random walk; default 1e-3 in fp32, 0.1 in bf16 (provisional)",
+        type=number_in("(0, inf)"),
+        help="the audit's tolerance, in nats: the mean over answers of |difference| / sqrt(|y|), "
+        "as rounding errors add up like a random walk; default 1e-3 in fp32, 0.1 in bf16 "
+        "(provisional)",
     )
-    add("--seed", type=int, default=0, help="seed of the order of the pairs")
+    add("--seed", type=integer_in("[0, inf)"), default=0, help="seed for shuffling the pairs")
     add("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none")
 
 
@@ -248,9 +295,6 @@ def check_arguments(args, device_type: str, world: int) -> None:
     if args.cpu_offload and device_type == "cpu":
         raise Stop("--cpu_offload has no effect without a GPU")
     check_shard_size(args.shard_size, world)
-    for flag in ("batch_size", "num_train_epochs", "tokens_per_batch"):
-        if getattr(args, flag) < 1:
-            raise Stop(f"--{flag} must be at least 1")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         remedy = "Install it, or leave the flag out"
         raise Stop(f"--report_to {args.report_to}: no such package. {remedy}")
@@ -265,10 +309,10 @@ def check_arguments(args, device_type: str, world: int) -> None:
 def check_shard_size(shard_size: int | None, world: int) -> None:
     if shard_size is None:
         return
-    divides = shard_size >= 1 and world % shard_size == 0
-    if world == 1 or not divides:
-        must = f"must divide the number of ranks ({world}, more than one)"
-        raise Stop(f"--shard_size {shard_size} {must}")
+    if world == 1:
+        raise Stop(f"--shard_size {shard_size} has no effect with one rank: leave it out")
+    if world % shard_size:
+        raise Stop(f"--shard_size {shard_size} does not divide the {world} ranks")
 
 
 def check_loss_arguments(args) -> None:
@@ -300,7 +344,7 @@ def dpo_loss(
     """The loss of each pair, [n]. The equations are at the top of the file.
 
     Log-probs: [n] fp32 of whole answers; for ipo their means per token.
-    length_margin: a (|y_w| - |y_l|), [n].
+    length_margin: alpha (|y_w| - |y_l|), [n].
     """
     chosen_logratios = policy_chosen_logprobs - reference_chosen_logprobs  # [n]
     rejected_logratios = policy_rejected_logprobs - reference_rejected_logprobs  # [n]
@@ -348,8 +392,8 @@ def loss_of_pairs(policy: Tensor, reference: Tensor, lengths: Tensor, beta: floa
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log-probs of answers, [n, 2], instead of logits.
 
-    It is the FSDP root. linear_logprob needs the whole weight of the head; it is whole only in the
-    root's forward, and a shard everywhere else.
+    It is a module because it is the FSDP root: only in the root's forward is the head's weight
+    whole, as linear_logprob needs it, and not a shard.
     """
 
     def __init__(self, model):
@@ -357,7 +401,14 @@ class Policy(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: dict) -> Tensor:
-        """batch: n pairs of T tokens in all, Tc of them in answers (training/batches.py)."""
+        """batch: n pairs of T tokens in all, of which Tc are completions, that is, in answers.
+
+        inputs     keyword arguments of the base model
+        positions  [Tc]: for each answer token, which of the T states predicts it
+        targets    [Tc]: those tokens: chosen 0, rejected 0, chosen 1, …
+        split      the length of each of the 2n answers
+        rows, lengths, weights: not read here; see training/batches.py
+        """
         output = backbone(self.model)(**batch["inputs"], use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)  # [T, D]
         # The state before a token predicts it. For an answer's first token, that is the state of
@@ -370,14 +421,18 @@ class Policy(torch.nn.Module):
         of_answers = [tokens.sum() for tokens in logprobs.split(batch["split"])]
         chosen = torch.stack(of_answers[0::2])  # [n]
         rejected = torch.stack(of_answers[1::2])  # [n]
-        return torch.stack([chosen, rejected], dim=1)  # [n, 2], not a view: FSDP hooks its backward
+        # a new tensor: a view would lose FSDP's backward hook when something is done to it in place
+        return torch.stack([chosen, rejected], dim=1)  # [n, 2]
 
 
-def build_policy(config, args, device_type: str, world: int) -> Policy:
-    """A sharded fp32 Policy on the meta device: its tensors have shapes, but no memory."""
+def build_policy(path: str, config, args, device_type: str, world: int) -> Policy:
+    """A sharded fp32 Policy on the meta device: its tensors have shapes, but no memory.
+
+    path: of the policy or the reference, for messages.
+    """
     with torch.device("meta"):
         model = network.build_model(
-            config, torch.float32, args.packing, args.gradient_checkpointing, args.model
+            config, torch.float32, args.packing, args.gradient_checkpointing, path
         )
         policy = Policy(model)
     dtype = DTYPES[args.dtype]
@@ -392,11 +447,11 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     if noise:
         say(f"{path}: switched off in training: {network.listed(noise)}")
 
-    policy = build_policy(config, args, device.type, world)
+    policy = build_policy(path, config, args, device.type, world)
     source = None
     if rank == 0:
-        # For bf16 the dtype of the files is enough: the weights are copied to fp32, and otherwise
-        # `source` only serves the checks below.
+        # With --dtype bf16 the dtype of the files will do: `source` is copied into the fp32 weights
+        # of `policy`, and compared with it below.
         dtype = torch.float32 if args.dtype == "fp32" else "auto"
         attention = attention_implementation(config)
         source = models.load_model(AutoModelForCausalLM, path, dtype, attention)
@@ -404,34 +459,34 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
 
     # The same pair twice gives the same numbers: nothing random is left on.
     short, long = shortest_and_longest(pairs, args.packing, args.tokens_per_batch)
-    refusal = f"{path}: cannot be trained: {config.model_type}"
-    first = first_logprobs(policy, long, args, device, refusal)  # [2]
+    first = first_logprobs(policy, long, args, device, path)  # [2]
     second = logprobs_of_one(policy, long, args, device)  # [2]
     checks.check_repeat(first, second, long, device.type, noise, path)
 
-    # The numbers equal transformers' own. This takes the shortest pair, because rank 0 computes all
+    # The numbers equal transformers' own. We compare the shortest pair, because rank 0 computes all
     # of its logits.
     ours = logprobs_of_one(policy, short, args, device)  # [2]
     if rank == 0:
-        checks.check_causal(source, short, args.dtype, path)  # BERT and XLNet may look both ways
+        checks.check_causal(source, short, args.dtype, path)  # BERT may attend in both directions
         checks.check_model(ours, source, short, args.dtype, path)
     return policy
 
 
-def first_logprobs(policy, pair: dict, args, device, refusal: str) -> Tensor:
-    """logprobs_of_one for the first time: the model's code may need other inputs than ours.
+def first_logprobs(policy, pair: dict, args, device, path: str) -> Tensor:
+    """logprobs_of_one; a failure means that this model cannot be trained here.
 
-    refusal: how the message begins in that case.
+    The model's code may need other inputs than ours. path: of the model, for the message.
     """
     try:
         return logprobs_of_one(policy, pair, args, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:
+        kind = policy.model.config.model_type
         fault = f"{type(e).__name__}: {e}"
         raise Stop(
-            f"{refusal} does not run on token ids alone, as dpo_train.py lays them in rows "
-            f"({fault})."
+            f"{path}: cannot be trained: {kind} does not run on token ids alone, as dpo_train.py "
+            f"lays them in rows ({fault})."
         ) from e
 
 
@@ -445,8 +500,9 @@ def logprobs_of_one(policy, pair: dict, args, device) -> Tensor:
 def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> Tensor:
     """Log-probs of all pairs, [n, 2] fp32 on the CPU.
 
-    plans: [step][rank] -> microbatches of indices into pairs, each pair once. A rank with no pair
-    left computes a stand-in with weight 0, because FSDP's collectives need every rank.
+    plans: [step][rank] -> microbatches of indices into pairs, each pair once. All ranks have the
+    same number of microbatches, because FSDP's collectives need every rank. Where one is empty,
+    feed puts in some pair with weight 0.
     """
     rank, _ = ranks()
     result = torch.zeros(len(pairs), 2, device=device)
@@ -466,22 +522,22 @@ def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -
 # ---- which pairs, in which order ---------------------------------------------------------------
 
 
-def plan_step(pairs: list[dict], step: list[int], args) -> list[list[list[int]]]:
-    """How the ranks share a step: [rank][microbatch] -> indices into pairs, of those in `step`."""
+def plan_step(pairs: list[dict], indices: list[int], args) -> list[list[list[int]]]:
+    """Share the pairs of one step among the ranks: [rank][microbatch] -> indices into pairs."""
     _, world = ranks()
-    costs = {i: cost(pairs[i], args.packing) for i in step}
+    costs = {i: cost(pairs[i], args.packing) for i in indices}
     return microbatches(costs, args.tokens_per_batch, world, args.packing)
 
 
 def plan_all_steps(pairs: list[dict], args) -> list:
-    """The plan of every step of every epoch. It is made in advance, so no checkpoint holds it."""
+    """The plan of every step of every epoch. It follows from the seed: no checkpoint holds it."""
     plans = []
     for epoch in range(args.num_train_epochs):
         order = list(range(len(pairs)))
         random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
         for start in range(0, len(order), args.batch_size):
-            step = order[start : start + args.batch_size]
-            plans.append(plan_step(pairs, step, args))
+            indices = order[start : start + args.batch_size]
+            plans.append(plan_step(pairs, indices, args))
     return plans
 
 
@@ -494,11 +550,11 @@ def indices_of(plan: list) -> list[int]:
 
 
 class StepSettings(NamedTuple):
-    microbatches: int  # how many this rank has
+    microbatches: int  # how many this rank has; all ranks have the same number
     pair_count: int  # of all ranks
     beta: float
     learning_rate: float
-    told_to_stop: bool  # this rank was
+    told_to_stop: bool  # this rank has received SIGTERM or Ctrl-C
 
 
 class Step(NamedTuple):
@@ -516,16 +572,16 @@ def training_step(
 ) -> Step:
     """Forward, backward and update on one step's pairs; no update where a number is not finite.
 
-    batches: of training/batches.feed. reference: log-probs of all pairs, [all, 2].
+    batches: from training/batches.feed. reference: log-probs of all pairs, [all, 2].
     """
     _, world = ranks()
     totals: dict[str, Tensor] = {}  # of the metrics, summed over pairs
     losses = []
     for k in range(settings.microbatches):
         batch = next(batches)
-        # Gradients are reduced to shards after every microbatch. Kept whole, they would take 4
-        # bytes per weight on every rank (28 GB for 7B). The gradients of several copies of the
-        # model (HSDP) are added up once, at the end.
+        # Several copies of the model (HSDP) add up their gradients after the last microbatch only.
+        # Within a copy FSDP reduces gradients to shards after each one: whole, they would take 4
+        # bytes per weight on every rank (28 GB for 7B).
         policy.set_requires_all_reduce(k == settings.microbatches - 1)
 
         # forward
@@ -533,19 +589,21 @@ def training_step(
         refs = reference[batch["rows"]]  # [n, 2]
         loss = loss_of_pairs(logprobs, refs, batch["lengths"], settings.beta, args)  # [n]
 
-        # backward. FSDP divides by the number of ranks, but we want the mean over the step's pairs.
-        # A stand-in has weight 0
+        # backward. FSDP averages over the ranks, and we want the mean over the step's pairs
         total_loss = (loss * batch["weights"]).sum()
         (total_loss * world / settings.pair_count).backward()
 
         # add up the metrics
-        losses.append((batch["rows"], loss.detach()))
+        loss = loss.detach()
+        losses.append((batch["rows"], loss))
         metrics = metrics_of(loss, logprobs, refs, batch["lengths"], settings.beta)
         for name, values in metrics.items():
             total = (values.double() * batch["weights"]).sum()
-            totals[name] = totals[name] + total if name in totals else total
+            totals[name] = totals.get(name, 0.0) + total
 
-    fsdp.reshard(policy)  # drop gathered copies: the update below makes them stale
+    # Where there was room, weights stayed gathered since the first microbatch (fsdp.shard). The
+    # update below changes the shards, so those copies must go.
+    fsdp.reshard(policy)
 
     # add up over all ranks. "stop" is summed too: if one rank was told to stop, all stop
     totals["stop"] = torch.full_like(totals["loss"], float(settings.told_to_stop))
@@ -606,33 +664,35 @@ def learning_rate(step: int, steps: int, args) -> float:
 # ---- all steps ---------------------------------------------------------------------------------
 
 
-def train(policy, pairs: list[dict], reference, plans: list, args, stage, device) -> dict:
+def train(policy, pairs: list[dict], reference, plans: list, args, stage: Stage, device) -> dict:
     """Every step, with one row per step in train.jsonl. Returns figures for the metadata.
 
-    reference: [n, 2]. plans: [step][rank] -> microbatches of indices into pairs. SIGTERM and Ctrl-C
-    end it after a step, with a checkpoint.
+    reference: [n, 2]. plans: [step][rank] -> microbatches of indices into pairs. stage.parts is the
+    folder of the unfinished run, with its log and checkpoint. SIGTERM and Ctrl-C end training after
+    a step, with a checkpoint.
     """
     rank, world = ranks()
     steps = len(plans)
     optimizer = make_optimizer(policy, args, device)
-    first = fsdp.load_checkpoint(stage.parts, policy, optimizer)
-    say(f"{steps} steps" + (f"; resuming after step {first}" if first else ""))
-    log = TrainLog(stage.parts / "train.jsonl", first, args.report_to) if rank == 0 else None
-    bar = progress(steps, "train", "step", first)
+    steps_done = fsdp.load_checkpoint(stage.parts, policy, optimizer)
+    say(f"{steps} steps" + (f"; resuming after step {steps_done}" if steps_done else ""))
+    log = open_log(stage, steps_done, args.report_to)
+    bar = progress(steps, "train", "step", steps_done)
     signals = StopSignals()
     reference_on_device = reference.to(device)  # [n, 2]
     # One stream of batches for all steps, so that the next is prepared while this one is computed
-    mine = chain.from_iterable(plan[rank] for plan in plans[first:])
+    mine = chain.from_iterable(plan[rank] for plan in plans[steps_done:])
     batches = feed(pairs, mine, args.packing, device)
+    steps_per_epoch = steps // args.num_train_epochs
     total_seconds = 0.0
 
-    for number in range(first, steps):
-        began = time.time()
+    for number in range(steps_done, steps):
+        began = time.monotonic()
         indices = indices_of(plans[number])
         settings = StepSettings(
             microbatches=len(plans[number][rank]),
             pair_count=len(indices),
-            beta=beta_of(number, steps, args),
+            beta=beta_of_epoch(number // steps_per_epoch, args),
             learning_rate=learning_rate(number, steps, args),
             told_to_stop=signals.received,
         )
@@ -646,11 +706,11 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
         # report
         if device.type == "cuda":
             torch.cuda.synchronize()  # or the clock would measure how fast work is queued
-        seconds = time.time() - began
+        seconds = seconds_since(began)
         total_seconds += seconds
         tokens = sum(sum(lengths_of(pairs[i])) for i in indices)  # prompt + chosen + rejected
         if log:
-            epoch = (number + 1) / (steps // args.num_train_epochs)
+            epoch = (number + 1) / steps_per_epoch
             log.write(log_row(number, epoch, step, settings, tokens, seconds))
         show(bar, step.metrics, tokens / seconds)
 
@@ -662,11 +722,19 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage, device
             sys.exit(INTERRUPTED)
 
     bar.close()
-    done = [lengths_of(pairs[i]) for plan in plans[first:] for i in indices_of(plan)]
+    done = [lengths_of(pairs[i]) for plan in plans[steps_done:] for i in indices_of(plan)]
     return speed.figures(policy, done, total_seconds, device, args.dtype, world)
 
 
+def open_log(stage: Stage, steps_done: int, report_to: str) -> TrainLog | None:
+    """Rank 0 writes the log, from the step that the checkpoint has come to."""
+    if stage.rank > 0:
+        return None
+    return TrainLog(stage.parts / "train.jsonl", steps_done, report_to)
+
+
 def make_optimizer(policy, args, device):
+    """AdamW on the shards; training_step sets the learning rate."""
     return torch.optim.AdamW(
         policy.parameters(),
         betas=tuple(args.adam_betas),
@@ -676,15 +744,14 @@ def make_optimizer(policy, args, device):
 
 
 def checkpoint_is_due(done: int, steps: int, save_every: int) -> bool:
-    """Every save_every steps, and after the last one: an export may fail, too."""
+    """Every save_every steps, and after the last, so that a failed export costs no training."""
     if not save_every:
         return False
     return done % save_every == 0 or done == steps
 
 
-def beta_of(step: int, steps: int, args) -> float:
-    """--beta of the epoch that the step is in."""
-    epoch = step // (steps // args.num_train_epochs)
+def beta_of_epoch(epoch: int, args) -> float:
+    """One --beta holds for all epochs; several are one for each."""
     return args.beta[min(epoch, len(args.beta) - 1)]
 
 
@@ -737,9 +804,10 @@ def not_finite(step: Step, number: int, pairs: list[dict], stage: Stage) -> Stop
 
 
 class StopSignals:
-    """From here on, SIGTERM and Ctrl-C only set `received`; they do not end the process.
+    """From here on, SIGTERM and Ctrl-C only set `received`; they no longer end the process.
 
-    The checkpoint is worth waiting for, and so is the export.
+    training_step looks at it, once per step. A signal during the export has no effect: the export
+    is nearly done, and worth waiting for.
     """
 
     def __init__(self):
@@ -754,25 +822,31 @@ class StopSignals:
 # ---- the reference -----------------------------------------------------------------------------
 
 
-def load_reference(file: Path) -> Tensor | None:
-    """The reference's log-probs of an interrupted run, [n, 2] fp32; None without one.
+def load_reference(file: Path, pair_count: int) -> Tensor | None:
+    """The reference's log-probs of an interrupted run, [n, 2] fp32; None if there are none.
 
     An .npz file holds a checksum, so that damage is noticed.
     """
     rank, _ = ranks()
-    found = [None]  # one rank looks: a shared file system may not show all ranks the same
+    found = [None]  # only rank 0 looks: a shared file system may not show all ranks the same
     if rank == 0 and file.exists():
         try:
             with np.load(file) as content:
-                found = [torch.from_numpy(content["logprobs"])]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+                logprobs = content["logprobs"]
+            if logprobs.shape != (pair_count, 2) or logprobs.dtype != np.float32:
+                raise ValueError(f"it holds {logprobs.dtype} {logprobs.shape}")
+            found = [torch.from_numpy(logprobs)]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
             say(f"{file}: is damaged ({e}); the reference is computed again")
     dist.broadcast_object_list(found)
     return found[0]
 
 
 def save_reference(file: Path, reference: Tensor, pairs: list[dict]) -> None:
-    """Rank 0 keeps the reference's log-probs for a run that is interrupted and resumed."""
+    """Rank 0 keeps the reference's log-probs for a run that is interrupted and resumed.
+
+    Raises Stop where one is not finite, and names the pairs.
+    """
     if not reference.isfinite().all():
         rows = (~reference.isfinite()).any(1).nonzero().flatten().tolist()
         bad = [pairs[row]["id"] for row in rows[:8]]
@@ -808,8 +882,8 @@ def main():
     check_arguments(args, device.type, world)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
-    # The stage hashes its inputs. It knows whether this output is already done, and stops if the
-    # output was made from other inputs. stage.parts is the folder of an unfinished run.
+    # The stage hashes its inputs. If the output exists and was made from the same inputs and flags,
+    # it is done; if from others, this stops.
     inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
     stage = Stage(args, inputs, args.output, free=FREE)
     if stage.done:
@@ -819,7 +893,8 @@ def main():
     if stage.hashes.get("ref_model") == model_hash:
         args.ref_model = None  # the same weights under another name: no second model
 
-    # 1. The pairs, how this model takes them, and every step in advance
+    # 1. The pairs, whether to pack or to pad them, and the plan of every step. A pair holds token
+    # ids; the tokenizer is for preference data that has none (training/pairs.py)
     config = models.load_config(args.model)
     tokenizer = models.load_tokenizer(args.model)
     pairs = load_pairs(args, tokenizer, config, stage)
@@ -827,10 +902,10 @@ def main():
     args.packing = network.choose_packing(args.packing, config, longest, args.model)
     plans = plan_all_steps(pairs, args)
 
-    # 2. The reference, in the same microbatches as the first epoch: so it rounds as the policy will
+    # 2. The reference, in the microbatches of the first epoch: it is rounded as the policy will be
     first_epoch = plans[: len(plans) // args.num_train_epochs]
     reference_file = stage.parts / "reference.npz"
-    reference = load_reference(reference_file)
+    reference = load_reference(reference_file, len(pairs))
     if args.ref_model and reference is None:
         reference = reference_of_another_model(args, config, pairs, first_epoch, device)
     policy = load_policy(args.model, args, device, pairs)
@@ -838,8 +913,9 @@ def main():
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
     save_reference(reference_file, reference, pairs)
 
-    # 3. Audit the answers that this policy wrote. Their log-probs are in `reference` already,
-    # unless that is another model: then compute them, for one batch of pairs
+    # 3. Audit the answers that this policy wrote; checks.audit leaves out those of other models.
+    # Their log-probs are in `reference` already, unless that is another model: then compute them,
+    # for one batch of pairs
     if args.ref_model:
         audited = [pair for pair in pairs if model_hash in pair["models"]][: args.batch_size]
         plan = [plan_step(audited, list(range(len(audited))), args)] if audited else []
@@ -863,7 +939,7 @@ def save(weights: dict, tokenizer, stage: Stage, args, **figures) -> None:
     with whole(stage.output) as folder:
         save_dtype = DTYPES.get(args.save_dtype)  # None for auto
         changed = fsdp.export(weights, args.model, save_dtype, tokenizer, folder)
-        with whole(stage.output.with_name("train.jsonl")) as log:
+        with whole(stage.beside(".train.jsonl")) as log:
             log.write_bytes((stage.parts / "train.jsonl").read_bytes())
         stage.write_meta(changed_weights=changed, **figures)
     stage.clean()

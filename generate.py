@@ -50,10 +50,11 @@ import transformers
 
 import chat
 import models
+from arguments import integer_in, key_values, number_in, parse, parser
 from kernels.attention import attention_implementation, causal_lm_refusal, positions
 from kernels.logprob import backbone, linear_logprob, lm_head, logprob_from_logits
-from records import PROMPT, Stop, count_rows, finite, read_jsonl
-from stage import Stage, die_with_parent, key_values, parse, parser, run, say, seed_of
+from records import NEW_PROMPT, Stop, count_rows, finite, read_jsonl
+from stage import Stage, die_with_parent, run, say, seed_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -77,6 +78,7 @@ def arguments() -> argparse.ArgumentParser:
         help="hf is transformers; default auto: vllm where it is installed and a GPU is, else hf",
     )
     add_sampling_arguments(p)
+    add_length_arguments(p)
     add_computing_arguments(p)
     return p
 
@@ -85,38 +87,52 @@ def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
 
     # How tokens are sampled. By default from the policy itself, which is what the equations say.
-    add("--num_samples", type=int, default=8, help="answers per prompt; 8 as in RLHF Workflow")
+    add(
+        "--num_samples",
+        type=integer_in("[1, inf)"),
+        default=8,
+        help="answers per prompt; 8 as in RLHF Workflow",
+    )
     add(
         "--temperature",
-        type=float,
+        type=number_in("[0, inf)"),
         nargs="+",
         default=[1.0],
         help="default 1; 0 is greedy; several: the samples are divided among them, in order",
     )
     add(
         "--top_p",
-        type=float,
+        type=number_in("(0, 1]"),
         default=1.0,
         help="only the likeliest tokens with this total probability; default 1: all",
     )
-    add("--top_k", type=int, default=0, help="only this many likeliest tokens; default 0: all")
+    add(
+        "--top_k",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="only this many likeliest tokens; default 0: all",
+    )
     add(
         "--min_p",
-        type=float,
+        type=number_in("[0, 1]"),
         default=0.0,
         help="only tokens at least this share as probable as the likeliest one; default 0: all",
     )
 
+
+def add_length_arguments(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument
+
     # How long prompts and answers may be, in tokens
     add(
         "--max_new_tokens",
-        type=int,
+        type=integer_in("[1, inf)"),
         default=1024,
         help='longer answers are cut off, with finish_reason "length"; default 1024',
     )
     add(
         "--max_prompt_length",
-        type=int,
+        type=integer_in("[1, inf)"),
         help="longer prompts are dropped; default: what --max_new_tokens leaves of the context",
     )
 
@@ -127,8 +143,18 @@ def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
         metavar="KEY=JSON",
         help="for the chat template, as enable_thinking=false",
     )
-    add("--seed", type=int, default=0, help="another seed gives other answers; default 0")
-    add("--iteration", type=int, default=0, help="part of the seed: new answers to an old prompt")
+    add(
+        "--seed",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="another seed gives other answers; default 0",
+    )
+    add(
+        "--iteration",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="part of the seed: new answers to an old prompt",
+    )
 
 
 def add_computing_arguments(p: argparse.ArgumentParser) -> None:
@@ -141,10 +167,14 @@ def add_computing_arguments(p: argparse.ArgumentParser) -> None:
     )
     add(
         "--batch_size",
-        type=int,
+        type=integer_in("[1, inf)"),
         help="hf only: sequences per forward pass; default 512 on a CPU, 64 on a GPU",
     )
-    add("--tensor_parallel_size", type=int, help="vllm only: GPUs per engine (and rank); default 1")
+    add(
+        "--tensor_parallel_size",
+        type=integer_in("[1, inf)"),
+        help="vllm only: GPUs per engine (and rank); default 1",
+    )
     add(
         "--engine_args",
         nargs="+",
@@ -169,13 +199,6 @@ def read_arguments() -> argparse.Namespace:
         if getattr(args, flag) is not None:
             raise Stop(f"--{flag} has no effect with --backend {args.backend}: leave it out.")
 
-    # a count below 1
-    counts = ["num_samples", "max_new_tokens", "max_prompt_length"]
-    for flag in [*counts, "batch_size", "tensor_parallel_size"]:
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise Stop(f"--{flag} must be at least 1, not {value}.")
-
     check_sampling(args)
     if args.batch_size is not None and args.batch_size < args.num_samples:
         together = f"the {args.num_samples} samples of a prompt run together"
@@ -184,12 +207,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def check_sampling(args) -> None:
-    """Stop at numbers that make no sense."""
-    in_range = 0 < args.top_p <= 1 and 0 <= args.min_p <= 1
-    if not in_range or args.top_k < 0 or min(args.temperature) < 0:
-        raise Stop(
-            "--top_p lies in (0, 1], --min_p in [0, 1]; --top_k and --temperature are not negative."
-        )
+    """Stop at numbers that do not go together."""
     all_greedy = not any(args.temperature)
     truncates = (args.top_p, args.top_k, args.min_p) != (1, 0, 0)
     if all_greedy and truncates:
@@ -259,10 +277,10 @@ class Policy:
 
         A mistake in line 90,000 shows now, and not after hours of sampling.
         """
-        total = count_rows(path, PROMPT)
+        total = count_rows(path, NEW_PROMPT)
         texts = 0
         lengths = set()
-        for number, row in enumerate(read_jsonl(path, PROMPT), 1):
+        for number, row in enumerate(read_jsonl(path, NEW_PROMPT), 1):
             prompt, where = row["prompt"], f"{path}:{number}"
             if isinstance(prompt, str):
                 texts += 1
@@ -813,7 +831,7 @@ class Parts:
 
     def missing(self) -> Iterator[tuple[int, list[dict]]]:
         """Index and rows of each part that is this rank's and not yet written."""
-        return self.stage.todo(read_jsonl(self.args.prompts, PROMPT))
+        return self.stage.todo(read_jsonl(self.args.prompts, NEW_PROMPT))
 
     def prompts(self) -> Iterator[Prompt]:
         """The prompts of all missing parts, less those that are too long."""

@@ -16,9 +16,11 @@
 # command resumes: each stage's output has its final name only when it is whole, and a stage that is
 # done says so and ends.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . tools/environment.sh # count_gpus, install, and PYTHON
 . tools/loop.sh        # setting, stage, everywhere, once, score: how the lines below run
+from_folder "$caller" MODEL PROMPTS HELDOUT RUN REWARD_MODEL REWARD_FN GOLD_FN JUDGE ENHANCER
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -73,7 +75,7 @@ watched=(${GOLD_FN:+--reward_fn "gold=$GOLD_FN" --reward_weights gold=0}) # reco
 policy=$MODEL
 previous=$MODEL
 evaluate "$RUN/iter_00" "$policy"
-report
+report 0
 
 for ((i = 1; i <= ITERS; i++)); do
     now=$(folder_of "$i")
@@ -128,7 +130,7 @@ for ((i = 1; i <= ITERS; i++)); do
 
     # The new policy on the held-out prompts, with its distance from the one before and from the first
     evaluate "$now" "$now/policy" --ref_model "init=$MODEL" "prev=$policy"
-    report
+    report "$i"
 
     [[ $KEEP == all ]] || discard "$policy"
     previous=$policy

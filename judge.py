@@ -47,8 +47,9 @@ from itertools import combinations
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from arguments import parse, parser
 from records import CANDIDATES, Answer, Stop, answers_of, drop_unscored, dump, finite, merge_by_id
-from stage import Stage, parse, parser, run, seed_of
+from stage import Stage, run, seed_of
 
 # A backslash at the end of a line joins it with the next one.
 JUDGE_PROMPT = """\

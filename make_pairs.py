@@ -37,8 +37,9 @@ import random
 from collections import Counter
 from typing import NamedTuple
 
-from records import SCORED, Stop, count_rows, dump, finite, read_jsonl, whole
-from stage import Stage, parse, parser, run, seed_of
+from arguments import integer_in, number_in, parse, parser
+from records import TO_PAIR, Stop, count_rows, dump, finite, read_jsonl, whole
+from stage import Stage, run, seed_of
 
 STRATEGIES = ("max_min", "max_random", "max_second", "random")
 
@@ -55,7 +56,7 @@ def arguments():
     add("--strategy", choices=STRATEGIES, default="max_min", help="see above; default: max_min")
     add(
         "--pairs_per_prompt",
-        type=int,
+        type=integer_in("[1, inf)"),
         default=1,
         help="default 1: a second pair of the same prompt teaches less than one of another",
     )
@@ -63,13 +64,13 @@ def arguments():
     # Which answers
     add(
         "--min_margin",
-        type=float,
+        type=number_in("[0, inf)"),
         default=0.0,
         help="smallest difference in score that makes a pair; default 0: any difference",
     )
     add(
         "--length_penalty",
-        type=float,
+        type=number_in("(-inf, inf)"),
         default=0.0,
         help="subtracted from the reward per answer token; default 0",
     )
@@ -80,8 +81,18 @@ def arguments():
     )
 
     # Where in the run
-    add("--iteration", type=int, default=0, help="recorded in each pair, and part of its seed")
-    add("--seed", type=int, default=0, help="for ties, max_random and random; default 0")
+    add(
+        "--iteration",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="recorded in each pair, and part of its seed",
+    )
+    add(
+        "--seed",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="for ties, max_random and random; default 0",
+    )
     return p
 
 
@@ -129,10 +140,11 @@ def usable_answers(row: dict, args, where: str) -> list[Answer]:
     """The candidates that may take part in a pair, with their scores."""
     answers = []
     for index, candidate in enumerate(row["candidates"]):
-        reward = finite(
-            candidate["reward"], f'{where}: id "{row["id"]}", candidate {index}, reward'
+        length = len(candidate["token_ids"])
+        score = finite(
+            candidate["reward"] - args.length_penalty * length,
+            f'{where}: id "{row["id"]}", candidate {index}, score',
         )
-        score = reward - args.length_penalty * len(candidate["token_ids"])
         if candidate["finish_reason"] == "stop" or args.keep_truncated:
             answers.append(Answer(index, candidate, score))
     return answers
@@ -222,7 +234,7 @@ def write_pairs(args, path) -> dict[str, Balance]:
     """Write the pairs of all rows to `path`, one row at a time."""
     rows, candidates, pairs = Balance(), Balance(), Balance()
     with open(path, "w", encoding="utf-8") as out:
-        for number, row in enumerate(read_jsonl(args.scored, SCORED), 1):
+        for number, row in enumerate(read_jsonl(args.scored, TO_PAIR), 1):
             answers = usable_answers(row, args, f"{args.scored}:{number}")
             made, refused = make_pairs(row, answers, args)
             for pair in made:
@@ -255,12 +267,10 @@ def stop_without_pairs(scored: str, rows: Balance) -> None:
 
 def main():
     args = parse(arguments())
-    if args.pairs_per_prompt < 1:
-        raise Stop("--pairs_per_prompt must be at least 1")
     stage = Stage(args, {"scored": args.scored}, args.output)
     if stage.done:
         return
-    count_rows(args.scored, SCORED)
+    count_rows(args.scored, TO_PAIR)
 
     with whole(args.output) as temporary:
         balances = write_pairs(args, temporary)

@@ -22,6 +22,8 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # It imports torch when one of its classes is first used, and `python models.py` uses none.
 import transformers
@@ -88,22 +90,18 @@ def identity(name: str) -> str:
 def load_config(name: str):
     """The model's config.json, as transformers' class for it."""
     repository, commit = locate(name)
-    try:
+    with loading(name, "config.json"):
         return transformers.AutoConfig.from_pretrained(
             repository, revision=commit, trust_remote_code=False
         )
-    except Exception as error:
-        raise cannot_load(name, "config.json", error) from None
 
 
 def load_tokenizer(name: str):
     repository, commit = locate(name)
-    try:
+    with loading(name, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             repository, revision=commit, trust_remote_code=False
         )
-    except Exception as error:
-        raise cannot_load(name, "tokenizer", error) from None
     if len(tokenizer) == 0:  # what transformers makes of a folder without one
         remedy = "Save the model's own beside its weights, with save_pretrained"
         raise Stop(f"{name}: has no tokenizer. {remedy}.")
@@ -112,13 +110,15 @@ def load_tokenizer(name: str):
 
 def load_generation_config(name: str, config):
     """generation_config.json. It is optional: without it, what the model's `config` says about
-    generation.
+    generation. A damaged one stops: the ids that end an answer may stand nowhere else.
     """
     repository, commit = locate(name)
     try:
-        return transformers.GenerationConfig.from_pretrained(repository, revision=commit)
-    except OSError:
+        cached_file(repository, "generation_config.json", revision=commit)
+    except OSError:  # there is none
         return transformers.GenerationConfig.from_model_config(config)
+    with loading(name, "generation_config.json"):
+        return transformers.GenerationConfig.from_pretrained(repository, revision=commit)
 
 
 def load_model(auto_class, name: str, dtype, attn_implementation: str):
@@ -129,7 +129,7 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
     in another shape.
     """
     repository, commit = locate(name)
-    try:
+    with loading(name, "model"):
         model, found = auto_class.from_pretrained(
             repository,
             revision=commit,
@@ -139,8 +139,6 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
             ignore_mismatched_sizes=True,  # not ignored: named below
             output_loading_info=True,
         )
-    except Exception as error:
-        raise cannot_load(name, "model", error) from None
     # Tied weights are in the files once, and do not count as missing.
     lost = sorted(found["missing_keys"])
     for key, have, want in sorted(found["mismatched_keys"]):
@@ -156,7 +154,18 @@ def load_model(auto_class, name: str, dtype, attn_implementation: str):
     return model
 
 
-def cannot_load(name: str, part: str, error: Exception) -> Stop:
+@contextmanager
+def loading(name: str, part: str) -> Iterator[None]:
+    """Whatever fails within becomes one message. part: what is loaded, such as "tokenizer"."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the tokenizers' Rust code panics with no Exception
+        raise cannot_load(name, part, error) from None
+
+
+def cannot_load(name: str, part: str, error: BaseException) -> Stop:
     """The message for the user. part: the part that could not be loaded, such as "tokenizer"."""
     if "trust_remote_code" in str(error):
         return wants_code(name, part)
@@ -174,7 +183,7 @@ def wants_code(name: str, part: str) -> Stop:
     )
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The error's message on one line and without a full stop, to stand in parentheses."""
     return " ".join(str(error).split()).rstrip(".")
 

@@ -37,29 +37,11 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-# What a reader of each file may rely on: key -> type, or [shape of each element].
-PROMPT = {
-    "id": str,
-    "prompt": (str, list),
-}
-CANDIDATE = {
-    "text": str,
-    "token_ids": list,
-    "logprob": (float, int),
-    "finish_reason": str,
-    "model": str,
-}
-SCORED_CANDIDATE = CANDIDATE | {
-    "reward": (float, int),
-    "rewards": dict,
-}
-CANDIDATES = PROMPT | {"prompt_token_ids": list, "candidates": [CANDIDATE]}
-SCORED = PROMPT | {"prompt_token_ids": list, "candidates": [SCORED_CANDIDATE]}
+from typing import NamedTuple
 
 
 class Stop(SystemExit):
@@ -69,29 +51,252 @@ class Stop(SystemExit):
         super().__init__(f"error: {message}")
 
 
+# ---- kinds of values ---------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What a value may be."""
+
+    name: str  # as a message calls it
+    holds: Callable[[object], bool]
+    optional: bool = False  # the key may be missing
+
+
+LARGEST_NUMBER = 1e100  # in absolute value: the report squares rewards, and fp64 ends at 1e308
+LARGEST_TOKEN_ID = 2**31 - 1  # the trainer keeps them as int32
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def is_object(value) -> bool:
+    return isinstance(value, dict)
+
+
+def is_list(value) -> bool:
+    return isinstance(value, list)
+
+
+def is_number(value) -> bool:
+    """An int or a float; true is neither, and NaN is not within any bounds."""
+    return type(value) in (int, float) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER
+
+
+def is_token_ids(value) -> bool:
+    """A list of ints, perhaps an empty one; 6.9 and true are none."""
+    if not isinstance(value, list):
+        return False
+    if not value:
+        return True
+    return set(map(type, value)) == {int} and 0 <= min(value) and max(value) <= LARGEST_TOKEN_ID
+
+
+def is_turn(value) -> bool:
+    """{"role", "content"}, both text. What a tool was asked or has answered is not rendered."""
+    if not is_object(value) or value.get("tool_calls") or value.get("function_call"):
+        return False
+    return is_text(value.get("role")) and is_text(value.get("content"))
+
+
+def is_conversation(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
+
+
+def is_text_or_conversation(value) -> bool:
+    return is_text(value) or is_conversation(value)
+
+
+def is_numbers(value) -> bool:
+    """Names and their numbers."""
+    return is_object(value) and all(map(is_number, value.values()))
+
+
+def is_texts(value) -> bool:
+    """Names and their words, as the settings of a run."""
+    return is_object(value) and all(map(is_text, value.values()))
+
+
+def is_finish_reason(value) -> bool:
+    return value in ("stop", "length")
+
+
+def is_nothing(value) -> bool:
+    return not value
+
+
+def optional(kind: Kind) -> Kind:
+    """The key may be missing, and null means the same."""
+
+    def holds(value) -> bool:
+        return value is None or kind.holds(value)
+
+    return Kind(f"{kind.name}, or null", holds, optional=True)
+
+
+def forbidden(reason: str) -> Kind:
+    """The key must be missing or empty."""
+    return Kind(f"left out ({reason})", is_nothing, optional=True)
+
+
+TEXT = Kind("a string", is_text)
+OBJECT = Kind("an object", is_object)
+LIST = Kind("a list", is_list)
+NUMBER = Kind("a finite number", is_number)
+NUMBERS = Kind("an object of finite numbers", is_numbers)
+TEXTS = Kind("an object of strings", is_texts)
+TOKEN_IDS = Kind("a list of token ids, which are whole numbers from 0", is_token_ids)
+FINISH_REASON = Kind('"stop" or "length"', is_finish_reason)
+TEXT_OR_CONVERSATION = Kind(
+    'a string, or a conversation: a non-empty list of {"role", "content"}, both strings, '
+    "without tool calls",
+    is_text_or_conversation,
+)
+
+# What a reader of each file may rely on: key -> kind, or [shape of each element].
+PROMPT = {
+    "id": TEXT,
+    "prompt": TEXT_OR_CONVERSATION,
+    "meta": optional(OBJECT),
+    "tools": forbidden("no stage renders tools"),
+}
+CANDIDATE = {
+    "text": TEXT,
+    "token_ids": TOKEN_IDS,
+    "logprob": NUMBER,
+    "finish_reason": FINISH_REASON,
+    "model": TEXT,
+    "rewards": optional(NUMBERS),
+    "reward": optional(NUMBER),
+    "ref_logprobs": optional(NUMBERS),
+}
+SCORED_CANDIDATE = CANDIDATE | {"rewards": NUMBERS, "reward": NUMBER}
+CANDIDATES = PROMPT | {"prompt_token_ids": TOKEN_IDS, "candidates": [CANDIDATE]}
+SCORED = PROMPT | {"prompt_token_ids": TOKEN_IDS, "candidates": [SCORED_CANDIDATE]}
+
+# Keys that a later stage adds to a row. In prompts.jsonl they would be overwritten there.
+ADDED_TO_PAIRS = (
+    "iteration",
+    "chosen",
+    "rejected",
+    "score_chosen",
+    "score_rejected",
+    "chosen_token_ids",
+    "rejected_token_ids",
+    "chosen_logprob",
+    "rejected_logprob",
+    "chosen_index",
+    "rejected_index",
+    "chosen_model",
+    "rejected_model",
+)
+ADDED_LATER = ("prompt_token_ids", "candidates", *ADDED_TO_PAIRS)
+
+
+def without(keys: tuple[str, ...]) -> dict[str, Kind]:
+    """A shape without these keys."""
+    reason = "a stage writes its own value under this key: rename yours, or put it into meta"
+    return {key: forbidden(reason) for key in keys}
+
+
+NEW_PROMPT = PROMPT | without(ADDED_LATER)  # a row of prompts.jsonl
+TO_PAIR = SCORED | without(ADDED_TO_PAIRS)  # a row that pairs are made of
+
+
 # ---- reading -----------------------------------------------------------------------------------
 
+DEEPEST = 100  # brackets within brackets; Python's own functions give up at about 1000
 
-def read_jsonl(path, shape: dict) -> Iterator[dict]:
+
+def read_jsonl(path, shape: dict | Kind) -> Iterator[dict]:
     """Yield the rows of a JSONL file, one at a time.
 
-    Raises Stop naming file and line for bad JSON, a missing key or a wrong type, and naming the
-    file when it is missing or has no row at all.
+    Raises Stop naming file and line for whatever is not one JSON object of this shape, and naming
+    the file when it is missing or has no row at all.
     """
     if not os.path.isfile(path):
         raise Stop(f"{path}: no such file. Check the path, or run the stage that writes it.")
     number = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise Stop(f"{where}: not JSON ({e}). A line must hold one JSON object.") from None
+            row = parse_json(line, where, "A line must hold one JSON object")
+            check_kind(row, OBJECT, f"{where}: the row")
             check_shape(row, shape, where)
             yield row
     if number == 0:
         raise Stop(f"{path}: the file is empty. A stage with nothing to do is taken for a mistake.")
+
+
+def read_json(path, shape: dict | Kind, remedy: str) -> dict:
+    """The object in a JSON file. Raises Stop, which ends in `remedy`, where there is none.
+
+    remedy: what to do about a damaged file, a sentence without its full stop.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as e:
+        raise Stop(f"{path}: cannot be read ({e.strerror}). {remedy}.") from None
+    row = parse_json(content, str(path), f"The file is damaged. {remedy}")
+    check_shape(row, shape, str(path), f" The file is damaged. {remedy}.")
+    return row
+
+
+def parse_json(content: bytes, where: str, remedy: str):
+    """The JSON value in `content`. Raises Stop for all that a later stage could not write again."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as e:
+        raise Stop(
+            f"{where}: not UTF-8 ({e.reason} at byte {e.start}). Convert the file to UTF-8, and "
+            "unpack it first where it is compressed."
+        ) from None
+    try:
+        value = DECODER.decode(text)
+        deep = text.count("[") + text.count("{") > DEEPEST and is_deeper(value, DEEPEST)
+    except RecursionError:
+        deep = True
+    except ValueError as e:  # a number that is none, or of too many digits, is no JSONDecodeError
+        raise Stop(f"{where}: not JSON ({e}). {remedy}.") from None
+    if deep:
+        raise Stop(f"{where}: more than {DEEPEST} brackets within brackets. {remedy}.")
+    if "\\ud" in text.lower() and has_lone_surrogate(value):
+        raise Stop(f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no text. Remove it.")
+    return value
+
+
+def finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:20]} is beyond the largest float")
+    return value
+
+
+def refuse_constant(name: str):
+    raise ValueError(f"{name} is no number")
+
+
+# JSON has neither NaN nor Infinity, which Python's parser takes unless it is told otherwise.
+DECODER = json.JSONDecoder(parse_float=finite_float, parse_constant=refuse_constant)
+
+
+def is_deeper(value, most: int) -> bool:
+    """Whether objects and lists stand more than `most` deep within one another."""
+    if not isinstance(value, (dict, list)):
+        return False
+    if most == 0:
+        return True
+    inside = value.values() if isinstance(value, dict) else value
+    return any(is_deeper(element, most - 1) for element in inside)
+
+
+def has_lone_surrogate(value) -> bool:
+    """Whether some text in it cannot be written as UTF-8."""
+    try:
+        dump(value).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def count_rows(path, shape: dict) -> int:
@@ -106,44 +311,39 @@ def count_rows(path, shape: dict) -> int:
     return len(line_of)
 
 
-def check_shape(row, shape: dict, where: str) -> None:
-    """Stop where `row` is not what `shape` promises: key -> type, or [shape of each element]."""
-    if not isinstance(row, dict):
-        raise Stop(f"{where}: expected a JSON object, found {type(row).__name__}.")
-    for key, kind in shape.items():
-        if key not in row:
-            raise Stop(f'{where}: key "{key}" is missing. records.py documents every shape.')
-        elements = kind[0] if isinstance(kind, list) else None
-        check_type(row[key], list if elements else kind, f'{where}: key "{key}"')
-        if elements:
-            for i, element in enumerate(row[key]):
-                check_shape(element, elements, f"{where}: {key}[{i}]")
-    if "prompt" in shape and isinstance(row["prompt"], list):
-        check_turns(row["prompt"], where)
-
-
-def check_type(value, kind: type | tuple[type, ...], where: str) -> None:
-    is_bool = isinstance(value, bool)  # which Python takes for an int
-    if isinstance(value, kind) and not is_bool:
+def check_shape(value, shape: dict | Kind, where: str, remedy: str = "") -> None:
+    """Stop where `value` is not what `shape` promises. remedy: added to the message."""
+    if isinstance(shape, Kind):
+        check_kind(value, shape, where, remedy)
         return
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    names = " or ".join(k.__name__ for k in kinds)
-    found = json.dumps(value)[:60]
-    raise Stop(f"{where} must be {names}, found {found}.")
+    check_kind(value, OBJECT, where, remedy)
+    for key, kind in shape.items():
+        there = f'{where}: key "{key}"'
+        if isinstance(kind, list):
+            elements = value.get(key)
+            check_kind(elements, LIST, there, remedy)
+            for i, element in enumerate(elements):
+                check_shape(element, kind[0], f"{where}: {key}[{i}]", remedy)
+        elif key in value:
+            check_kind(value[key], kind, there, remedy)
+        elif not kind.optional:
+            advice = remedy or " records.py documents every shape."
+            raise Stop(f"{there} is missing.{advice}")
 
 
-def check_turns(turns: list, where: str) -> None:
-    """Stop where a conversation is not a non-empty list of {"role", "content"}."""
-    well_formed = [isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns]
-    if not turns or not all(well_formed):
-        raise Stop(f'{where}: a conversation is a non-empty list of {{"role", "content"}}.')
+def check_kind(value, kind: Kind, where: str, remedy: str = "") -> None:
+    if not kind.holds(value):
+        found = json.dumps(value)
+        if len(found) > 60:
+            found = found[:60] + "…"
+        raise Stop(f"{where} must be {kind.name}; found {found}.{remedy}")
 
 
 def finite(value: float, where: str) -> float:
     """`value`, or Stop naming the place: a NaN in a ranking would poison every later stage."""
-    if not math.isfinite(value):
+    if not is_number(value):
         raise Stop(
-            f"{where}: the value is {value}. "
+            f"{where}: the value is {value}, and not a finite number. "
             "Nothing was written from it; correct its source and run again."
         )
     return value
@@ -162,8 +362,9 @@ class Merged:
 def merge_by_id(paths: list, shape: dict) -> Merged:
     """The rows of one file, or of several joined by id, with all their candidates in one row.
 
-    Only ids and byte offsets are held in memory. Where files disagree, the first file's keys win;
-    but prompts must agree, in words and in token ids.
+    Only ids and byte offsets are held in memory. A row has the keys of all files; where two files
+    have different values, the first file's is kept. Prompts must not differ, in words or in token
+    ids.
     """
     totals = [count_rows(path, shape) for path in paths]
     if len(paths) == 1:
@@ -203,7 +404,9 @@ def _merged_rows(paths: list, places: dict[str, list[tuple[str, int]]]) -> Itera
                         "of different prompts cannot be merged: generate both files from one "
                         "prompts.jsonl."
                     )
-            merged = merged | {"candidates": merged["candidates"] + row["candidates"]}
+            candidates = merged["candidates"] + row["candidates"]
+            merged = merged | {k: v for k, v in row.items() if k not in merged}
+            merged["candidates"] = candidates
         yield merged
 
 
@@ -259,6 +462,9 @@ def dump(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+UNFINISHED = ".iterdpo-unfinished"  # no file of a user's ends so: what does, may be removed
+
+
 @contextmanager
 def whole(path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, for a file or a folder.
@@ -267,7 +473,7 @@ def whole(path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + UNFINISHED)
     remove(temporary)
     try:
         yield temporary

@@ -66,6 +66,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 import chat
 import models
+from arguments import float_of, integer_in, key_values, number_in, parse, parser
 from kernels.attention import (
     ATTENTION,
     attention_implementation,
@@ -75,7 +76,7 @@ from kernels.attention import (
 )
 from kernels.logprob import backbone, linear_logprob, lm_head, logprob_from_logits
 from records import CANDIDATES, Answer, Stop, answers_of, drop_unscored, finite, merge_by_id
-from stage import Stage, key_values, parse, parser, run
+from stage import Stage, run, seconds_since
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -88,11 +89,19 @@ TOLERANCE = {"bf16": (0.25, 0.01), "fp32": (1e-3, 1e-5)}
 def arguments():
     p = parser(__doc__)
     add = p.add_argument
-    several = {"nargs": "+", "action": "extend"}
 
     # Files
     add("--candidates", nargs="+", required=True, help="candidates.jsonl; several are merged by id")
     add("--output", required=True, help="scored.jsonl")
+
+    add_reward_arguments(p)
+    add_model_arguments(p)
+    return p
+
+
+def add_reward_arguments(p) -> None:
+    add = p.add_argument
+    several = {"nargs": "+", "action": "extend"}
 
     # What gives numbers: several at once, each with a name
     add(
@@ -126,25 +135,36 @@ def arguments():
         help="by name (gold=0; the others are 1), or one for each, models before functions. "
         "0: only watched",
     )
-    add("--missing_eos_penalty", type=float, default=0.0, help="subtracted if cut off; default 0")
+    add(
+        "--missing_eos_penalty",
+        type=number_in("[0, inf)"),
+        default=0.0,
+        help="subtracted if cut off; default 0",
+    )
     add("--strip_reasoning", action="store_true", help="show rewards only what follows </think>")
 
-    # How the models run
+
+def add_model_arguments(p) -> None:
+    """How the models run."""
+    add = p.add_argument
     add(
         "--chat_template_kwargs",
         nargs="+",
         metavar="KEY=JSON",
         help="for a reward model's template",
     )
-    add("--max_length", type=int, help="tokens of prompt and answer; default: all a model can read")
+    add(
+        "--max_length",
+        type=integer_in("[1, inf)"),
+        help="tokens of prompt and answer; default: all a model can read",
+    )
     add(
         "--tokens_per_batch",
-        type=int,
+        type=integer_in("[1, inf)"),
         help="in one forward pass; default 16384 to fill a GPU, 4096 to stay in a CPU's cache. "
         "Halved when memory runs out",
     )
     add("--dtype", choices=("auto", "bf16", "fp32"), help="default auto: bf16 on a GPU, else fp32")
-    return p
 
 
 # ---- what is asked for -------------------------------------------------------------------------
@@ -203,8 +223,6 @@ def check_effect(args, asked: Asked) -> None:
         value = getattr(args, flag)
         if value is not None and not is_there:
             raise Stop(f"--{flag} has no effect without {needed}.")
-        if isinstance(value, int) and value < 1:
-            raise Stop(f"--{flag} must be at least 1.")
 
 
 def weights(given: list[str], names: list[str]) -> list[float]:
@@ -224,10 +242,10 @@ def weights(given: list[str], names: list[str]) -> list[float]:
         name, _, weight = word.partition("=")
         if name not in names or name in found:
             raise wrong
-        try:
-            found[name] = float(weight)
-        except ValueError:
-            raise wrong from None
+        value = float_of(weight)
+        if value is None:
+            raise wrong
+        found[name] = value
     return [found.get(name, 1.0) for name in names]
 
 
@@ -508,6 +526,7 @@ class Reference(Model):
     """log p(answer | prompt), of the token ids that the policy was given and has written."""
 
     head: dict  # as linear_logprob takes it
+    vocabulary: int  # how many token ids it knows
     too_long = "too_long_for_ref_model"
 
     def sequence(self, answer: Answer) -> Sequence:
@@ -516,6 +535,9 @@ class Reference(Model):
         if not prompt_ids:
             problem = "nothing precedes the first token of the answer"
             raise Stop(f"{answer}: prompt_token_ids is empty: {problem}.")
+        if max(*prompt_ids, *answer_ids) >= self.vocabulary:
+            beyond = f"a token id beyond the {self.vocabulary} that {self.path} knows"
+            raise Stop(f"{answer}: {beyond}. Name a reference with the policy's vocabulary.")
         return Sequence(answer.row["id"], (*prompt_ids, *answer_ids), len(prompt_ids))
 
     def alone(self, sequence: Sequence) -> float:
@@ -554,6 +576,7 @@ def load_reference(path: str, args, device) -> Reference:
         packs=packs,
         tolerance=TOLERANCE[args.dtype],
         head=lm_head(network),
+        vocabulary=config.get_text_config().vocab_size,
     )
 
 
@@ -571,6 +594,8 @@ class RewardFunction:
             prompt, meta = answer.row["prompt"], answer.row.get("meta") or {}
             try:
                 value = float(self.function(prompt, answer.text, meta))
+            except SystemExit as e:
+                raise Stop(f"--reward_fn {self.spec} called exit({e.code}) on {answer}.") from None
             except Exception as e:
                 rule = "it must return one number for every answer"
                 e.add_note(f"in --reward_fn {self.spec} on {answer}; {rule}")
@@ -586,7 +611,10 @@ def load_function(spec: str) -> RewardFunction:
     sys.path.append(str(Path(file).resolve().parent))  # so that it can import files beside it
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SystemExit as e:
+        raise Stop(f"--reward_fn {spec}: importing the file called exit({e.code}).") from None
     function = getattr(module, name, None)
     if not callable(function):
         example = f"{name}(prompt, response, meta) -> float"
@@ -675,13 +703,13 @@ def main():
     stage.counts |= merged.counts
     scorers = load_scorers(asked, args)
 
-    started, answers = time.time(), 0
+    started, answers = time.monotonic(), 0
     with stage.progress(merged.total) as bar:
         for index, part in stage.todo(merged.rows):
             counts = score_part(part, scorers, args)
             stage.write_part(index, part, counts)
             answers += counts["candidates"]["in"]
-            pace = answers / (time.time() - started)
+            pace = answers / seconds_since(started)
             bar.set_postfix_str(f"{pace:,.1f} answers/s", refresh=False)
             bar.update(len(part))
     stage.join(merged.total)

@@ -1,5 +1,4 @@
-"""How any stage runs: its arguments, its place among the ranks, what is done already, and what it
-leaves behind.
+"""How any stage runs: its place among the ranks, what is done already, and what it leaves behind.
 
 Beside every output X stands X.meta.json: arguments, sha256 of every input, versions, rows in, rows
 out, rows dropped by reason (in = out + dropped, or the stage fails). A stage whose output exists
@@ -9,10 +8,13 @@ difference.
 A long stage works in parts: rows are cut into parts of a fixed size, part i belongs to rank i %
 world, and each part is a whole file in X.parts/. A restart does the missing parts only, whatever
 the number of ranks; at the end the parts are joined in order. Nothing is ever half written, and
-memory does not grow with the rows.
+memory does not grow with the rows. The first line of a part is the hash of what follows, so that a
+part that was damaged on the disk is done again and never joined.
+
+What a stage did not make it never touches: an output, or a folder of parts, that is not its own
+stops it.
 """
 
-import argparse
 import ctypes
 import errno
 import hashlib
@@ -21,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,12 +34,28 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from records import Stop, dump, remove, whole, write_whole
+from records import (
+    OBJECT,
+    TEXT,
+    UNFINISHED,
+    Stop,
+    dump,
+    read_json,
+    remove,
+    whole,
+    write_whole,
+)
 
 # Rows per part: small enough that a kill costs little, large enough that sorting a part by length
 # leaves almost no padding (64 prompts x 8 samples = 512 sequences) and that a million rows stay
 # under 16k files.
 ROWS_PER_PART = 64
+
+KEY = {"arguments": OBJECT, "inputs": OBJECT}  # what a result depends on
+META = {"arguments": OBJECT, "key": OBJECT, "counts": OBJECT, "sha256": TEXT}  # X.meta.json
+
+REPLACED = ".iterdpo-replaced"  # the old output, until the new one is whole
+LONGEST_NAME = 200  # bytes; file systems take 255, and the names beside the output are longer
 
 
 def hash_path(path) -> str:
@@ -95,50 +112,6 @@ def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
     return tqdm(**bar)
 
 
-# ---- arguments ---------------------------------------------------------------------------------
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every stage has; the stage's docstring is its --help."""
-    p = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    p.add_argument(
-        "--overwrite", action="store_true", help="redo the stage even where its output exists"
-    )
-    return p
-
-
-def parse(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; --learning-rate is read as --learning_rate."""
-    words = sys.argv[1:] if argv is None else argv
-    return p.parse_args([_with_underscores(word) for word in words])
-
-
-def _with_underscores(word: str) -> str:
-    """--learning-rate=a-b -> --learning_rate=a-b; anything but a flag stays as it is."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.removeprefix("--").partition("=")
-    return "--" + flag.replace("-", "_") + equals + value
-
-
-def key_values(flag: str, pairs: list[str] | None) -> dict:
-    """["a=1", "b=x"] -> {"a": 1, "b": "x"}: a value is JSON where it can be, else a string."""
-    result = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise Stop(f"--{flag}: {pair!r} is not a key=value pair.")
-        try:
-            result[key] = json.loads(value)
-        except json.JSONDecodeError:
-            result[key] = value
-    return result
-
-
 # ---- a stage: what is asked for, what is done, what is missing ---------------------------------
 
 
@@ -157,9 +130,9 @@ class Stage:
     """
 
     def __init__(self, args, inputs: dict, output, free: Iterable[str] = ()):
-        self.started = time.time()
+        self.started = time.monotonic()
         self.rank, self.world = ranks()
-        self.output = Path(output)
+        self.output = output_path(output)
         self.parts = self.beside(".parts")
         self.meta_path = self.beside(".meta.json")
         self.key_path = self.parts / "key.json"
@@ -170,6 +143,7 @@ class Stage:
 
         # One rank hashes what may be hundreds of gigabytes; the others read what it found.
         if self.rank == 0:
+            self._check_places(inputs)
             self.key = self._make_key(inputs, free)
             self._settle(args.overwrite)
         barrier()
@@ -180,6 +154,23 @@ class Stage:
     def beside(self, suffix: str) -> Path:
         """The path beside the output: out.jsonl -> out.jsonl.parts"""
         return self.output.with_name(self.output.name + suffix)
+
+    def _check_places(self, inputs: dict) -> None:
+        """Stop where writing the output would change an input."""
+        ours = [self.output, self.meta_path, self.parts, self.beside(REPLACED)]
+        written = [path.resolve() for path in ours]
+        for name, paths in inputs.items():
+            for path in paths if isinstance(paths, (list, tuple)) else [paths]:
+                if not path or not os.path.exists(path):
+                    continue
+                source = Path(path).resolve()
+                covers = source in written or self.output.resolve() in source.parents
+                inside = source in self.output.resolve().parents
+                if covers or inside:
+                    raise Stop(
+                        f"{self.output}: writing it would change the input --{name} {path}. "
+                        "Use another --output."
+                    )
 
     def _make_key(self, inputs: dict, free: Iterable[str]) -> dict:
         hashes = {}
@@ -201,11 +192,13 @@ class Stage:
             self._set_old_output_aside()
         if self.output.exists():
             self._check_output_is_ours()
+            remedy = f"Remove it and {self.output.name} to make both again"
+            self._compare(read_meta(self.meta_path, remedy)["key"], self.output)
             remove(self.parts)
             self.done = True
             print(f"{self.output}: already done with the same arguments and inputs", flush=True)
         elif self._something_is_done():
-            self._compare(json.loads(self.key_path.read_text()), self.parts)
+            self._compare(self._old_key(), self.parts)
             print(f"{self.output}: resuming the unfinished run in {self.parts.name}/", flush=True)
         else:
             write_whole(self.key_path, json.dumps(self.key, indent=1))
@@ -213,11 +206,12 @@ class Stage:
     def _set_old_output_aside(self) -> None:
         """--overwrite: the old output is removed only when the new one is whole."""
         if self.output.exists():
-            old = self.beside(".old")
+            self._check_output_is_ours()
+            old = self.beside(REPLACED)
             remove(old)
             os.replace(self.output, old)
             remove(self.parts)
-        elif self.key_path.exists() and json.loads(self.key_path.read_text()) != self.key:
+        elif self._something_is_done() and self._old_key() != self.key:
             remove(self.parts)
         # With the same key the parts are what an interrupted --overwrite of this run has done.
 
@@ -225,19 +219,28 @@ class Stage:
         if not self.meta_path.exists():
             raise Stop(
                 f"{self.output}: exists, but not {self.meta_path.name}: it was not made by this "
-                "stage. Move it away, or pass --overwrite."
+                "stage, which does not touch it. Move it away, or use another --output."
             )
-        meta = json.loads(self.meta_path.read_text())
-        self._compare(meta["key"], self.output)
+
+    def _old_key(self) -> dict:
+        return read_json(self.key_path, KEY, f"Remove {self.parts} to begin again")
 
     def _something_is_done(self) -> bool:
         """Whether an earlier run left more than its key; the key alone holds no work."""
-        return self.key_path.exists() and len(list(self.parts.iterdir())) > 1
+        if not self.parts.exists():
+            return False
+        found = [path.name for path in self.parts.iterdir() if not path.name.endswith(UNFINISHED)]
+        if found and self.key_path.name not in found:
+            raise Stop(
+                f"{self.parts}: holds {found[0]}, but no {self.key_path.name}: it was not made by "
+                "this stage, which does not touch it. Move it away, or use another --output."
+            )
+        return len(found) > 1
 
     def _read_key(self) -> None:
         """Ranks above 0: learn from the key's file what rank 0 found out."""
         try:
-            self.key = json.loads(self.key_path.read_text())
+            self.key = json.loads(self.key_path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             if not self.output.exists():
                 raise
@@ -288,8 +291,19 @@ class Stage:
             mine = index % self.world == self.rank
             # Look for the part first, and then for the output. Rank 0 may join and remove the part
             # in between; then the output exists, and the part is not missing.
-            if mine and not self.part(index).exists() and not self.output.exists():
+            if mine and not self.has_part(index) and not self.output.exists():
                 yield index, part
+
+    def has_part(self, index: int) -> bool:
+        """Whether the part is there, as it was written; a damaged one is removed."""
+        path = self.part(index)
+        if not path.exists():
+            return False
+        if read_part(path) is None:
+            print(f"{path}: is damaged; its rows are done again", flush=True)
+            remove(path)
+            return False
+        return True
 
     def progress(self, rows: int) -> tqdm:
         """A bar over this rank's missing share of the `rows` input rows."""
@@ -303,9 +317,12 @@ class Stage:
         return progress(share, name, "prompt")
 
     def write_part(self, index: int, rows: list[dict], counts: dict) -> None:
-        """A part is a line of counts, {"rows": {"in", "out", "dropped"}}, and then its rows."""
+        """A part is the hash of what follows: a line of counts, {"rows": {"in", "out", "dropped"}},
+        and its rows.
+        """
         lines = [dump(counts), *map(dump, rows)]
-        write_whole(self.part(index), "".join(lines))
+        content = "".join(lines)
+        write_whole(self.part(index), f"{hash_text(content)}\n{content}")
 
     def join(self, rows: int) -> None:
         """Rank 0: wait for the parts of all `rows` input rows, then make the output of them.
@@ -326,9 +343,15 @@ class Stage:
         with whole(self.output) as temporary:
             with open(temporary, "w", encoding="utf-8") as out:
                 for part in parts:
-                    with open(part, encoding="utf-8") as file:
-                        add_counts(totals, json.loads(file.readline()))
-                        shutil.copyfileobj(file, out, 1 << 20)
+                    content = read_part(part)
+                    if content is None:
+                        raise Stop(
+                            f"{part}: is damaged. Run the same command again: its rows are done "
+                            "again, and nothing else."
+                        )
+                    counts, _, rows_of_part = content.partition("\n")
+                    add_counts(totals, json.loads(counts))
+                    out.write(rows_of_part)
             for what, total in totals.items():
                 self.count(what, total["in"], total["out"], total["dropped"])
             self.write_meta()
@@ -346,11 +369,11 @@ class Stage:
             "git": git_state(),
             "versions": versions(),
             "world_size": self.world,
-            "seconds": round(time.time() - self.started, 2),
+            "seconds": round(seconds_since(self.started), 2),
             "counts": self.counts,
             **extra,
         }
-        write_whole(self.meta_path, json.dumps(meta, indent=1, default=str) + "\n")
+        write_meta(self.meta_path, meta)
         for what, count in self.counts.items():
             line = f"{self.output}: {count['in']:,} {what} in, {count['out']:,} out"
             for reason, n in count["dropped"].items():
@@ -360,7 +383,46 @@ class Stage:
     def clean(self) -> None:
         """Remove what is not needed once the output exists."""
         remove(self.parts)
-        remove(self.beside(".old"))
+        remove(self.beside(REPLACED))
+
+
+def write_meta(path: Path, meta: dict) -> None:
+    """Write X.meta.json. Its last key is the hash of all others."""
+    meta = json.loads(json.dumps(meta, default=str))  # as it will be read back
+    meta["sha256"] = hash_text(json.dumps(meta))
+    write_whole(path, json.dumps(meta, indent=1) + "\n")
+
+
+def read_meta(path: Path, remedy: str) -> dict:
+    """X.meta.json. Raises Stop, which ends in `remedy`, where it is not what the stage wrote."""
+    meta = read_json(path, META, remedy)
+    hash = meta.pop("sha256")
+    if hash != hash_text(json.dumps(meta)):
+        raise Stop(f"{path}: is damaged: it is not what the stage wrote. {remedy}.")
+    return meta
+
+
+def output_path(output) -> Path:
+    """--output as a path. Raises Stop where nothing can have this name."""
+    path = Path(output)
+    if path.name in ("", ".."):
+        raise Stop(f"--output {str(output)!r}: name a file or folder to be made.")
+    if len(path.name.encode()) > LONGEST_NAME:
+        raise Stop(f"--output: {path.name[:40]}… has more than {LONGEST_NAME} bytes. Shorten it.")
+    return path
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_part(path: Path) -> str | None:
+    """What stands below the part's hash; None where it is not what was written, or is gone."""
+    try:
+        hash, _, content = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return content if hash == hash_text(content) else None
 
 
 def number_of_parts(rows: int) -> int:
@@ -374,6 +436,11 @@ def add_counts(totals: dict[str, dict], counts: dict[str, dict]) -> None:
         total["in"] += count["in"]
         total["out"] += count["out"]
         total["dropped"].update(count["dropped"])
+
+
+def seconds_since(began: float) -> float:
+    """Seconds since `began` of time.monotonic(), and never 0: a clock may stand still."""
+    return max(time.monotonic() - began, 1e-9)
 
 
 def barrier() -> None:
@@ -422,14 +489,9 @@ def versions() -> dict:
 # ---- the process -------------------------------------------------------------------------------
 
 
-NOT_WRITABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EISDIR,
-)
+# What the machine may refuse, and what a person can do about it.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REMEDY = "Check the path and its permissions"
 
 
 def die_with_parent() -> None:
@@ -446,20 +508,45 @@ def run(main: Callable[[], None]) -> None:
     # Ranks that outlive torchrun would write at the same time as those of the next start.
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    # A terminal that is not UTF-8 shows an escape where it lacks a letter.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; the same command resumes it", file=sys.stderr)
         sys.exit(130)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Stop(
-                f"{e.filename or 'writing'}: no space left ({e.strerror}). Free some and run the "
-                "same command again: finished work is kept."
-            ) from None
-        if e.errno in NOT_WRITABLE:
-            raise Stop(
-                f"{e.filename}: cannot write here ({e.strerror}). "
-                "Check --output and its permissions."
-            ) from None
-        raise
+    except Exception as e:
+        message = fault_of_the_machine(e)
+        if message is None:
+            raise
+        raise Stop(message) from None
+
+
+def fault_of_the_machine(error: Exception) -> str | None:
+    """The message for a person where the disk is full or a path is refused; None for a bug.
+
+    A library may have wrapped the error, and safetensors makes another one of it. So all errors
+    that led to this one are looked at, and their words.
+    """
+    for cause in causes(error):
+        is_full = isinstance(cause, OSError) and cause.errno in NO_SPACE
+        for number in NO_SPACE:
+            is_full = is_full or os.strerror(number) in str(cause)
+        if is_full:
+            where = getattr(cause, "filename", None) or "writing"
+            return (
+                f"{where}: no space left. Free some and run the same command again: finished work "
+                "is kept."
+            )
+        if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
+            return f"{cause.filename}: {cause.strerror}. {REMEDY}."
+    return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, the one it came from, and so on."""
+    while error is not None:
+        yield error
+        hidden = error.__suppress_context__
+        error = error.__cause__ or (None if hidden else error.__context__)

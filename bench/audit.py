@@ -36,9 +36,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import dpo_train
+from arguments import parse
 from bench.headline import headline
 from records import CANDIDATES, dump, read_jsonl
-from stage import parse
 from training.batches import cost, microbatches
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,6 +34,6 @@ wait "$loop" || status=$?
 done_before=$(wc -l <"$rows")
 
 bash iterate.sh
-steps=$(wc -l <"$RUN/iter_01/train.jsonl")
+steps=$(wc -l <"$RUN/iter_01/policy.train.jsonl")
 grep -q "after step [0-9]" "$RUN/iter_01/logs/train.log"
 echo "headline: stopped after step $done_before of $steps and resumed there"

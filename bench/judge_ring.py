@@ -24,9 +24,9 @@ from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
 
+from arguments import parse
 from judge import comparisons
 from make_pairs import rank_pairs
-from stage import parse
 
 
 def dealt_ring(n: int, prompt: str) -> list[tuple[int, int]]:

@@ -30,8 +30,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from records import dump, remove
-from stage import parse
+from arguments import parse
+from records import UNFINISHED, dump, remove
 from tests.small_models import causal_lm, reward_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,8 +114,8 @@ def state(output: Path) -> str:
     """The state in which a kill left the stage."""
     if output.exists():
         return "the output is there"
-    torn = len(list(output.parent.glob(output.name + ".parts/*.tmp")))
-    joining = output.with_name(output.name + ".tmp").exists()
+    torn = len(list(output.parent.glob(output.name + ".parts/*" + UNFINISHED)))
+    joining = output.with_name(output.name + UNFINISHED).exists()
     return (
         f"{finished(output):2} of {PARTS} parts"
         + f", {torn} torn" * (torn > 0)

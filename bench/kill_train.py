@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from arguments import parse
 from records import dump
-from stage import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH, VOCABULARY = 100, 4, 512
@@ -81,7 +81,7 @@ def logged(output: Path) -> int:
 
 
 def rows(output: Path) -> list[dict]:
-    lines = (output.parent / "train.jsonl").read_text().splitlines()
+    lines = output.with_name(output.name + ".train.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines
     ]

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from arguments import parse
 from bench.headline import headline
 from bench.train import ROOT, SHAPES, build_model, build_pairs, draw_lengths, measure
-from stage import parse
 
 
 def predicted_gib(model: Path, flags: list[str]) -> float:

@@ -367,7 +367,7 @@ def examine(name: str, folder: Path) -> Row:
             if candidate["logprob"] is not None:
                 gap = abs(candidate["logprob"] - logprob) / len(candidate["token_ids"])
                 gaps.append(agree("a sampled answer's log-prob per token", gap, 1e-4))
-    first, last = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
+    first, last = map(json.loads, (folder / "policy.train.jsonl").read_text().splitlines())
     gradient = first_gradient(plain, expected)
     agree("the gradient's norm (relative)", abs(first["grad_norm"] / gradient - 1), 1e-3)
 

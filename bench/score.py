@@ -42,8 +42,8 @@ from transformers import (
 )
 
 import score
+from arguments import parse
 from kernels.attention import ATTENTION
-from stage import parse
 
 
 def lengths(rows: int, answers: int, seed: int) -> list[list[int]]:

@@ -19,9 +19,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
+from arguments import parse
 from bench.headline import headline
 from bench.train import SHAPES, Meter, build_model, build_pairs, draw_lengths, run_ours
-from stage import parse
 
 # The first that is found in a kernel's name, or in that of one of torch's operations on a CPU, is
 # its kind.

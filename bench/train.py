@@ -57,10 +57,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from arguments import parse
 from bench.headline import headline
 from bench.trl_dpo import trl_trainer
 from records import dump
-from stage import parse
 from training import speed
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -43,9 +43,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from arguments import parse
 from chat import encode_pair
 from records import dump
-from stage import hash_path, parse
+from stage import hash_path
 from training.checks import own_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,7 +266,7 @@ def ours(args, pairs: Path, count: int, folder: Path) -> list[float]:
     command += ["--lr_scheduler", "constant", "--warmup_ratio", 0, "--weight_decay", 0]
     command += ["--adam_betas", 0.9, 0.95, "--max_grad_norm", 1.0]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=sys.stderr)
-    return [json.loads(line)["loss"] for line in open(folder / "train.jsonl")]
+    return [json.loads(line)["loss"] for line in open(folder / "policy.train.jsonl")]
 
 
 def compare(args, folder: Path) -> float:

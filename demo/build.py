@@ -24,17 +24,33 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import records
+from arguments import integer_in, parse, parser
 from demo.task import make_prompts
-from stage import Stage, parse, parser, run
+from stage import Stage, run, seconds_since
 
 
 def arguments():
     p = parser(__doc__)
     add = p.add_argument
     add("--output", default="demo/build/seed_0", help="folder to build (default: %(default)s)")
-    add("--seed", type=int, default=0, help="for the split, the weights, the answers and the noise")
-    add("--policy_steps", type=int, default=400, help="of 32 answers; flat by 300 (default: 400)")
-    add("--comparisons", type=int, default=5000, help="noisy choices, seen twice (default: 5000)")
+    add(
+        "--seed",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="for the split, the weights, the answers and the noise",
+    )
+    add(
+        "--policy_steps",
+        type=integer_in("[1, inf)"),
+        default=400,
+        help="of 32 answers; flat by 300 (default: 400)",
+    )
+    add(
+        "--comparisons",
+        type=integer_in("[1, inf)"),
+        default=5000,
+        help="noisy choices, seen twice (default: 5000)",
+    )
     return p
 
 
@@ -43,9 +59,9 @@ def build_policy(prompts: list[dict], heldout: list[dict], args):
     from demo.train_policy import train_policy
     from demo.train_reward_model import sample
 
-    started = time.time()
+    started = time.monotonic()
     policy, tokenizer = train_policy(prompts, args.seed, args.policy_steps)
-    print(f"the policy was trained in {time.time() - started:.0f} s and writes:")
+    print(f"the policy was trained in {seconds_since(started):.0f} s and writes:")
 
     shown = heldout[:3]
     for row, answer in zip(shown, sample(policy, tokenizer, shown), strict=True):
@@ -58,13 +74,13 @@ def build_reward_model(policy, tokenizer, prompts: list[dict], heldout: list[dic
     """Train the reward model on choices between the policy's answers, and say how good it is."""
     from demo.train_reward_model import accuracy, compare, train_reward_model
 
-    started = time.time()
+    started = time.monotonic()
     choices = compare(policy, tokenizer, prompts, args.comparisons, args.seed)
     reward_model = train_reward_model(policy, tokenizer, choices, args.seed)
 
     fresh = compare(policy, tokenizer, heldout, 500, args.seed + 1)
     annotator, proxy = accuracy(reward_model, tokenizer, fresh)
-    seconds = time.time() - started
+    seconds = seconds_since(started)
     print(
         f"the reward model was trained in {seconds:.0f} s; of fresh pairs on held-out prompts\n"
         f"    the annotator gets {annotator:.0%} right, the reward model {proxy:.0%}"

@@ -4,7 +4,8 @@
 DEMO=demo/build/seed_${SEED:-0}
 MODEL=$DEMO/policy
 : "${RUN:=runs/demo}"
-: "${REWARD_MODEL:=$DEMO/reward_model}"
+# A reward of yours takes the place of the demo's.
+[[ -n ${REWARD_FN:-}${JUDGE:-} ]] || : "${REWARD_MODEL:=$DEMO/reward_model}"
 : "${PROMPTS:=$DEMO/prompts.jsonl}"
 : "${HELDOUT:=$DEMO/heldout.jsonl}"
 : "${GOLD_FN:=demo/gold.py:gold}" # the true reward of the game; it is only watched

@@ -181,7 +181,7 @@ def test_killed_build_leaves_nothing_that_looks_finished(built, stage, tmp_path)
     folder = tmp_path / "build"
     command = [sys.executable, str(ROOT / "demo/build.py"), "--output", str(folder), *TINY]
     building = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
-    while not (tmp_path / "build.tmp" / "prompts.jsonl").exists():
+    while not (tmp_path / "build.iterdpo-unfinished" / "prompts.jsonl").exists():
         assert building.poll() is None, "the build ended before it could be killed"
         time.sleep(0.001)
     building.kill()

@@ -14,12 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from arguments import parse
 from conftest import ROOT
 from dpo_train import Policy
 from kernels.attention import ATTENTION
 from records import dump
 from small_models import causal_lm, config
-from stage import parse
 from tools import memory
 from training import speed
 from training.batches import collate
@@ -236,7 +236,7 @@ def test_ranks_that_cannot_share_are_refused(tmp_path, stage):
     config("llama").save_pretrained(tmp_path)
     flags = ["--model", tmp_path, "--world_size", "8", "--shard_size", "3"]
     done = stage("tools/memory.py", *flags, check=False)
-    assert done.returncode == 1 and "must divide the number of ranks (8" in done.stderr
+    assert done.returncode == 1 and "does not divide the 8 ranks" in done.stderr
 
 
 # ---- the flops behind MFU ----------------------------------------------------------------------

@@ -583,15 +583,15 @@ def test_the_bench_of_kills(tmp_path):
         (["--backend", "vllm", "--batch_size", "8"], "no effect with --backend vllm"),
         (["--num_samples", "1", "--temperature", "0.5", "1"], "some would get none"),
         (["--temperature", "0"], "same answer every time"),
-        (["--top_p", "0"], "top_p lies in"),
-        (["--min_p", "2"], "min_p in"),
-        (["--top_k", "-1"], "not negative"),
+        (["--top_p", "0"], "top_p: .0. is not a number in"),
+        (["--min_p", "2"], "min_p: .2. is not a number in"),
+        (["--top_k", "-1"], "is not a whole number in"),
         (
             ["--num_samples", "1", "--temperature", "0", "--top_k", "5"],
             "no effect at --temperature 0",
         ),
-        (["--num_samples", "0"], "num_samples must be at least 1"),
-        (["--max_prompt_length", "0"], "max_prompt_length must be at least 1"),
+        (["--num_samples", "0"], "num_samples: .0. is not a whole number in"),
+        (["--max_prompt_length", "0"], "max_prompt_length: .0. is not"),
         (
             ["--max_new_tokens", "256"],
             "longer than 0 tokens, .*lower --max_new_tokens: the context is 256",
@@ -607,9 +607,8 @@ def test_flags_that_cannot_be_meant(run, policy, flags, message):
 
 
 def test_unknown_flags_fail(run, policy, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(records.Stop, match="unrecognized arguments: --temperatur"):
         run(policy, CHAT, "--temperatur", "1")
-    assert "unrecognized arguments: --temperatur" in capsys.readouterr().err
 
 
 def test_bad_prompts_are_named_before_the_work_begins(run, policy, tmp_path):

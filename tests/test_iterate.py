@@ -137,7 +137,7 @@ def test_one_command_leaves_everything_a_reader_looks_for(world, whole):
     names = [
         *RESULTS,
         "prompts.jsonl",
-        "train.jsonl",
+        "policy.train.jsonl",
         "policy/config.json",
         "policy/tokenizer.json",
         "logs/train.log",
@@ -155,7 +155,7 @@ def test_one_command_leaves_everything_a_reader_looks_for(world, whole):
         assert (run / name).exists(), name
     assert "--learning_rate 1e-3" in json.loads((run / "config.json").read_text())["TRAIN_ARGS"]
     assert len((run / "summary.jsonl").read_text().splitlines()) == 2
-    assert not list(run.rglob("*.parts")) and not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("*.parts")) and not list(run.rglob("*.iterdpo-*"))
     meta = json.loads((run / "iter_01/policy.meta.json").read_text())
     assert (
         meta["audit"]["answers"] == 80 and meta["audit"]["mean"] < 1e-4

@@ -40,7 +40,7 @@ def test_every_command_is_one_the_stage_understands(where, script, arguments, mo
 def flag_names(module):
     import argparse
 
-    from stage import parse
+    from arguments import parse
 
     found = set()
     original = argparse.ArgumentParser.parse_args

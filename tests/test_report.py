@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from records import dump
+from stage import write_meta
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import report
@@ -24,18 +25,20 @@ HOSTILE = '<script>alert("x")</script> & <b>bold</b> </textarea> None'
 def write(path: Path, rows: list[dict], **meta) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(map(dump, rows)), encoding="utf-8")
-    write_meta(path, **meta)
+    write_meta_of(path, **meta)
 
 
-def write_meta(path: Path, **meta) -> None:
+def write_meta_of(path: Path, **meta) -> None:
     versions = {"python": "3.11.0", "torch": "2.13.0"}
     meta = {
         "versions": versions,
         "git": {"commit": "c0ffee", "dirty": False},
         "seconds": 2.5,
         "counts": {},
+        "arguments": {},
+        "key": {},
     } | meta
-    path.with_name(path.name + ".meta.json").write_text(json.dumps(meta))
+    write_meta(path.with_name(path.name + ".meta.json"), meta)
 
 
 def candidate(text: str, rewards: dict, logprob=-2.0, tokens=4, finish="stop", **more) -> dict:
@@ -61,7 +64,7 @@ def add_eval(run: Path, k: int, rows: list[dict], **arguments) -> None:
     sampling = {"temperature": [1.0], "top_p": 1.0, "num_samples": 2, "seed": 0} | arguments
     folder = run / f"iter_{k:02d}" / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    write_meta(folder / "candidates.jsonl", arguments=sampling, seconds=3.0)
+    write_meta_of(folder / "candidates.jsonl", arguments=sampling, seconds=3.0)
     write(folder / "scored.jsonl", rows, arguments=SCORE_ARGUMENTS, seconds=1.0)
 
 
@@ -114,10 +117,10 @@ def add_training(run: Path, k: int, pairs: list[tuple[float, float]], steps: int
         }
         for s in range(1, steps + 1)
     ]
-    (folder / "train.jsonl").write_text("".join(map(dump, log)))
+    (folder / "policy.train.jsonl").write_text("".join(map(dump, log)))
     audit = {"answers": 2 * n, "mean": 1e-5, "max": 4e-5}
     arguments = {"beta": [0.1, 0.2]}
-    write_meta(
+    write_meta_of(
         folder / "policy", arguments=arguments, audit=audit, changed_weights=0.75, seconds=60.0
     )
 
@@ -171,7 +174,7 @@ def small_run(run: Path) -> Path:
             ),
         ],
     )
-    (run / "config.json").write_text(json.dumps({"MODEL": "a<b>", "REF": "prev", "ITERS": 1}))
+    (run / "config.json").write_text(json.dumps({"MODEL": "a<b>", "REF": "prev", "ITERS": "1"}))
     return run
 
 
@@ -322,7 +325,7 @@ def test_without_gold_it_is_called_a_proxy(tmp_path, monkeypatch, capsys):
     assert read.gold == "gold" and "gold" in read.rows[0]
     assert "no gold reward" not in " ".join(read.legend + read.warnings)
 
-    write_meta(
+    write_meta_of(
         run / "iter_01" / "scored.jsonl", arguments={"rewards": ["gold"], "reward_weights": [1.0]}
     )
     rows = call(run, monkeypatch)
@@ -339,15 +342,15 @@ def test_a_judge_that_scored_last(tmp_path):
     """judge.py writes scored.jsonl from score.py's scored.unjudged.jsonl: both weights count."""
     run = small_run(tmp_path / "run")
     folder = run / "iter_01"
-    write_meta(folder / "scored.unjudged.jsonl", arguments=SCORE_ARGUMENTS, seconds=7.0)
-    write_meta(folder / "scored.jsonl", arguments={"judge_weight": 1.0}, seconds=9.0)
+    write_meta_of(folder / "scored.unjudged.jsonl", arguments=SCORE_ARGUMENTS, seconds=7.0)
+    write_meta_of(folder / "scored.jsonl", arguments={"judge_weight": 1.0}, seconds=9.0)
     read = report.read_run(run)
     assert read.gold == "gold"
     seconds = read.rows[1]["seconds"]
     assert (seconds["scored.unjudged"], seconds["scored"]) == (7.0, 9.0)
 
     weighted = {"rewards": ["rm", "gold"], "reward_weights": [1.0, 0.5]}
-    write_meta(folder / "scored.unjudged.jsonl", arguments=weighted)
+    write_meta_of(folder / "scored.unjudged.jsonl", arguments=weighted)
     assert report.read_run(run).gold is None
 
 
@@ -430,7 +433,9 @@ def test_prompt_whose_answers_were_all_dropped(tmp_path, monkeypatch):
 
 def test_unlike_sampling_is_said(tmp_path):
     run = small_run(tmp_path / "run")
-    write_meta(run / "iter_01/eval/candidates.jsonl", arguments={"temperature": [0.7], "seed": 0})
+    write_meta_of(
+        run / "iter_01/eval/candidates.jsonl", arguments={"temperature": [0.7], "seed": 0}
+    )
     out = " ".join(report.read_run(run).warnings)
     assert (
         "temperature was [1.0] from iter_00, [0.7] from iter_01" in out and "not estimate KL" in out

@@ -626,7 +626,7 @@ def test_killed_and_started_again(tmp_path, run):
     assert not out.exists()
     finished = []
     for part in sorted((tmp_path / "s.jsonl.parts").glob("0*.jsonl")):
-        for line in part.read_text().splitlines()[1:]:
+        for line in part.read_text().splitlines()[2:]:
             finished.append(json.loads(line)["candidates"][0]["text"])
     (tmp_path / "calls").unlink()
     run(candidates, out, "--reward_fn", slow)
@@ -785,7 +785,10 @@ def test_models_that_are_no_reward_models(tmp_path, run, folder):
             ["--reward_fn", "f.py:length", "--chat_template_kwargs", "a=1"],
             "--chat_template_kwargs has no effect",
         ),
-        (["--reward_model", "rm", "--tokens_per_batch", "0"], "_per_batch must be at least 1"),
+        (
+            ["--reward_model", "rm", "--tokens_per_batch", "0"],
+            "_per_batch: .0. is not a whole number",
+        ),
         (["--reward_fn", "f.py:length", "f.py:length"], "both called length"),
         (["--reward_fn", "f.py:length", "--reward_fn", "f.py:length"], "both called length"),
         (["--reward_model", "rm", "--chat_template_kwargs", "strict"], "is not a key=value"),

@@ -1,7 +1,9 @@
 # Sourced by iterate.sh: how its lines run. Settings, processes, logs, signals, the judge's server.
 #
-# Settings like GENERATE_ARGS hold several arguments, which the shell is meant to split:
+# Settings like GENERATE_ARGS hold several arguments. The shell is meant to split them at blanks, but
+# not to make file names of a * in them:
 # shellcheck disable=SC2086,SC2206
+set -f
 
 die() {
     echo "iterate.sh: $1" >&2
@@ -21,14 +23,46 @@ setting() {
     SETTINGS+=("$name")
 }
 
+# from_folder FOLDER SETTING…: a relative path means FOLDER, where iterate.sh was called.
+from_folder() {
+    local folder=$1 name path
+    shift
+    [[ $folder != "$PWD" ]] || return 0
+    for name in "$@"; do
+        path=${!name:-}
+        [[ -n $path && $path != /* ]] || continue
+        # What is not there may be a name on the hub; a new run's folder is not there yet.
+        [[ $name == RUN || -e $folder/${path%:*} ]] || continue
+        printf -v "$name" %s "$folder/$path"
+    done
+}
+
 gpus=$(count_gpus)
 NODE_RANK=${NODE_RANK:-0}
 
 # processes_here: one for each GPU, or one.
 processes_here() { echo "$((gpus > 0 ? gpus : 1))"; }
 
+# whole_number NAME LEAST: stop before the shell calculates with anything else. It would take 08 for
+# a mistake, 1e3 for nothing, and run the commands in PATH[$(…)].
+whole_number() {
+    local value=${!1}
+    [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] && ((value >= $2)) ||
+        die "$1 must be a whole number, at least $2 and without leading zeros; found \"$value\""
+}
+
 check_settings() {
-    [[ -n $RUN ]] || die "name the run: RUN=runs/NAME"
+    whole_number ITERS 0
+    whole_number HISTORY 0
+    whole_number SEED 0
+    whole_number NODE_RANK 0
+    whole_number NUM_SAMPLES 1
+    whole_number EVAL_SAMPLES 1
+    whole_number NPROC 1
+    whole_number GENERATE_NPROC 1
+    [[ -z $PROMPTS_PER_ITER ]] || whole_number PROMPTS_PER_ITER 1
+    [[ -n $RUN && $RUN != / ]] || die "name the run: RUN=runs/NAME"
+    [[ $RUN != -* ]] || RUN=./$RUN # a folder, and no flag of mkdir
     [[ -n $PROMPTS ]] || die "PROMPTS: prompts.jsonl to train on; tools/prepare_prompts.py makes it"
     [[ -n $HELDOUT ]] || die "HELDOUT: held-out prompts, disjoint from PROMPTS; tools/prepare_prompts.py splits them off"
     [[ $REF == prev || $REF == init ]] || die "REF is \"prev\" or \"init\", not \"$REF\""
@@ -42,8 +76,8 @@ check_settings() {
     [[ -n $REWARD_MODEL$REWARD_FN$JUDGE ]] || die "no reward: set REWARD_MODEL, REWARD_FN or JUDGE"
     [[ -n $JUDGE || -z $JUDGE_URL$JUDGE_ARGS$JUDGE_SERVER_ARGS ]] ||
         die "JUDGE_URL, JUDGE_ARGS and JUDGE_SERVER_ARGS have no effect without JUDGE, the model's name"
-    [[ $JUDGE_URL != *@* ]] ||
-        die "JUDGE_URL holds credentials, which would end up in logs: put the key into OPENAI_API_KEY"
+    [[ $JUDGE_URL != *[@?]* && "$JUDGE_ARGS $JUDGE_SERVER_ARGS" != *--api[-_]key* ]] ||
+        die "the judge's key would end up in logs and in config.json: put it into OPENAI_API_KEY alone"
     [[ -z $JUDGE_URL || -z $JUDGE_SERVER_ARGS ]] ||
         die "JUDGE_SERVER_ARGS are for a server started here; JUDGE_URL's runs already"
 }
@@ -85,7 +119,7 @@ begin() {
     REWARD_MODEL=$(pinned "$REWARD_MODEL")
     ENHANCER=$(pinned "$ENHANCER")
     once "$RUN/start.log" "$RUN/config.json" tools/start_run.py "${SETTINGS[@]}"
-    rm -rf "$RUN"/iter_*/policy.gone
+    find "$RUN" -maxdepth 2 -name policy.gone -exec rm -rf {} +
 }
 
 # folder_of ITERATION
@@ -106,7 +140,14 @@ discard() {
     rm -rf "$1.gone"
 }
 
-report() { once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"; }
+# report ITERATION: after all of its stages.
+report() {
+    # A resumed run's settings become its record when no stage is left that might refuse them.
+    if ((NODE_RANK == 0)) && [[ -e $RUN/resumed.json && ! -e $(folder_of "$(($1 + 1))") ]]; then
+        mv "$RUN/resumed.json" "$RUN/config.json"
+    fi
+    once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"
+}
 
 # ---- Processes -----------------------------------------------------------------------------------
 

@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root
 import dpo_train
 import models
+from arguments import integer_in, parse, parser
 from kernels.device import counted_as_gpu
 from kernels.logprob import backbone
 from records import Stop
-from stage import parse, parser, run, say
+from stage import run, say
 from training import network
 from training.batches import collate, cost
 from training.fsdp import layers_of, room_to_stay_gathered
@@ -39,7 +40,9 @@ PROMPT, ANSWER = 200, 350
 def arguments():
     p = parser(__doc__)
     p.add_argument("--model", required=True, help="a folder or a hub name[@revision]")
-    p.add_argument("--world_size", type=int, default=1, help="number of GPUs; default 1")
+    p.add_argument(
+        "--world_size", type=integer_in("[1, inf)"), default=1, help="number of GPUs; default 1"
+    )
     dpo_train.add_memory_and_speed(p.add_argument)
     return p
 
@@ -182,7 +185,7 @@ def rows_of(args) -> tuple[dict[str, int], object]:
 
     # Collectives that do nothing: shapes are all that is needed.
     dist.init_process_group("fake", rank=0, world_size=args.world_size)
-    policy = dpo_train.build_policy(config, args, "cpu", args.world_size)
+    policy = dpo_train.build_policy(args.model, config, args, "cpu", args.world_size)
 
     def make_policy():
         model = network.build_model(

@@ -17,8 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root
 import models
-from records import PROMPT, SCORED, read_jsonl, write_whole
-from stage import parse, parser, run
+from arguments import parse, parser
+from records import PROMPT, SCORED, TEXTS, read_json, read_jsonl, write_whole
+from stage import run
 from training.checks import own_logprob
 
 BETA = 0.1  # dpo_train.py's default, and the demo's
@@ -100,7 +101,8 @@ and the loss is -log sigmoid(0) = ln 2 = 0.69315. After training
 
 
 def page(folder: Path, id: str | None) -> str:
-    config = json.loads((folder / "config.json").read_text())
+    remedy = "Name the folder of a run that iterate.sh has made"
+    config = read_json(folder / "config.json", TEXTS, remedy)
     first = folder / "iter_01"
     pair = next(
         row for row in read_jsonl(first / "pairs.jsonl", {"id": str}) if id in (None, row["id"])

@@ -21,7 +21,6 @@ content, and shuffling the data set changes the order of the lines but not the s
 hash of each prompt and no text.
 """
 
-import json
 import re
 import sys
 from collections import Counter
@@ -29,8 +28,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
-from records import Stop, dump, read_jsonl, remove, whole
-from stage import Stage, parse, parser, run, seed_of
+from arguments import integer_in, parse, parser
+from records import Stop, dump, is_conversation, parse_json, read_jsonl, remove, whole
+from stage import Stage, run, seed_of
 from take_prompts import content_key
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -79,16 +79,21 @@ def arguments():
     add("--heldout_output", help="heldout.jsonl: what is only evaluated on")
     add(
         "--heldout",
-        type=int,
+        type=integer_in("[1, inf)"),
         help="prompts held out; default 200: "
         "a standard error of 1/14 of the reward's standard deviation",
     )
     add(
         "--max_prompts",
-        type=int,
+        type=integer_in("[1, inf)"),
         help="at most this many training prompts, drawn at random; default: all",
     )
-    add("--seed", type=int, default=0, help="seed of the split and of the draw; default 0")
+    add(
+        "--seed",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="seed of the split and of the draw; default 0",
+    )
     return p
 
 
@@ -154,21 +159,20 @@ def parquet_rows(path: Path) -> Iterator[dict]:
         raise Stop(
             f"{path}: reading parquet needs the package pyarrow: pip install pyarrow"
         ) from None
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
+        raise Stop(f"{path}: cannot be read as parquet ({e}). Download or save it again.") from None
 
 
 def json_rows(path: Path) -> Iterable[dict]:
     """The rows of one JSON array, or of JSON lines, which a .json file often holds instead."""
-    with open(path, encoding="utf-8") as file:
-        is_array = file.read(4096).lstrip().startswith("[")
-        if not is_array:
-            return read_jsonl(path, {})
-        file.seek(0)
-        try:
-            return json.load(file)
-        except json.JSONDecodeError as e:
-            raise Stop(f"{path}: not JSON ({e}).") from None
+    with open(path, "rb") as file:
+        is_array = file.read(4096).lstrip().startswith(b"[")
+    if not is_array:
+        return read_jsonl(path, {})
+    return parse_json(path.read_bytes(), str(path), "The file must hold one JSON array")
 
 
 def open_hub(name: str, config: str | None, split: str, revision: str | None):
@@ -199,6 +203,8 @@ def given_prompt(row, args, where: str) -> str | list | None:
     """What the row holds as its prompt, unchanged."""
     if not isinstance(row, dict):
         raise Stop(f"{where}: expected a JSON object, found {type(row).__name__}.")
+    if row.get("tools"):
+        raise Stop(f'{where}: has "tools", which no stage renders. Leave such rows out.')
     field = field_of(row, args.field)
     if field not in row:
         keys = ", ".join(row)
@@ -230,18 +236,15 @@ def to_prompt(row: dict, args, where: str) -> str | list[dict] | None:
 
 def to_turns(conversation, where: str) -> list[dict]:
     """Copies of the turns with role and content alone."""
-    try:
-        turns = [{"role": t["role"], "content": t["content"]} for t in conversation]
-        for turn in turns:
-            if not isinstance(turn["role"], str) or not isinstance(turn["content"], str):
-                raise TypeError
-    except (TypeError, KeyError):
+    if conversation == []:
+        return []
+    if not is_conversation(conversation):
         found = str(conversation)[:80]
         raise Stop(
-            f'{where} must be text or a list of {{"role", "content"}} with text in both, '
-            f"found {found}."
-        ) from None
-    return turns
+            f'{where} must be text or a list of {{"role", "content"}} with text in both and '
+            f"without tool calls, found {found}."
+        )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in conversation]
 
 
 def to_record(row: dict, prompt: str | list[dict], args, where: str) -> dict:
@@ -344,7 +347,9 @@ def write(stage: Stage, rows: Iterator[Row], fates: list[str], wanted: str, args
 
 def to_line(record: dict, args, where: str) -> str:
     try:
-        return dump(record)
+        line = dump(record)
+        line.encode()
+        return line
     except (ValueError, TypeError) as e:
         names = " ".join(args.meta)
         raise Stop(f"{where}: --meta {names}: no JSON can be made of it ({e}).") from None
@@ -359,10 +364,8 @@ def check_arguments(args) -> None:
         )
     if args.heldout is None:
         args.heldout = 200 if args.heldout_output else 0
-    least = 1 if args.heldout_output else 0
-    too_few = args.max_prompts is not None and args.max_prompts < 1
-    if args.heldout < least or too_few:
-        raise Stop("--heldout and --max_prompts must be at least 1.")
+    if args.heldout_output and Path(args.heldout_output).resolve() == Path(args.output).resolve():
+        raise Stop("--output and --heldout_output are the same file. Name two.")
 
 
 def main():

@@ -50,7 +50,6 @@ The curves are drawn by report_curves.py, the page is written by report_page.py.
 
 import argparse
 import heapq
-import json
 import math
 import sys
 import textwrap
@@ -60,16 +59,30 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
-from records import SCORED, Stop, dump, read_jsonl, write_whole
+from records import (
+    NUMBER,
+    NUMBERS,
+    SCORED,
+    TEXT,
+    TEXT_OR_CONVERSATION,
+    TEXTS,
+    Stop,
+    dump,
+    read_json,
+    read_jsonl,
+    write_whole,
+)
 from report_curves import draw, panels
 from report_page import EXAMPLES, Example, Page, answer_box, html_of, pair_boxes
-from stage import run, seed_of
+from stage import read_meta, run, seed_of
 
 PAIR = {
-    "id": str,
-    "prompt": (str, list),
-    "score_chosen": (float, int),
-    "score_rejected": (float, int),
+    "id": TEXT,
+    "prompt": TEXT_OR_CONVERSATION,
+    "chosen": TEXT_OR_CONVERSATION,
+    "rejected": TEXT_OR_CONVERSATION,
+    "score_chosen": NUMBER,
+    "score_rejected": NUMBER,
 }
 
 # What the stages of an iteration write, in the order of the loop.
@@ -133,7 +146,10 @@ class Run:
 
 def read_run(folder: Path, asked: str | None = None) -> Run:
     """Everything but the texts. `asked` is the name given as --gold."""
-    config = load(folder / "config.json")
+    config = {}
+    if (folder / "config.json").exists():
+        remedy = "Run iterate.sh again with the settings of this run: it writes the file anew"
+        config = read_json(folder / "config.json", TEXTS, remedy)
     folders = iteration_folders(folder)
     gold = choose_gold(asked, folders)
 
@@ -147,13 +163,6 @@ def read_run(folder: Path, asked: str | None = None) -> Run:
     if not gold and any("reward" in row for row in rows):
         warnings = [NO_GOLD, *warnings]
     return Run(folder, config, gold, iterations, rows, legend(rows, gold), warnings)
-
-
-def load(path: Path) -> dict:
-    """A JSON file; empty where there is none."""
-    if not path.exists():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def iteration_folders(run_dir: Path) -> list[Path]:
@@ -178,9 +187,9 @@ def read_iteration(folder: Path, gold: str | None) -> Iteration:
         heldout = {row["id"]: measure(row, gold) for row in read_jsonl(scored, SCORED)}
 
     steps = []
-    log = folder / "train.jsonl"
+    log = folder / "policy.train.jsonl"
     if log.exists():
-        steps = list(read_jsonl(log, {}))
+        steps = list(read_jsonl(log, NUMBERS))
     return Iteration(folder, read_metas(folder), heldout, steps)
 
 
@@ -190,7 +199,8 @@ def read_metas(folder: Path) -> dict[str, dict]:
     for output in OUTPUTS:
         path = folder / f"{output}.meta.json"
         if path.exists():
-            metas[output.removesuffix(".jsonl")] = load(path)
+            remedy = f"Remove it and {path.parent.name}/{output} to make both again"
+            metas[output.removesuffix(".jsonl")] = read_meta(path, remedy)
     return metas
 
 
@@ -417,7 +427,7 @@ def sampled_figures(path: Path) -> dict:
             sums[name] += sum(values)
             counts[name] += len(values)
     names = ("reward", "length", "truncated", "distinct")
-    return {f"sampled/{name}": sums[name] / counts[name] for name in names}
+    return {f"sampled/{name}": sums[name] / counts[name] for name in names if counts[name]}
 
 
 def score_margin(pair: dict) -> float:
@@ -430,7 +440,8 @@ def training_figures(steps: list[dict]) -> dict[str, dict]:
     figures = {}
     for name, value in last.items():
         if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-            figures[name] = {"last": value, "mean": fmean(step[name] for step in steps)}
+            values = [step[name] for step in steps if name in step]
+            figures[name] = {"last": value, "mean": fmean(values)}
     return figures
 
 

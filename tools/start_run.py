@@ -3,6 +3,9 @@ heldout.jsonl.
 
     python tools/start_run.py NAME…        names of settings, whose values are in the environment
 
+The settings of a run that is resumed go into resumed.json. iterate.sh makes that the record when
+every stage has accepted them: those of a restart that a stage refuses never become it.
+
 The held-out prompts are copied, so that a later change of the file cannot change the evaluation in
 the middle of a run: if the file has changed, this stops. It also stops if the hub now gives another
 commit for a model's name than when the run began; iterate.sh appends the commit to each name.
@@ -15,7 +18,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records import PROMPT, Stop, count_rows, whole, write_whole  # noqa: E402
+from arguments import check_utf8  # noqa: E402
+from records import NEW_PROMPT, TEXTS, Stop, count_rows, read_json, whole, write_whole  # noqa: E402
 from stage import hash_path, run  # noqa: E402
 
 
@@ -35,9 +39,13 @@ def main():
     config = folder / "config.json"
     heldout = folder / "heldout.jsonl"
     settings = {name: os.environ.get(name, "") for name in sys.argv[1:]}
-    if config.exists():
-        check_commits(json.loads(config.read_text()), settings)
-    count_rows(os.environ["HELDOUT"], PROMPT)
+    for name, value in settings.items():
+        check_utf8(value, name)
+    resumed = config.exists()
+    if resumed:
+        remedy = "Remove it: it is written again from the settings"
+        check_commits(read_json(config, TEXTS, remedy), settings)
+    count_rows(os.environ["HELDOUT"], NEW_PROMPT)
     if not heldout.exists():
         with whole(heldout) as temporary:
             shutil.copyfile(os.environ["HELDOUT"], temporary)
@@ -45,7 +53,8 @@ def main():
         raise Stop(
             f"{os.environ['HELDOUT']} is not what this run began with ({heldout}). Use another RUN."
         )
-    write_whole(config, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    record = folder / "resumed.json" if resumed else config
+    write_whole(record, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

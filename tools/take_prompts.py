@@ -24,8 +24,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
-from records import PROMPT, Stop, read_jsonl, remove, whole
-from stage import Stage, parse, parser, run, seed_of
+from arguments import integer_in, parse, parser
+from records import NEW_PROMPT, Stop, read_jsonl, remove, whole
+from stage import Stage, run, seed_of
 
 
 def arguments():
@@ -34,13 +35,13 @@ def arguments():
     add("--prompts", required=True, help="prompts.jsonl: all training prompts")
     add("--heldout", required=True, help="heldout.jsonl: prompts that must never be trained on")
     add("--output", required=True, help="prompts.jsonl of this iteration")
-    add("--iteration", type=int, required=True, help="1, 2, …")
+    add("--iteration", type=integer_in("[1, inf)"), required=True, help="1, 2, …")
     add(
         "--num_prompts",
-        type=int,
+        type=integer_in("[1, inf)"),
         help="prompts per iteration; default: all of them, every time",
     )
-    add("--seed", type=int, default=0, help="seed of the shuffles; default 0")
+    add("--seed", type=integer_in("[0, inf)"), default=0, help="seed of the shuffles; default 0")
     return p
 
 
@@ -106,13 +107,13 @@ def check(prompts: str, heldout: str) -> int:
     """
     place_of_id: dict[str, str] = {}
     place_of_content: dict[bytes, str] = {}
-    for number, row in enumerate(read_jsonl(heldout, PROMPT), 1):
+    for number, row in enumerate(read_jsonl(heldout, NEW_PROMPT), 1):
         place = f"{heldout}:{number}"
         place_of_id[row["id"]] = place
         place_of_content[content_key(row["prompt"])] = place
 
     line_of: dict[str, int] = {}
-    for number, row in enumerate(read_jsonl(prompts, PROMPT), 1):
+    for number, row in enumerate(read_jsonl(prompts, NEW_PROMPT), 1):
         id = row["id"]
         where = f'{prompts}:{number}: id "{id}"'
         if id in line_of:
@@ -138,8 +139,6 @@ def stop_at_heldout(where: str, what: str, place: str) -> None:
 
 def main():
     args = parse(arguments())
-    if args.iteration < 1 or (args.num_prompts is not None and args.num_prompts < 1):
-        raise Stop("--iteration and --num_prompts must be at least 1")
     stage = Stage(args, {"prompts": args.prompts, "heldout": args.heldout}, args.output)
     if stage.done:
         return
@@ -168,7 +167,7 @@ def main():
     wanted = set(take(total, n, args.iteration, args.seed))
     with whole(args.output) as temporary:
         with (
-            open(args.prompts, encoding="utf-8") as file,
+            open(args.prompts, encoding="utf-8", newline="\n") as file,
             open(temporary, "w", encoding="utf-8") as out,
         ):
             for index, line in enumerate(file):

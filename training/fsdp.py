@@ -277,6 +277,11 @@ def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
     total, changed = 0, 0
     for name, before in result.named_parameters():  # a tied weight once
         after = weights[name].to(before.dtype)
+        if not after.isfinite().all():
+            raise Stop(
+                f"{folder.name}: not saved: after training {name} is not finite in {after.dtype}. "
+                "Begin again (--overwrite) with a lower --learning_rate, or with --save_dtype fp32."
+            )
         changed += (after != before).sum().item()
         total += before.numel()
     result.load_state_dict(weights)

@@ -1,21 +1,22 @@
 """train.jsonl, one row per step, and the dashboard that shows the same numbers."""
 
 import importlib
+from itertools import islice
 from pathlib import Path
 
-from records import dump
+from records import NUMBERS, Stop, dump, read_jsonl
 
 
 class TrainLog:
-    """path: train.jsonl. done: rows of an interrupted run that are kept; later ones are cut off.
+    """path: train.jsonl. steps_done: by an interrupted run; its rows of later steps are cut off.
 
     report_to: "none", "tensorboard", "wandb" or "trackio".
     """
 
-    def __init__(self, path: Path, done: int, report_to: str):
+    def __init__(self, path: Path, steps_done: int, report_to: str):
         self.path = path
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(rows[:done]))
+        rows = rows_of_steps(path, steps_done)
+        path.write_text("".join(rows))
 
         self.tensorboard = None
         self.tracker = None  # wandb and trackio share their interface
@@ -36,3 +37,16 @@ class TrainLog:
             self.tensorboard.flush()
         if self.tracker:
             self.tracker.log(row, step=row["step"])
+
+
+def rows_of_steps(path: Path, steps: int) -> list[str]:
+    """The lines of the first `steps` steps. Raises Stop where some are lost or damaged."""
+    if steps == 0:
+        return []
+    rows = [dump(row) for row in islice(read_jsonl(path, NUMBERS), steps)]
+    if len(rows) < steps:
+        raise Stop(
+            f"{path}: holds {len(rows)} of the {steps} steps that the checkpoint beside it has "
+            "done. Restore it, or begin again with --overwrite."
+        )
+    return rows

@@ -18,12 +18,30 @@ import numpy as np
 import chat
 import models
 from kernels.attention import positions
-from records import Stop, read_jsonl
+from records import (
+    NUMBER,
+    TEXT_OR_CONVERSATION,
+    TOKEN_IDS,
+    Stop,
+    forbidden,
+    optional,
+    read_jsonl,
+)
 from stage import Stage, say
 
 # What a row must hold: text, or turns. Token ids are optional.
-PREFERENCE = {"prompt": (str, list), "chosen": (str, list), "rejected": (str, list)}
-TOKEN_IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+PREFERENCE = {
+    "prompt": TEXT_OR_CONVERSATION,
+    "chosen": TEXT_OR_CONVERSATION,
+    "rejected": TEXT_OR_CONVERSATION,
+    "prompt_token_ids": optional(TOKEN_IDS),
+    "chosen_token_ids": optional(TOKEN_IDS),
+    "rejected_token_ids": optional(TOKEN_IDS),
+    "chosen_logprob": optional(NUMBER),
+    "rejected_logprob": optional(NUMBER),
+    "tools": forbidden("no stage renders tools"),
+}
+WITH_TOKEN_IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
 def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
@@ -65,7 +83,7 @@ class Reader:
 
     def read(self, row: dict, where: str) -> dict | None:
         """The pair of a row; None where it is dropped."""
-        token_ids = [row.get(key) for key in TOKEN_IDS]
+        token_ids = [row.get(key) for key in WITH_TOKEN_IDS]
         if token_ids == [None, None, None]:
             token_ids = self.render(row, where)
         elif None in token_ids:
