@@ -537,7 +537,7 @@ for word in words:
         values = flags.setdefault(word, [])
     elif flags:
         values.append(word)
-for flag in ("--model", "--ref_model", "--prompts", "--heldout", "--candidates", "--pairs"):
+for flag in ("--model", "--ref_model", "--prompts", "--candidates", "--scored", "--pairs"):
     for value in flags.get(flag, []):
         path = value.partition("=")[2] or value
         assert os.path.exists(path), f"{{script}} {{flag}} {{path}}: not there"
