@@ -840,7 +840,7 @@ def test_pitfalls_29_interrupted_equals_uninterrupted_bit_for_bit(run, stage):
     assert not (run.folder / "broken.parts").exists()
 
 
-def test_an_interrupted_training_goes_on_behind_its_checkpoint_with_adams_states(run):
+def test_an_interrupted_training_goes_on_after_its_checkpoint_with_adams_states(run):
     """SIGTERM in the third step of six; then the steps that are left, and the same bytes."""
     flags = ["--num_train_epochs", "2", "--lr_scheduler", "constant"]
     run("whole", *flags)

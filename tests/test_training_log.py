@@ -83,7 +83,7 @@ def test_tensorboard_is_sent_every_number_and_at_once(tmp_path, monkeypatch):
     assert len(shown) == 4
 
 
-def test_rows_behind_the_checkpoint_are_cut_off(tmp_path):
+def test_rows_after_the_checkpoint_are_cut_off(tmp_path):
     """Steps that a kill has undone are done again, and stand in the log once."""
     path = tmp_path / "train.jsonl"
     path.write_text("".join(dump({"step": step}) for step in (1, 2, 3)) + '{"st')
