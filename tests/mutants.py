@@ -47,6 +47,11 @@ ROUNDING = (
     TRAINER + "test_pitfalls_28_the_audit_lets_rounding_pass_and_stops_stale_weights[fp32-0.001]"
 )
 PAIRS = "tests/test_make_pairs.py::"
+COMPUTED_ONCE = (
+    "tests/test_score.py::"
+    "test_a_prompt_is_computed_once_for_all_its_answers[llama-load_reward_model]"
+)
+RANDOM = TRAINER + "test_pitfalls_44_nothing_random_is_left_on"
 HELDOUT = "tests/test_prompts.py::test_heldout_prompts_are_never_dealt_out"
 KERNEL = "tests/test_logprob.py::"
 
@@ -173,6 +178,14 @@ MUTANTS = [
         "first, last = 0, n",
         ("tests/test_prompts.py::test_take_is_a_row_of_passes",),
     ),
+    Mutant(
+        "prompts-not-by-seed",
+        "SEED decides which prompts an iteration gets.",
+        "tools/take_prompts.py",
+        'seed_of("take_prompts", seed, number)',
+        'seed_of("take_prompts", number)',
+        ("tests/test_prompts.py::test_seed_decides_the_slice",),
+    ),
     # ---- generate ------------------------------------------------------------------------------
     Mutant(
         "seed-without-iteration",
@@ -230,6 +243,17 @@ MUTANTS = [
         "if missing:",
         ("tests/test_chat.py::test_pitfalls_1_a_doubled_bos_is_refused_or_another_models",),
     ),
+    Mutant(
+        "merged-boundary-accepted",
+        "Text whose prompt is no prefix in tokens is not trained on.",
+        "chat.py",
+        "if ids[: len(prompt_ids)] != prompt_ids:",
+        "if False:",
+        (
+            TRAINER
+            + "test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_dropped",
+        ),
+    ),
     # ---- rewards -------------------------------------------------------------------------------
     Mutant(
         "reward-weights-ignored",
@@ -253,7 +277,31 @@ MUTANTS = [
         "score.py",
         "for place in reversed(range(len(ids))):",
         "for place in range(len(ids)):",
-        ("tests/test_score.py::test_score_is_the_same_alone_batched_and_shuffled[no_pad-llama]",),
+        (COMPUTED_ONCE,),
+    ),
+    Mutant(
+        "packing-not-checked",
+        "A model for which packing is wrong is scored one by one.",
+        "score.py",
+        "errs = abs(alone - packed) > absolute + relative * abs(alone)",
+        "errs = False",
+        ("tests/test_score.py::test_a_model_for_which_packing_is_wrong_is_scored_one_by_one",),
+    ),
+    Mutant(
+        "answers-of-the-second-policy-lost",
+        "Rows of several files are joined, with the answers of all of them.",
+        "records.py",
+        'merged["candidates"] + row["candidates"]',
+        'merged["candidates"]',
+        ("tests/test_score.py::test_files_are_merged_by_id",),
+    ),
+    Mutant(
+        "judge-weight-ignored",
+        "--judge_weight is the judge's share of the reward.",
+        "judge.py",
+        "args.judge_weight * rate",
+        "rate",
+        ("tests/test_judge.py::test_the_weight_counts_without_other_rewards_too",),
     ),
     Mutant(
         "judge-sees-one-order",
@@ -301,6 +349,14 @@ MUTANTS = [
         "Two answers with the same score make no pair.",
         "make_pairs.py",
         "if chosen.score == rejected.score:",
+        "if False:",
+        (PAIRS + "test_pitfalls_9_ties_and_identical_answers_make_no_pair_and_are_counted",),
+    ),
+    Mutant(
+        "margin-ignored",
+        "--min_margin refuses pairs whose scores are closer.",
+        "make_pairs.py",
+        "if chosen.score - rejected.score < min_margin:",
         "if False:",
         (PAIRS + "test_pitfalls_9_ties_and_identical_answers_make_no_pair_and_are_counted",),
     ),
@@ -470,6 +526,14 @@ MUTANTS = [
         (TRAINER + "test_pitfalls_22_one_batch_accumulated_batches_and_packings_agree",),
     ),
     Mutant(
+        "stand-ins-count",
+        "A rank without a pair takes part in the collectives, and in nothing else.",
+        "training/batches.py",
+        "weight = 1.0 if group else 0.0",
+        "weight = 1.0",
+        ("tests/test_fsdp.py::test_microbatches_arrive_in_order_and_are_built_one_ahead",),
+    ),
+    Mutant(
         "audit-never-stops",
         "The audit stops where generator and trainer disagree.",
         "training/checks.py",
@@ -492,6 +556,65 @@ MUTANTS = [
         "len(pair[answer]) ** 0.5",
         "len(pair[answer]) ** 2",
         (ROUNDING,),
+    ),
+    Mutant(
+        "answers-of-others-audited",
+        "The audit is of the answers that this very policy wrote.",
+        "training/checks.py",
+        'pair["models"][k] != model_hash or theirs is None',
+        "theirs is None",
+        (TRAINER + "test_history_is_trained_on_and_not_audited",),
+    ),
+    Mutant(
+        "first-loss-not-checked",
+        "A first loss other than that of equal log-probs stops the run.",
+        "training/checks.py",
+        "if not abs(loss - expected) <= tolerance",
+        "if False and not abs(loss - expected) <= tolerance",
+        (
+            TRAINER
+            + "test_pitfalls_18_a_policy_that_is_not_its_reference_is_stopped_at_the_first_loss",
+        ),
+    ),
+    Mutant(
+        "not-compared-with-transformers",
+        "A model whose head or attention we get wrong is refused.",
+        "training/checks.py",
+        "gap = gap_per_token(logprobs, own_logprobs(model, pair), pair)",
+        "gap = 0.0",
+        (TRAINER + "test_a_head_we_cannot_express_is_refused",),
+    ),
+    Mutant(
+        "randomness-not-looked-for",
+        "Two passes of the same pair that differ stop the run.",
+        "training/checks.py",
+        "gap = gap_per_token(first, second, pair)",
+        "gap = 0.0",
+        (TRAINER + "test_pitfalls_44_what_is_left_on_is_named",),
+    ),
+    Mutant(
+        "trained-in-training-mode",
+        "Policy and reference are the same function: nothing random is left on.",
+        "training/network.py",
+        "model.train(model._is_stateful)",
+        "model.train()",
+        (RANDOM + "[phimoe-False]",),
+    ),
+    Mutant(
+        "dropout-left-on",
+        "Dropout is zero in layers that are recomputed, too.",
+        "training/network.py",
+        "setattr(owner, name, 0.0)",
+        "pass",
+        (RANDOM + "[opt-True]",),
+    ),
+    Mutant(
+        "weights-in-bf16",
+        "The weights that are trained are fp32, whatever the model came in.",
+        "dpo_train.py",
+        "config, torch.float32, args.packing",
+        "config, torch.bfloat16, args.packing",
+        (TRAINER + "test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move",),
     ),
     Mutant(
         "checkpoint-not-resumed",
@@ -571,9 +694,9 @@ MUTANTS = [
         "rejected-sees-chosen",
         "The rejected answer does not see the chosen one.",
         "kernels/attention.py",
-        "keys += [prompt, part]",
-        "keys += [prompt, parts[0][: len(part)]] if len(parts[0]) >= len(part) else [prompt, part]",
-        ("tests/test_attention.py::test_alone_is_batched_is_packed_is_prefix_shared",),
+        "torch.arange(start, end).split([p, *answers])",
+        "torch.arange(start, end).split([p, sum(answers)])",
+        ("tests/test_attention.py::test_only_what_may_look_at_a_token_depends_on_it[chosen]",),
     ),
     # ---- every stage ---------------------------------------------------------------------------
     Mutant(

@@ -678,6 +678,20 @@ def test_pitfalls_28_the_audit_lets_rounding_pass_and_stops_stale_weights(dtype,
             assert checks.audit([pair], ours, "m", dtype, own)["tolerance"] == own
 
 
+def test_pitfalls_18_a_policy_that_is_not_its_reference_is_stopped_at_the_first_loss(run):
+    """Weights that move between the reference's pass and the first step, which none may do."""
+    train = dpo_train.train
+
+    def moved(policy, *others):
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.mul_(1.05)
+        return train(policy, *others)
+
+    run.monkeypatch.setattr(dpo_train, "train", moved)
+    assert "the first loss says otherwise" in run.fails()
+
+
 def test_pitfalls_1_the_audit_sees_a_doubled_bos(run):
     write(
         run.pairs, [{**row, "prompt_token_ids": [1, *row["prompt_token_ids"]]} for row in run.rows]
