@@ -145,6 +145,38 @@ MUTANTS = [
         "--reward_weights gold=1",
         (LOOP + "test_what_only_watches_scores_the_heldout_answers_with_weight_0",),
     ),
+    Mutant(
+        "the-same-slice-every-iteration",
+        "Each iteration takes the next prompts.",
+        "iterate.sh",
+        '--output "$now/prompts.jsonl" --iteration "$i"',
+        '--output "$now/prompts.jsonl" --iteration 1',
+        (LOOP + "test_each_iteration_has_its_own_slice_of_the_prompts",),
+    ),
+    Mutant(
+        "train-args-lost",
+        "TRAIN_ARGS reach the trainer.",
+        "iterate.sh",
+        '--seed "$SEED" $TRAIN_ARGS',
+        '--seed "$SEED"',
+        (LOOP + "test_the_settings_of_a_stage_and_the_seed_reach_it",),
+    ),
+    Mutant(
+        "seed-lost",
+        "SEED reaches every stage that draws.",
+        "iterate.sh",
+        '--seed "$SEED" $PAIRS_ARGS',
+        "$PAIRS_ARGS",
+        (LOOP + "test_the_settings_of_a_stage_and_the_seed_reach_it",),
+    ),
+    Mutant(
+        "generate-nproc-ignored",
+        "GENERATE_NPROC processes generate.",
+        "tools/loop.sh",
+        "processes=$GENERATE_NPROC",
+        "processes=$NPROC",
+        (LOOP + "test_a_stage_runs_in_as_many_processes_as_was_said",),
+    ),
     # ---- prompts -------------------------------------------------------------------------------
     Mutant(
         "heldout-id-not-checked",
@@ -502,6 +534,22 @@ MUTANTS = [
         (TRAINER + "test_the_order_of_the_pairs_is_another_in_each_epoch_and_for_each_seed",),
     ),
     Mutant(
+        "budget-of-tokens-ignored",
+        "A forward pass has at most --tokens_per_batch tokens.",
+        "dpo_train.py",
+        "microbatches(costs, args.tokens_per_batch,",
+        "microbatches(costs, 10**9,",
+        (TRAINER + "test_a_plan_keeps_to_the_batch_size_and_to_the_tokens_of_a_forward_pass",),
+    ),
+    Mutant(
+        "max-length-ignored",
+        "Pairs longer than --max_length are dropped, and counted.",
+        "training/pairs.py",
+        "args.max_length or positions(config)",
+        "positions(config)",
+        (TRAINER + "test_pitfalls_21_pairs_without_room_or_tokens_are_dropped_and_counted",),
+    ),
+    Mutant(
         "ref-model-not-loaded",
         "The reference is --ref_model's log-probs where it is given.",
         "dpo_train.py",
@@ -632,6 +680,25 @@ MUTANTS = [
         "first = fsdp.load_checkpoint(stage.parts, policy, optimizer)\n"
         "    optimizer = make_optimizer(policy, args, device)",
         (RESUMED,),
+    ),
+    Mutant(
+        "save-every-ignored",
+        "--save_every bounds what a kill costs.",
+        "dpo_train.py",
+        "return done % save_every == 0 or done == steps",
+        "return done == steps",
+        (TRAINER + "test_save_every_bounds_what_a_kill_costs",),
+    ),
+    Mutant(
+        "old-weights-exported",
+        "What is saved is what was trained.",
+        "training/fsdp.py",
+        "result.load_state_dict(weights)",
+        "pass",
+        (
+            TRAINER + "test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained"
+            "[True-llama]",
+        ),
     ),
     Mutant(
         "saved-in-another-dtype",

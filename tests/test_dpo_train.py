@@ -26,7 +26,7 @@ from records import dump
 from small_models import LLAMA4, causal_lm
 from stage import hash_path
 from training import checks, network
-from training.batches import collate, cost, microbatches, shortest_and_longest
+from training.batches import PARTS, collate, cost, microbatches, shortest_and_longest
 
 
 def make_pairs(folder, model, n=24, seed=0, longest=20):
@@ -367,7 +367,7 @@ def test_a_training_is_a_plain_loop_over_its_steps(run):
 
 
 def test_the_order_of_the_pairs_is_another_in_each_epoch_and_for_each_seed():
-    args = SimpleNamespace(num_train_epochs=2, batch_size=40, tokens_per_batch=10**6, seed=0)
+    args = SimpleNamespace(num_train_epochs=2, batch_size=40, tokens_per_batch=10**6)
     args.packing = "prefix"
     pairs = arrays(make_lengths([(3, 2, 2)] * 40))
     orders = []
@@ -401,6 +401,14 @@ def test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move(run):
     assert all(
         (v != before[k]).any() for k, v in run.weights("fp32").items()
     )  # root and layers: all are trained
+
+
+def test_a_plan_keeps_to_the_batch_size_and_to_the_tokens_of_a_forward_pass():
+    args = SimpleNamespace(num_train_epochs=1, batch_size=30, tokens_per_batch=70, seed=0)
+    args.packing = "prefix"
+    plans = dpo_train.plan_all_steps(arrays(make_lengths([(3, 2, 2)] * 40)), args)
+    assert [len(dpo_train.indices_of(plan)) for plan in plans] == [30, 10]
+    assert [[len(batch) for batch in plan[0]] for plan in plans] == [[10, 10, 10], [10]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -472,6 +480,11 @@ def test_pitfalls_21_pairs_without_room_or_tokens_are_dropped_and_counted(run):
     counts = json.loads((run.folder / "policy.meta.json").read_text())["counts"]["rows"]
     assert counts == {"in": 24, "out": 22, "dropped": {"no_tokens": 1, "too_long": 1}}
     assert all(math.isfinite(v) for row in run.log() for v in row.values())
+    run("short", "--max_length", "20")
+    counts = json.loads((run.folder / "short.meta.json").read_text())["counts"]["rows"]
+    lengths = [[len(row[f"{k}_token_ids"]) for k in PARTS] for row in run.rows[2:]]
+    fitting = [p + max(c, r) for p, c, r in lengths if p + max(c, r) <= 20]
+    assert counts["out"] == len(fitting) and 0 < len(fitting) < 22
     write(run.pairs, run.rows[:2])
     assert "none of 2 pairs can be trained on: {'no_tokens': 1, 'too_long': 1}" in run.fails()
 
@@ -876,6 +889,26 @@ def test_an_interrupted_training_goes_on_after_its_checkpoint_with_adams_states(
     run("broken", *flags)
     assert len(steps) == 6
     assert distance(run.weights("whole"), run.weights("broken")) == 0
+
+
+def test_save_every_bounds_what_a_kill_costs(run):
+    """Killed in the sixth step of six: the last checkpoint is of the fourth, and no other stays."""
+    flags = ["--num_train_epochs", "2", "--save_every", "2"]
+    steps = []
+    training_step = dpo_train.training_step
+
+    def killed_in_the_sixth(*arguments):
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return training_step(*arguments)
+
+    run.monkeypatch.setattr(dpo_train, "training_step", killed_in_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        run("policy", *flags)
+    assert [path.name for path in (run.folder / "policy.parts").glob("step_*")] == ["step_000004"]
+    assert "resuming after step 4" in run("policy", *flags)
+    assert [row["step"] for row in run.log()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_checkpoint_of_one_rank_goes_on_with_two(run, stage):

@@ -527,7 +527,9 @@ RECORDER = """#!{python}
 import json, os, sys
 from pathlib import Path
 
-script, *words = sys.argv[1:]
+words = sys.argv[1:]
+at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+launcher, script, words = words[:at], words[at], words[at + 1 :]
 if script == "tools/start_run.py":
     os.execv(sys.executable, [sys.executable, script, *words])
 
@@ -543,7 +545,7 @@ for flag in ("--model", "--ref_model", "--prompts", "--candidates", "--scored", 
         assert os.path.exists(path), f"{{script}} {{flag}} {{path}}: not there"
 
 with open("{log}", "a") as log:
-    log.write(json.dumps([script, flags]) + "\\n")
+    log.write(json.dumps([script, flags, launcher]) + "\\n")
 for output in map(Path, flags.get("--output", [])):
     output.parent.mkdir(parents=True, exist_ok=True)
     output.mkdir() if script == "dpo_train.py" else output.touch()
@@ -553,6 +555,7 @@ for output in map(Path, flags.get("--output", [])):
 class Command(NamedTuple):
     script: str
     flags: dict[str, list[str]]  # "MODEL" and paths within the run, for short
+    launcher: list[str]  # what starts the script, where it is several processes
 
 
 @pytest.fixture
@@ -647,3 +650,33 @@ def test_keep_last_removes_a_policy_when_the_next_is_evaluated(asked, tmp_path):
     """No command misses its model, and none of ours removes the model that the user brought."""
     asked("dpo_train.py", ITERS=3, KEEP="last")
     assert [path.parent.name for path in tmp_path.glob("run/iter_*/policy")] == ["iter_03"]
+
+
+def test_each_iteration_has_its_own_slice_of_the_prompts(asked):
+    taken = asked("tools/take_prompts.py", ITERS=2)
+    assert each(taken, "--iteration") == [["1"], ["2"]]
+    assert each(taken, "--num_prompts") == [["40"]] * 2
+    assert each(taken, "--heldout") == [["heldout.jsonl"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("script", "setting", "flag"),
+    [
+        ("generate.py", "GENERATE_ARGS", "--top_k"),
+        ("score.py", "SCORE_ARGS", "--tokens_per_batch"),
+        ("make_pairs.py", "PAIRS_ARGS", "--min_margin"),
+        ("dpo_train.py", "TRAIN_ARGS", "--beta"),
+    ],
+)
+def test_the_settings_of_a_stage_and_the_seed_reach_it(asked, script, setting, flag):
+    commands = asked(script, SEED=7, **{setting: f"{flag} 3"})
+    assert commands and each(commands, flag) == [["3"]] * len(commands)
+    if script != "score.py":  # which draws nothing
+        assert each(commands, "--seed") == [["7"]] * len(commands)
+
+
+@pytest.mark.parametrize(("script", "processes"), [("generate.py", "2"), ("dpo_train.py", "3")])
+def test_a_stage_runs_in_as_many_processes_as_was_said(asked, script, processes):
+    for command in asked(script, NPROC=3, GENERATE_NPROC=2):
+        at = command.launcher.index("--nproc_per_node")
+        assert command.launcher[at + 1] == processes and "--standalone" in command.launcher
