@@ -26,7 +26,7 @@ from records import dump
 from small_models import LLAMA4, causal_lm
 from stage import hash_path
 from training import checks, network
-from training.batches import collate, cost, microbatches, shortest_and_longest
+from training.batches import PARTS, collate, cost, microbatches, shortest_and_longest
 
 
 def make_pairs(folder, model, n=24, seed=0, longest=20):
@@ -326,6 +326,64 @@ def test_the_policy_learns_the_pairs(run):
     assert log[-1]["loss"] < 0.5 * log[0]["loss"] and log[-1]["rewards/accuracies"] == 1
 
 
+def plain_training(model, rows, plans, args):
+    """DPO as in the paper, the first policy as its reference: one sequence, one step at a time.
+
+    Returns the model's weights afterwards, and the gradient's norm at each step.
+    """
+    optimizer = torch.optim.AdamW(
+        model.train().parameters(), betas=tuple(args.adam_betas), weight_decay=args.weight_decay
+    )
+    norms = []
+    for number, plan in enumerate(plans):
+        losses = []
+        for i in dpo_train.indices_of(plan):
+            margin = 0.0
+            for name, sign in (("chosen", 1), ("rejected", -1)):
+                ids = rows[i][f"{name}_token_ids"]
+                logprob = plain_logprob(model, rows[i]["prompt_token_ids"], ids)
+                margin = margin + sign * (logprob - rows[i][f"{name}_logprob"])
+            losses.append(-torch.nn.functional.logsigmoid(0.1 * margin))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        norms.append(norm.item())
+        optimizer.param_groups[0]["lr"] = learning_rate(number, len(plans), args)
+        optimizer.step()
+    return model.state_dict(), norms
+
+
+def test_a_training_is_a_plain_loop_over_its_steps(run):
+    """Warm-up, schedule, clipping, weight decay and Adam's means, over two epochs."""
+    flags = "--learning_rate 1e-4 --num_train_epochs 2 --warmup_ratio 0.4 --weight_decay 0.5"
+    flags += " --max_grad_norm 0.05 --adam_betas 0.8 0.9"
+    argv = run.argv("policy", *flags.split())
+    args = dpo_train.arguments().parse_args(argv)
+    args.packing = "prefix"
+    plans = dpo_train.plan_all_steps(arrays(run.rows), args)
+    expected, norms = plain_training(run.model, run.rows, plans, args)
+
+    run("policy", *flags.split())
+    assert [row["grad_norm"] for row in run.log()] == pytest.approx(norms, rel=1e-3)
+    assert min(norms) > 2 * args.max_grad_norm  # so that each step is clipped
+    assert distance(run.weights("policy"), expected) < 2e-6  # of updates of 1e-4
+
+
+def test_the_order_of_the_pairs_is_another_in_each_epoch_and_for_each_seed():
+    args = SimpleNamespace(num_train_epochs=2, batch_size=40, tokens_per_batch=10**6)
+    args.packing = "prefix"
+    pairs = arrays(make_lengths([(3, 2, 2)] * 40))
+    orders = []
+    for args.seed in (0, 0, 1):
+        orders.append(
+            [dpo_train.indices_of(plan) for plan in dpo_train.plan_all_steps(pairs, args)]
+        )
+    assert orders[0] == orders[1]
+    different = [*orders[0], *orders[2], list(range(40))]
+    assert len({tuple(order) for order in different}) == 5
+    assert all(sorted(order) == list(range(40)) for order in different)
+
+
 def test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move(run):
     """A bf16 model at 5e-7: nearly no weight changes in bf16, every trained one changes in fp32."""
     causal_lm(run.folder / "model", tie=False, dtype=torch.bfloat16)
@@ -346,6 +404,25 @@ def test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move(run):
     assert all(
         (v != before[k]).any() for k, v in run.weights("fp32").items()
     )  # root and layers: all are trained
+
+
+def test_a_plan_keeps_to_the_batch_size_and_to_the_tokens_of_a_forward_pass():
+    args = SimpleNamespace(num_train_epochs=1, batch_size=30, tokens_per_batch=70, seed=0)
+    args.packing = "prefix"
+    plans = dpo_train.plan_all_steps(arrays(make_lengths([(3, 2, 2)] * 40)), args)
+    assert [len(dpo_train.indices_of(plan)) for plan in plans] == [30, 10]
+    assert [[len(batch) for batch in plan[0]] for plan in plans] == [[10, 10, 10], [10]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_policy_is_saved_in_the_dtype_that_the_model_came_in(run, dtype):
+    """--save_dtype auto, the default: the next iteration's generator loads what it has known."""
+    causal_lm(run.folder / "model", tie=True, dtype=dtype)
+    text = [{k: v for k, v in row.items() if "logprob" not in k} for row in run.rows]
+    write(run.pairs, text)
+    run("policy")
+    assert {weight.dtype for weight in run.weights("policy").values()} == {dtype}
+    assert AutoConfig.from_pretrained(run.folder / "policy").dtype == dtype
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"])
@@ -406,6 +483,11 @@ def test_pitfalls_21_pairs_without_room_or_tokens_are_dropped_and_counted(run):
     counts = json.loads((run.folder / "policy.meta.json").read_text())["counts"]["rows"]
     assert counts == {"in": 24, "out": 22, "dropped": {"no_tokens": 1, "too_long": 1}}
     assert all(math.isfinite(v) for row in run.log() for v in row.values())
+    run("short", "--max_length", "20")
+    counts = json.loads((run.folder / "short.meta.json").read_text())["counts"]["rows"]
+    lengths = [[len(row[f"{k}_token_ids"]) for k in PARTS] for row in run.rows[2:]]
+    fitting = [p + max(c, r) for p, c, r in lengths if p + max(c, r) <= 20]
+    assert counts["out"] == len(fitting) and 0 < len(fitting) < 22
     write(run.pairs, run.rows[:2])
     assert "none of 2 pairs can be trained on: {'no_tokens': 1, 'too_long': 1}" in run.fails()
 
@@ -608,6 +690,22 @@ def test_pitfalls_28_the_audit_lets_rounding_pass_and_stops_stale_weights(dtype,
         else:
             with pytest.raises(SystemExit, match=f"the tolerance is {tolerance:g}"):
                 checks.audit([pair], ours, "m", dtype, None)
+            own = 2 * tolerance  # --max_logprob_gap
+            assert checks.audit([pair], ours, "m", dtype, own)["tolerance"] == own
+
+
+def test_pitfalls_18_a_policy_that_is_not_its_reference_is_stopped_at_the_first_loss(run):
+    """Weights that move between the reference's pass and the first step, which none may do."""
+    train = dpo_train.train
+
+    def moved(policy, *others):
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.mul_(1.05)
+        return train(policy, *others)
+
+    run.monkeypatch.setattr(dpo_train, "train", moved)
+    assert "the first loss says otherwise" in run.fails()
 
 
 def test_pitfalls_1_the_audit_sees_a_doubled_bos(run):
@@ -772,6 +870,50 @@ def test_pitfalls_29_interrupted_equals_uninterrupted_bit_for_bit(run, stage):
     assert not (run.folder / "broken.parts").exists()
 
 
+def test_an_interrupted_training_goes_on_after_its_checkpoint_with_adams_states(run):
+    """SIGTERM in the third step of six; then the steps that are left, and the same bytes."""
+    flags = ["--num_train_epochs", "2", "--lr_scheduler", "constant"]
+    run("whole", *flags)
+    steps = []
+    training_step = dpo_train.training_step
+
+    def interrupted_in_the_third(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(*arguments)
+
+    run.monkeypatch.setattr(dpo_train, "training_step", interrupted_in_the_third)
+    with pytest.raises(SystemExit) as stop:
+        run("broken", *flags)
+    assert stop.value.code == dpo_train.INTERRUPTED
+    made = len(steps)
+    assert 3 <= made < 6
+    run("broken", *flags)
+    assert len(steps) == 6
+    assert distance(run.weights("whole"), run.weights("broken")) == 0
+
+
+def test_save_every_bounds_what_a_kill_costs(run):
+    """Killed in the sixth step of six: the last checkpoint is of the fourth, and no other stays."""
+    flags = ["--num_train_epochs", "2", "--save_every", "2"]
+    steps = []
+    training_step = dpo_train.training_step
+
+    def killed_in_the_sixth(*arguments):
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return training_step(*arguments)
+
+    run.monkeypatch.setattr(dpo_train, "training_step", killed_in_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        run("policy", *flags)
+    assert [path.name for path in (run.folder / "policy.parts").glob("step_*")] == ["step_000004"]
+    assert "resuming after step 4" in run("policy", *flags)
+    assert [row["step"] for row in run.log()] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_checkpoint_of_one_rank_goes_on_with_two(run, stage):
     flags = ["--learning_rate", "1e-4", "--batch_size", "2", "--save_every", "4"]
     run("whole", *flags)
@@ -835,6 +977,21 @@ def test_every_loss_trains_and_passes_its_own_step_0_check(run, flags):
     assert "policy = reference makes it" in out and all(math.isfinite(r["loss"]) for r in run.log())
     if "--beta" in flags:
         assert [r["beta"] for r in run.log()] == [0.1] * 3 + [0.5] * 3
+
+
+def test_a_run_without_flags_has_the_settings_that_the_help_names(run, monkeypatch):
+    """128 pairs a step at 5e-7, one epoch at beta 0.1, as OpenRLHF: 130 pairs are two steps."""
+    write(run.pairs, make_pairs(run.folder / "model", run.model, n=130, longest=3))
+    argv = run.argv("policy")
+    monkeypatch.setattr(run, "argv", lambda *_: argv[: argv.index("--learning_rate")])
+    run("policy")
+    steps = run.log()
+    assert [row["pairs"] for row in steps] == [128, 2]
+    assert [row["learning_rate"] for row in steps] == [5e-7, 5e-7]  # one is warm-up, one the top
+    assert [row["beta"] for row in steps] == [0.1, 0.1]
+    args = dpo_train.arguments().parse_args(argv[: argv.index("--learning_rate")])
+    assert (args.max_grad_norm, args.weight_decay, args.adam_betas) == (1.0, 0.0, [0.9, 0.95])
+    assert (args.warmup_ratio, args.lr_scheduler, args.loss_type) == (0.03, "cosine", "sigmoid")
 
 
 def test_pitfalls_39_a_small_batch_at_the_default_rate_gets_a_message(run):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -514,3 +515,168 @@ def test_ref_init_history_enhancer_and_keep_last(world, tmp_path):
     )
     again = iterate(world, tmp_path / "run", **more)
     assert again.returncode == 0 and "iter_02: done" in again.stdout
+
+
+# ---- What the loop asks of whom ----------------------------------------------------------------
+#
+# Which policy, which reference, which prompts: a wrong one trains and evaluates without an error.
+
+# Stands for python, as these lines are the driver's alone: it writes each command down, fails where
+# an input is missing, and makes the output. What begins a run needs no model, and runs for real.
+RECORDER = """#!{python}
+import json, os, sys
+from pathlib import Path
+
+words = sys.argv[1:]
+at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+launcher, script, words = words[:at], words[at], words[at + 1 :]
+if script == "tools/start_run.py":
+    os.execv(sys.executable, [sys.executable, script, *words])
+
+flags = {{}}
+for word in words:
+    if word.startswith("--"):
+        values = flags.setdefault(word, [])
+    elif flags:
+        values.append(word)
+for flag in ("--model", "--ref_model", "--prompts", "--candidates", "--scored", "--pairs"):
+    for value in flags.get(flag, []):
+        path = value.partition("=")[2] or value
+        assert os.path.exists(path), f"{{script}} {{flag}} {{path}}: not there"
+
+with open("{log}", "a") as log:
+    log.write(json.dumps([script, flags, launcher]) + "\\n")
+for output in map(Path, flags.get("--output", [])):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.mkdir() if script == "dpo_train.py" else output.touch()
+"""
+
+
+class Command(NamedTuple):
+    script: str
+    flags: dict[str, list[str]]  # "MODEL" and paths within the run, for short
+    launcher: list[str]  # what starts the script, where it is several processes
+
+
+@pytest.fixture
+def asked(world, tmp_path):
+    """asked("dpo_train.py", ITERS=3, …) -> the commands of that stage, in order."""
+
+    def run(script, **more):
+        log, recorder = tmp_path / "commands.jsonl", tmp_path / "recorder"
+        recorder.write_text(RECORDER.format(python=sys.executable, log=log))
+        recorder.chmod(0o755)
+        done = iterate(world, tmp_path / "run", PYTHON=recorder, **more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        text = log.read_text()
+        text = text.replace(f"{tmp_path}/run/", "").replace(f"{world}/model", "MODEL")
+        commands = [Command(*json.loads(line)) for line in text.splitlines()]
+        return [command for command in commands if command.script == script]
+
+    return run
+
+
+def each(commands, flag):
+    """Of each command the values of this flag, None where it has none."""
+    return [command.flags.get(flag) for command in commands]
+
+
+def test_each_iteration_trains_the_policy_of_the_one_before_which_is_its_reference(asked):
+    """REF=prev, the default: without --ref_model the reference is the policy that is trained."""
+    trainings = asked("dpo_train.py", ITERS=3)
+    assert each(trainings, "--output") == [[f"iter_0{i}/policy"] for i in (1, 2, 3)]
+    assert each(trainings, "--model") == [["MODEL"], ["iter_01/policy"], ["iter_02/policy"]]
+    assert each(trainings, "--pairs") == [[f"iter_0{i}/pairs.jsonl"] for i in (1, 2, 3)]
+    assert each(trainings, "--ref_model") == [None] * 3
+
+
+def test_ref_init_is_the_first_policy_in_every_iteration(asked):
+    assert each(asked("dpo_train.py", ITERS=2, REF="init"), "--ref_model") == [["MODEL"]] * 2
+
+
+def test_the_answers_are_those_of_the_policy_that_is_trained_next(asked):
+    """Online: on this iteration's prompts, and with random numbers of its own."""
+    answers = [c for c in asked("generate.py", ITERS=2) if "--iteration" in c.flags]
+    assert each(answers, "--model") == [["MODEL"], ["iter_01/policy"]]
+    assert each(answers, "--prompts") == [["iter_01/prompts.jsonl"], ["iter_02/prompts.jsonl"]]
+    assert each(answers, "--iteration") == [["1"], ["2"]]
+
+
+def test_every_policy_is_evaluated_on_the_same_heldout_prompts_and_seed(asked):
+    evaluated = [c for c in asked("generate.py", ITERS=2) if "--iteration" not in c.flags]
+    assert each(evaluated, "--model") == [["MODEL"], ["iter_01/policy"], ["iter_02/policy"]]
+    assert each(evaluated, "--prompts") == [["heldout.jsonl"]] * 3
+    assert each(evaluated, "--seed") == [["0"]] * 3
+
+
+def test_the_distance_is_from_the_first_policy_and_from_the_one_before(asked):
+    scored = [c for c in asked("score.py", ITERS=2) if "--ref_model" in c.flags]
+    assert each(scored, "--output") == [[f"iter_0{i}/eval/scored.jsonl"] for i in (1, 2)]
+    assert each(scored, "--ref_model") == [
+        ["init=MODEL", "prev=MODEL"],
+        ["init=MODEL", "prev=iter_01/policy"],
+    ]
+
+
+def test_what_only_watches_scores_the_heldout_answers_with_weight_0(asked, world):
+    gold = f"{world}/reward.py:reward"
+    scored = asked("score.py", ITERS=1, GOLD_FN=gold)
+    first, answers, last = each(scored, "--reward_fn")
+    assert first == last == [gold, f"gold={gold}"] and answers == [gold]
+    assert each(scored, "--reward_weights") == [["gold=0"], None, ["gold=0"]]
+
+
+def test_the_second_policy_is_the_one_before_the_policy(asked):
+    """ENHANCER=prev: the first policy until there is another; its own random numbers, too."""
+    answers = [
+        c for c in asked("generate.py", ITERS=3, ENHANCER="prev") if "--iteration" in c.flags
+    ]
+    policies, enhancers = answers[0::2], answers[1::2]
+    assert each(policies, "--model") == [["MODEL"], ["iter_01/policy"], ["iter_02/policy"]]
+    assert each(enhancers, "--model") == [["MODEL"], ["MODEL"], ["iter_01/policy"]]
+    assert each(enhancers, "--prompts") == each(policies, "--prompts")
+    assert each(enhancers, "--seed") == [["1"]] * 3 and each(policies, "--seed") == [["0"]] * 3
+
+
+def test_history_adds_the_pairs_of_so_many_earlier_iterations(asked):
+    assert each(asked("dpo_train.py", ITERS=3, HISTORY=1), "--pairs") == [
+        ["iter_01/pairs.jsonl"],
+        ["iter_02/pairs.jsonl", "iter_01/pairs.jsonl"],
+        ["iter_03/pairs.jsonl", "iter_02/pairs.jsonl"],
+    ]
+
+
+def test_keep_last_removes_a_policy_when_the_next_is_evaluated(asked, tmp_path):
+    """No command misses its model, and none of ours removes the model that the user brought."""
+    asked("dpo_train.py", ITERS=3, KEEP="last")
+    assert [path.parent.name for path in tmp_path.glob("run/iter_*/policy")] == ["iter_03"]
+
+
+def test_each_iteration_has_its_own_slice_of_the_prompts(asked):
+    taken = asked("tools/take_prompts.py", ITERS=2)
+    assert each(taken, "--iteration") == [["1"], ["2"]]
+    assert each(taken, "--num_prompts") == [["40"]] * 2
+    assert each(taken, "--heldout") == [["heldout.jsonl"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("script", "setting", "flag"),
+    [
+        ("generate.py", "GENERATE_ARGS", "--top_k"),
+        ("score.py", "SCORE_ARGS", "--tokens_per_batch"),
+        ("make_pairs.py", "PAIRS_ARGS", "--min_margin"),
+        ("dpo_train.py", "TRAIN_ARGS", "--beta"),
+    ],
+)
+def test_the_settings_of_a_stage_and_the_seed_reach_it(asked, script, setting, flag):
+    commands = asked(script, SEED=7, **{setting: f"{flag} 3"})
+    assert commands and each(commands, flag) == [["3"]] * len(commands)
+    if script != "score.py":  # which draws nothing
+        assert each(commands, "--seed") == [["7"]] * len(commands)
+
+
+@pytest.mark.parametrize(("script", "processes"), [("generate.py", "2"), ("dpo_train.py", "3")])
+def test_a_stage_runs_in_as_many_processes_as_was_said(asked, script, processes):
+    for command in asked(script, NPROC=3, GENERATE_NPROC=2):
+        at = command.launcher.index("--nproc_per_node")
+        assert command.launcher[at + 1] == processes and "--standalone" in command.launcher
