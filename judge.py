@@ -398,7 +398,7 @@ class Judge:
 
     async def ask_all(self, new: dict[str, str]) -> None:
         """Ask all requests (request -> key), as many at a time as --judge_concurrency says."""
-        self.turn = asyncio.Lock()
+        self.turn = asyncio.Lock()  # it belongs to this event loop, and so is made anew
         http_client = self.openai.DefaultAsyncHttpxClient(
             event_hooks={"request": [self.wait_for_turn]}
         )
