@@ -95,6 +95,7 @@ from records import Stop, whole
 from stage import Stage, progress, ranks, run, say, seconds_since, seed_of
 from training import checks, fsdp, network, speed
 from training.batches import cost, feed, lengths_of, microbatches, shortest_and_longest
+from training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from training.log import TrainLog
 from training.pairs import load_pairs
 
@@ -674,7 +675,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage: Stage,
     rank, world = ranks()
     steps = len(plans)
     optimizer = make_optimizer(policy, args, device)
-    steps_done = fsdp.load_checkpoint(stage.parts, policy, optimizer)
+    steps_done = load_checkpoint(stage.parts, policy, optimizer, steps)
     say(f"{steps} steps" + (f"; resuming after step {steps_done}" if steps_done else ""))
     log = open_log(stage, steps_done, args.report_to)
     bar = progress(steps, "train", "step", steps_done)
@@ -715,7 +716,7 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage: Stage,
         show(bar, step.metrics, tokens / seconds)
 
         if step.stop or checkpoint_is_due(number + 1, steps, args.save_every):
-            fsdp.save_checkpoint(stage.parts, policy, optimizer, number + 1)
+            save_checkpoint(stage.parts, policy, optimizer, number + 1)
         if step.stop:
             say(f"interrupted: saved after step {number + 1} of {steps}; the same command resumes")
             fsdp.leave()
@@ -793,7 +794,7 @@ def not_finite(step: Step, number: int, pairs: list[dict], stage: Stage) -> Stop
     for rows, loss in step.losses:
         for row in rows[~loss.isfinite()].tolist():
             bad.append(pairs[row]["id"])
-    kept = [folder.name for folder in fsdp.checkpoints(stage.parts)]
+    kept = [folder.name for folder in checkpoints(stage.parts)]
     loss, norm = step.metrics["loss"], step.grad_norm
     return Stop(
         f"step {number + 1}: loss {loss:g}, gradient norm {norm:g}: not finite; no update was "

@@ -4,8 +4,6 @@
     shard                     a layer is whole only while it computes; else each rank has a shard
     reshard                   drop the gathered weights before shards are changed, saved or listed
     load_weights              whole weights, which rank 0 has read, become everyone's shards
-    save_checkpoint           save shards of weights and Adam states
-    load_checkpoint           load them; another number of ranks may resume from them
     gather_weights, export    whole weights again, on rank 0, and a Hugging Face folder
 
 `policy` is the module that becomes the root, and `policy.model` the Hugging Face model in it.
@@ -21,13 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
     set_model_state_dict,
-    set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -37,13 +32,12 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import models
-from records import Stop, remove
-from stage import barrier, ranks, say
+from records import Stop
+from stage import barrier, say
 
 # While rank 0 reads or writes a large model from a slow disk, the others wait in a collective.
 TIMEOUT = timedelta(hours=2)
@@ -206,55 +200,6 @@ def shared_weight(model) -> tuple[str, str] | None:
         if id(parameter) in inside:
             names[id(parameter)] = name
     return None
-
-
-# ---- checkpoints -------------------------------------------------------------------------------
-
-
-def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
-    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all.
-
-    Only the last one is kept. Nothing else needs saving: training draws no random number, and the
-    order of the pairs is a function of (seed, epoch).
-    """
-    rank, _ = ranks()
-    folder = parts / f"step_{step:06d}"
-    temporary = folder.with_name(folder.name + ".tmp")
-    if rank == 0:
-        remove(temporary)
-    barrier()
-    weights, adam = get_state_dict(policy, optimizer)
-    dcp.save({"weights": weights, "adam": adam}, checkpoint_id=temporary)
-    barrier()
-    if rank == 0:
-        os.replace(temporary, folder)
-        for old in checkpoints(parts):
-            if old != folder:
-                remove(old)
-    barrier()
-
-
-def checkpoints(parts: Path) -> list[Path]:
-    return sorted(parts.glob("step_??????"))
-
-
-def load_checkpoint(parts: Path, policy, optimizer) -> int:
-    """Load the last checkpoint, whatever number of ranks wrote it.
-
-    Returns the number of steps it has done, 0 without one.
-    """
-    for group in optimizer.param_groups:
-        assert all(isinstance(p, DTensor) for p in group["params"]), "the optimizer has no shards"
-    # One rank looks: a shared file system may not show all ranks the same.
-    found = [checkpoints(parts)]
-    dist.broadcast_object_list(found)
-    if not found[0]:
-        return 0
-    last = found[0][-1]
-    weights, adam = get_state_dict(policy, optimizer)
-    dcp.load({"weights": weights, "adam": adam}, checkpoint_id=last)
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=adam)
-    return int(last.name.removeprefix("step_"))
 
 
 # ---- the end -----------------------------------------------------------------------------------
