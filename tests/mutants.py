@@ -372,8 +372,8 @@ MUTANTS = [
         "length-penalty-is-a-bonus",
         "--length_penalty is taken from the reward of each token.",
         "make_pairs.py",
-        "reward - args.length_penalty * ",
-        "reward + args.length_penalty * ",
+        'candidate["reward"] - args.length_penalty * ',
+        'candidate["reward"] + args.length_penalty * ',
         (PAIRS + "test_pitfalls_10_the_length_penalty_decides_and_is_not_undone",),
     ),
     Mutant(
@@ -668,16 +668,16 @@ MUTANTS = [
         "checkpoint-not-resumed",
         "An interrupted training goes on after its checkpoint.",
         "dpo_train.py",
-        "first = fsdp.load_checkpoint(stage.parts, policy, optimizer)",
-        "first = 0",
+        "steps_done = load_checkpoint(stage.parts, policy, optimizer, steps)",
+        "steps_done = 0",
         (RESUMED,),
     ),
     Mutant(
         "adam-states-lost",
         "A resumed training has the optimizer's states.",
         "dpo_train.py",
-        "first = fsdp.load_checkpoint(stage.parts, policy, optimizer)",
-        "first = fsdp.load_checkpoint(stage.parts, policy, optimizer)\n"
+        "steps_done = load_checkpoint(stage.parts, policy, optimizer, steps)",
+        "steps_done = load_checkpoint(stage.parts, policy, optimizer, steps)\n"
         "    optimizer = make_optimizer(policy, args, device)",
         (RESUMED,),
     ),
@@ -728,8 +728,8 @@ MUTANTS = [
         "undone-steps-stay-in-the-log",
         "A step that a kill has undone stands in the log once.",
         "training/log.py",
-        "rows[:done]",
-        "rows",
+        "islice(read_jsonl(path, NUMBERS), steps)",
+        "read_jsonl(path, NUMBERS)",
         ("tests/test_training_log.py::test_rows_after_the_checkpoint_are_cut_off",),
     ),
     # ---- the kernels ---------------------------------------------------------------------------
