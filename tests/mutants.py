@@ -668,17 +668,16 @@ MUTANTS = [
         "checkpoint-not-resumed",
         "An interrupted training goes on after its checkpoint.",
         "dpo_train.py",
-        "first = fsdp.load_checkpoint(stage.parts, policy, optimizer)",
-        "first = 0",
+        'say(f"{steps} steps" +',
+        'first = 0\n    say(f"{steps} steps" +',
         (RESUMED,),
     ),
     Mutant(
         "adam-states-lost",
         "A resumed training has the optimizer's states.",
         "dpo_train.py",
-        "first = fsdp.load_checkpoint(stage.parts, policy, optimizer)",
-        "first = fsdp.load_checkpoint(stage.parts, policy, optimizer)\n"
-        "    optimizer = make_optimizer(policy, args, device)",
+        'say(f"{steps} steps" +',
+        'optimizer = make_optimizer(policy, args, device)\n    say(f"{steps} steps" +',
         (RESUMED,),
     ),
     Mutant(
