@@ -29,7 +29,7 @@ import re
 
 from jinja2 import TemplateError
 
-from records import Stop
+from records import TOKEN_IDS, Stop, check_kind
 
 # What a template raises: its own refusals, and Python's errors on a conversation of another shape.
 TEMPLATE_ERRORS = (
@@ -125,7 +125,12 @@ def find_stop_ids(tokenizer, generation_config, template_kwargs: dict) -> tuple[
     can mistake for anything else, and look at what comes right after it.
     """
     named = generation_config.eos_token_id  # an id, a list of ids, or None
-    stop_ids = set(named if isinstance(named, list) else [named])
+    if named is None:
+        named = []
+    elif not isinstance(named, list):
+        named = [named]
+    check_kind(named, TOKEN_IDS, f"{tokenizer.name_or_path}: eos_token_id")
+    stop_ids = set(named)
     stop_ids.add(tokenizer.eos_token_id)
     stop_ids.discard(None)
     if not tokenizer.chat_template:

@@ -35,6 +35,9 @@ QUICK = (
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption(
+        "--fuzz", type=int, default=0, help="hostile inputs of each kind; test_fuzz.py"
+    )
     parser.addoption("--quick", action="store_true", help="run every stage once, and little else")
 
 

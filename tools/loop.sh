@@ -76,7 +76,7 @@ check_settings() {
     [[ -n $REWARD_MODEL$REWARD_FN$JUDGE ]] || die "no reward: set REWARD_MODEL, REWARD_FN or JUDGE"
     [[ -n $JUDGE || -z $JUDGE_URL$JUDGE_ARGS$JUDGE_SERVER_ARGS ]] ||
         die "JUDGE_URL, JUDGE_ARGS and JUDGE_SERVER_ARGS have no effect without JUDGE, the model's name"
-    [[ $JUDGE_URL != *[@?]* && "$JUDGE_ARGS $JUDGE_SERVER_ARGS" != *--api[-_]key* ]] ||
+    [[ $JUDGE_URL != *[@?#]* && "$JUDGE_ARGS $JUDGE_SERVER_ARGS" != *--api[-_]key* ]] ||
         die "the judge's key would end up in logs and in config.json: put it into OPENAI_API_KEY alone"
     [[ -z $JUDGE_URL || -z $JUDGE_SERVER_ARGS ]] ||
         die "JUDGE_SERVER_ARGS are for a server started here; JUDGE_URL's runs already"

@@ -276,7 +276,8 @@ def measure(row: dict, gold: str | None = None) -> Measures:
 def compare_settings(iterations: list[Iteration]) -> list[str]:
     """Stop unless every policy answered the same prompts; return how their sampling differs."""
     warnings = []
-    first_ids = None  # of the first policy that was evaluated
+    first_ids = None  # of the first policy that was evaluated, in this file:
+    first_file = None
     seen = {name: {} for name in SAMPLING}  # setting -> {its value: the first folder that has it}
     for iteration in iterations:
         name = iteration.folder.name
@@ -286,11 +287,12 @@ def compare_settings(iterations: list[Iteration]) -> list[str]:
             ids = iteration.heldout.keys()
             if first_ids is None:
                 first_ids = ids
+                first_file = iteration.folder / "eval/scored.jsonl"
             if ids != first_ids:
                 raise Stop(
                     f"{iteration.folder}/eval/scored.jsonl: these are not the held-out prompts of "
-                    f'the other iterations; id "{min(ids ^ first_ids)}", for example, is only in '
-                    "one of the two. Evaluate this policy again."
+                    f'{first_file}; id "{min(ids ^ first_ids)}", for example, is only in one of '
+                    "the two. Evaluate this policy again."
                 )
 
         # an answer to each?
