@@ -123,8 +123,11 @@ def rank_pairs(
     if strategy == "max_second":
         return list(itertools.pairwise(best_first))[:k]
 
-    pairs = list(itertools.combinations(best_first, 2))  # strategy "random"
-    return rng.sample(pairs, min(k, len(pairs)))
+    if strategy == "random":
+        pairs = list(itertools.combinations(best_first, 2))
+        return rng.sample(pairs, min(k, len(pairs)))
+
+    raise ValueError(f"no strategy is called {strategy!r}")
 
 
 # ---- the pairs of one prompt -------------------------------------------------------------------

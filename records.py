@@ -317,18 +317,24 @@ def check_shape(value, shape: dict | Kind, where: str, remedy: str = "") -> None
         check_kind(value, shape, where, remedy)
         return
     check_kind(value, OBJECT, where, remedy)
+    check_no_key_is_missing(value, shape, where, remedy)
     for key, kind in shape.items():
         there = f'{where}: key "{key}"'
         if isinstance(kind, list):
-            elements = value.get(key)
-            check_kind(elements, LIST, there, remedy)
-            for i, element in enumerate(elements):
+            check_kind(value[key], LIST, there, remedy)
+            for i, element in enumerate(value[key]):
                 check_shape(element, kind[0], f"{where}: {key}[{i}]", remedy)
         elif key in value:
             check_kind(value[key], kind, there, remedy)
-        elif not kind.optional:
-            advice = remedy or " records.py documents every shape."
-            raise Stop(f"{there} is missing.{advice}")
+
+
+def check_no_key_is_missing(value: dict, shape: dict, where: str, remedy: str) -> None:
+    needed = [key for key, kind in shape.items() if isinstance(kind, list) or not kind.optional]
+    missing = [f'"{key}"' for key in needed if key not in value]
+    if missing:
+        advice = remedy or " records.py documents every shape."
+        is_missing = "is missing" if len(missing) == 1 else "are missing"
+        raise Stop(f"{where}: key {', '.join(missing)} {is_missing}.{advice}")
 
 
 def check_kind(value, kind: Kind, where: str, remedy: str = "") -> None:

@@ -33,15 +33,14 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import generate  # noqa: E402
-import records  # noqa: E402
-from stage import seed_of  # noqa: E402
+import generate
+import records
+from stage import seed_of
 
 
 def arguments() -> argparse.Namespace:

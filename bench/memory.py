@@ -81,13 +81,24 @@ def main():
             draw_lengths(args.pairs, args.scale),
             AutoConfig.from_pretrained(model).vocab_size,
         )
-        result = measure({
-            "name": args.shape, "side": "ours", "model": str(model), "pairs": str(pairs),
-            "count": args.pairs, "steps": args.steps, "dtype": "bf16" if cuda else "fp32",
-            "beta": 0.1, "learning_rate": 1e-5, "packing": "prefix",
-            "tokens_per_batch": args.tokens_per_batch, "checkpointing": args.gradient_checkpointing,
-            "compile": False, "ours_args": offload,
-        })  # fmt: skip
+        result = measure(
+            {
+                "name": args.shape,
+                "side": "ours",
+                "model": str(model),
+                "pairs": str(pairs),
+                "count": args.pairs,
+                "steps": args.steps,
+                "dtype": "bf16" if cuda else "fp32",
+                "beta": 0.1,
+                "learning_rate": 1e-5,
+                "packing": "prefix",
+                "tokens_per_batch": args.tokens_per_batch,
+                "checkpointing": args.gradient_checkpointing,
+                "compile": False,
+                "ours_args": offload,
+            }
+        )
     if "failed" in result:
         raise SystemExit(f"{args.shape}: {result['failed']}; the dry run says {predicted} GiB")
     name = " ".join([args.shape, *flags])

@@ -151,17 +151,22 @@ OWN: dict[str, dict] = {
         "num_hidden_layers": 5,
     },
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
     },
     "gemma3n_text": {  # the last two layers take their keys from the first two
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
     # Fields that published configurations have and the class does not set
     "cohere_compass_text": {
         "rope_parameters": {
             "full_attention": {
-                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 2, 2],
             },
         },
     },
@@ -171,10 +176,13 @@ OWN: dict[str, dict] = {
     },
     "dots1": {"n_shared_experts": 1},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
-}  # fmt: skip
+}
 
 
 def small_fields(kind: type) -> dict:
@@ -263,9 +271,21 @@ def sample(model: Path, folder: Path) -> list[dict]:
     rows = [{"id": f"p{i}", "prompt": turn} for i, turn in enumerate(turns)]
     prompts.write_text("".join(map(dump, rows)))
     call(
-        generate.main, "generate.py", "--model", model, "--prompts", prompts,
-        "--output", candidates, "--backend", "hf", "--num_samples", 2, "--max_new_tokens", 8,
-    )  # fmt: skip
+        generate.main,
+        "generate.py",
+        "--model",
+        model,
+        "--prompts",
+        prompts,
+        "--output",
+        candidates,
+        "--backend",
+        "hf",
+        "--num_samples",
+        2,
+        "--max_new_tokens",
+        8,
+    )
     rows = list(read_jsonl(candidates, {}))
     for row, other in zip(rows, made_up(), strict=True):
         first, second = row["candidates"]
@@ -391,10 +411,29 @@ def train(model: Path, folder: Path) -> str:
     In the second, beta is 0 and so is the gradient; without Adam's first moment no weight changes.
     """
     return call(
-        dpo_train.main, "dpo_train.py", "--model", model, "--pairs", folder / "pairs.jsonl",
-        "--output", folder / "policy", "--learning_rate", 1e-3, "--num_train_epochs", 2,
-        "--beta", BETA, 0, "--adam_betas", 0, 0.95, "--warmup_ratio", 0, "--save_dtype", "fp32",
-    )  # fmt: skip
+        dpo_train.main,
+        "dpo_train.py",
+        "--model",
+        model,
+        "--pairs",
+        folder / "pairs.jsonl",
+        "--output",
+        folder / "policy",
+        "--learning_rate",
+        1e-3,
+        "--num_train_epochs",
+        2,
+        "--beta",
+        BETA,
+        0,
+        "--adam_betas",
+        0,
+        0.95,
+        "--warmup_ratio",
+        0,
+        "--save_dtype",
+        "fp32",
+    )
 
 
 def first_gradient(plain, logprobs: torch.Tensor) -> float:

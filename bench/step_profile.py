@@ -123,11 +123,19 @@ def main():
             AutoConfig.from_pretrained(model).vocab_size,
         )
         task = {
-            "model": str(model), "pairs": str(pairs), "count": args.pairs, "steps": 2,
-            "packing": "prefix", "tokens_per_batch": args.tokens_per_batch, "ours_args": [],
-            "dtype": "bf16" if cuda else "fp32", "beta": 0.1, "learning_rate": 1e-5,
-            "checkpointing": args.gradient_checkpointing, "compile": args.compile,
-        }  # fmt: skip
+            "model": str(model),
+            "pairs": str(pairs),
+            "count": args.pairs,
+            "steps": 2,
+            "packing": "prefix",
+            "tokens_per_batch": args.tokens_per_batch,
+            "ours_args": [],
+            "dtype": "bf16" if cuda else "fp32",
+            "beta": 0.1,
+            "learning_rate": 1e-5,
+            "checkpointing": args.gradient_checkpointing,
+            "compile": args.compile,
+        }
         run_ours(task, Path(name), profiler)
     print(f"{args.shape}, {args.pairs} pairs, torch {torch.__version__}", "compiled" * args.compile)
     print("\n".join(table(profiler.profile.key_averages(), profiler.ms, cuda)))

@@ -48,10 +48,16 @@ CUDA = torch.device("cuda")
 LAYERS = 2
 # Qwen2.5-0.5B except for its depth: 14 query heads share 2 key heads, head and embedding are tied.
 CONFIG = dict(
-    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=LAYERS,
-    num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0,
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+    pad_token_id=0,
     eos_token_id=2,
-)  # fmt: skip
+)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

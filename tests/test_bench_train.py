@@ -134,7 +134,7 @@ def test_only_equal_losses_and_no_more_memory_win():
         task("fair", "trl", 4.0, 200, 0.6),
         task("unfair", "trl", 1.0, 200, 0.5),
         task("none", "trl", 1.0, 1, 0.6) | {"runs": [{"failed": "out of memory"}]},
-    ]  # fmt: skip
+    ]
     lines = train.table(tasks, [(4, 3, 2)], train.Qwen2Config(**train.SHAPES["small"]), 1e12, 1e-4)
     assert [line for line in lines if line.startswith("checkpointing")] == [
         "checkpointing off, fair (its fastest at equal loss): "

@@ -143,7 +143,9 @@ def distance(a, b):
 
 
 def by_hand(l_w, r_w, l_l, r_l, n_w, n_l, beta, kind, e, a, c):
-    s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    def s(x):
+        return 1 / (1 + math.exp(-x))
+
     z = beta * ((l_w - r_w) - (l_l - r_l)) + a * (n_w - n_l)
     loss = {
         "sigmoid": -(1 - e) * math.log(s(z)) - e * math.log(s(-z)),
@@ -506,12 +508,14 @@ def test_pitfalls_3_pairs_without_ids_are_rendered_and_a_merged_boundary_is_drop
         t for t in sorted(tokenizer.get_vocab()) if len(t) == 2 and t.isascii() and merges(t)
     )
     rows = [
-        {"prompt": [{"role": "user", "content": "hi"}],
-         "chosen": [{"role": "assistant", "content": "yes"}],
-         "rejected": [{"role": "assistant", "content": "no"}]},
+        {
+            "prompt": [{"role": "user", "content": "hi"}],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        },
         {"prompt": "x " + merged[0], "chosen": merged[1], "rejected": "?"},
         {"prompt": "one two", "chosen": "; three", "rejected": "; four"},
-    ]  # fmt: skip
+    ]
     write(run.pairs, rows)
     out = run("policy")
     assert "3 pairs carry no token ids" in out

@@ -84,13 +84,21 @@ def judge(tmp_path_factory):
 
 def settings(world, run, **more):
     given = {
-        "PYTHON": sys.executable, "MODEL": world / "model",
-        "REWARD_FN": f"{world}/reward.py:reward", "PROMPTS": world / "prompts.jsonl",
-        "HELDOUT": world / "heldout.jsonl", "RUN": run, "ITERS": 1,
-        "PROMPTS_PER_ITER": 40, "NUM_SAMPLES": 4, "EVAL_SAMPLES": 2, "NPROC": 1,
-        "GENERATE_ARGS": "--max_new_tokens 12 --backend hf", "PAIRS_ARGS": "--keep_truncated",
+        "PYTHON": sys.executable,
+        "MODEL": world / "model",
+        "REWARD_FN": f"{world}/reward.py:reward",
+        "PROMPTS": world / "prompts.jsonl",
+        "HELDOUT": world / "heldout.jsonl",
+        "RUN": run,
+        "ITERS": 1,
+        "PROMPTS_PER_ITER": 40,
+        "NUM_SAMPLES": 4,
+        "EVAL_SAMPLES": 2,
+        "NPROC": 1,
+        "GENERATE_ARGS": "--max_new_tokens 12 --backend hf",
+        "PAIRS_ARGS": "--keep_truncated",
         "TRAIN_ARGS": "--learning_rate 1e-3 --batch_size 2 --save_every 4",
-    }  # fmt: skip
+    }
     leaks = (
         "RANK",
         "WORLD_SIZE",
@@ -236,9 +244,13 @@ def kill_at_random(world, run, kills, expected):
     rng = random.Random(time.time())
     while True:
         process = subprocess.Popen(
-            ["bash", ROOT / "iterate.sh"], env=settings(world, run), start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            ["bash", ROOT / "iterate.sh"],
+            env=settings(world, run),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
             errors = process.communicate(timeout=rng.uniform(1, 30) if kills else 600)[1]
         except subprocess.TimeoutExpired:
@@ -332,9 +344,12 @@ def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent
     """Sent to the script alone; it passes the signal on, waits, and leaves no child running."""
     process = subprocess.Popen(
         ["bash", ROOT / "iterate.sh"],
-        env=settings(world, tmp_path / "run", ITERS=0), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env=settings(world, tmp_path / "run", ITERS=0),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     while not list((tmp_path / "run").glob("iter_00/logs/generate.log")):
         time.sleep(0.05)
     time.sleep(1)
@@ -353,9 +368,11 @@ def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_pat
     more = {"TRAIN_ARGS": "--learning_rate 1e-4 --batch_size 1 --num_train_epochs 50"}
     process = subprocess.Popen(
         ["bash", ROOT / "iterate.sh"],
-        env=settings(world, tmp_path / "run", **more), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        env=settings(world, tmp_path / "run", **more),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     rows = tmp_path / "run/iter_01/policy.parts/train.jsonl"
     while process.poll() is None and not (rows.exists() and rows.read_text().count("\n") > 3):
         time.sleep(0.05)
@@ -399,9 +416,12 @@ def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_pa
     """The real vLLM server; then the same command again, which starts none."""
     process = subprocess.Popen(
         ["bash", ROOT / "iterate.sh"],
-        env=settings(world, tmp_path / "run", **judge), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env=settings(world, tmp_path / "run", **judge),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     printed = process.communicate(timeout=600)[0]
     assert process.returncode == 0, printed
     all_gone(process.pid, 5)
@@ -428,9 +448,11 @@ def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_pa
 def test_no_server_outlives_a_loop_that_is_stopped_while_it_starts(world, judge, tmp_path, sent):
     process = subprocess.Popen(
         ["bash", ROOT / "iterate.sh"],
-        env=settings(world, tmp_path / "run", **judge), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        env=settings(world, tmp_path / "run", **judge),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log = tmp_path / "run/iter_00/logs/judge_server.log"
     while not log.exists() or "Initializing" not in log.read_text():
         assert process.poll() is None

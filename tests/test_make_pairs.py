@@ -14,7 +14,7 @@ import pytest
 
 from arguments import parse
 from conftest import ROOT
-from make_pairs import arguments, rank_pairs
+from make_pairs import STRATEGIES, arguments, rank_pairs
 from records import dump
 
 
@@ -174,9 +174,6 @@ def test_pitfalls_11_and_14_pairs_depend_on_seed_and_id_only(pairs_of, strategy)
         {(p["id"], p["chosen_index"], p["rejected_index"]) for p in later}
         != {(p["id"], p["chosen_index"], p["rejected_index"]) for p in first}
     ) == (strategy in ("max_random", "random"))
-
-
-STRATEGIES = ["max_min", "max_random", "max_second", "random"]
 
 
 def two_sources(n, first, second, each=8):

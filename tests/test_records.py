@@ -67,7 +67,9 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, says):
 
 def test_a_bad_candidate_is_named(tmp_path):
     row = {"id": "a", "prompt": "x", "prompt_token_ids": [1], "candidates": [{"text": "no reward"}]}
-    with pytest.raises(Stop, match=r's.jsonl:1: candidates\[0\]: key "token_ids" is missing'):
+    with pytest.raises(
+        Stop, match=r's.jsonl:1: candidates\[0\]: key "token_ids", "logprob".* are missing'
+    ):
         list(read_jsonl(write(tmp_path / "s.jsonl", row), SCORED))
 
 

@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import check_utf8  # noqa: E402
-from records import NEW_PROMPT, TEXTS, Stop, count_rows, read_json, whole, write_whole  # noqa: E402
-from stage import hash_path, run  # noqa: E402
+from arguments import check_utf8
+from records import NEW_PROMPT, TEXTS, Stop, count_rows, read_json, whole, write_whole
+from stage import hash_path, run
 
 
 def check_commits(old: dict, new: dict) -> None:
