@@ -32,15 +32,15 @@ the loss of a pair is, by --loss_type,
 Both e and alpha are 0 by default. With alpha > 0, a pair whose chosen answer is the longer one has
 a larger z from the start, so it pushes d less, and the policy learns less about length as such:
 R-DPO (2403.19159). And --nll_coef c adds c times -log pi(y_w|x) / |y_w|. For ipo, d' is d with
-means per token in place of sums. The IPO paper uses sums; then a small change of every token takes
-a long answer to the target, and a short one nowhere near it.
+means per token in place of sums. The IPO paper uses sums. They grow with the length of an answer,
+and the target 1 / (2 beta) does not: long answers would reach it by a small change per token.
 
 The loss of a step is the mean over all its pairs, of all ranks and microbatches: however the pairs
 are divided, the gradient is the same. What happens, in the order of main():
 
   1. Read the pairs. We train on the token ids that the generator wrote; nothing is tokenized again.
   2. Compute the reference's log-probs once, before the first step. By default the reference *is*
-     the policy that was just loaded: one pass without gradients, and no second model at any time.
+     the policy that was just loaded: one pass without gradients, and no second model on the GPU.
   3. Audit. The generator stored the log-prob of each answer that it sampled, and the trainer's must
      agree. Otherwise something upstream is wrong (template, doubled BOS, old weights): stop.
   4. Train. A microbatch is one row without padding, [prompt|chosen|rejected][prompt|…, where the
@@ -100,7 +100,7 @@ from training.log import TrainLog
 from training.pairs import load_pairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-INTERRUPTED = 75  # the exit code EX_TEMPFAIL, by which iterate.sh tells a stop from a failure
+INTERRUPTED = 75  # the exit code EX_TEMPFAIL: for iterate.sh, an interruption and no failure
 
 # A run may be resumed with other values of these arguments. Some change the rounding, the others
 # change nothing.
@@ -169,7 +169,7 @@ def add_loss(add) -> None:
     add(
         "--length_coef",
         type=number_in("(-inf, inf)"),
-        help="a in the equations above: discounts length; default 0",
+        help="alpha in the equations above: discounts length; default 0",
     )
 
 
@@ -250,8 +250,8 @@ def add_memory_and_speed(add) -> None:
         "--packing",
         choices=("auto", "prefix", "padded"),
         default="auto",
-        help="prefix: no padding, and each prompt once; padded: for models whose attention this "
-        "prefix cannot express (windows, soft-caps); auto: prefix wherever it can",
+        help="prefix: no padding, and each prompt once; padded: for models with attention that "
+        "the mode 'prefix' cannot express (windows, soft-caps); auto: prefix wherever possible",
     )
     add(
         "--gradient_checkpointing",
@@ -297,8 +297,9 @@ def check_arguments(args, device_type: str, world: int) -> None:
         raise Stop("--cpu_offload has no effect without a GPU")
     check_shard_size(args.shard_size, world)
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        remedy = "Install it, or leave the flag out"
-        raise Stop(f"--report_to {args.report_to}: no such package. {remedy}")
+        raise Stop(
+            f"--report_to {args.report_to}: no such package. Install it, or leave the flag out"
+        )
     if args.batch_size < 128 and args.learning_rate <= 5e-7:
         say(
             f"note: --batch_size {args.batch_size} at --learning_rate {args.learning_rate:g}: the "
@@ -387,6 +388,33 @@ def loss_of_pairs(policy: Tensor, reference: Tensor, lengths: Tensor, beta: floa
     return loss + args.nll_coef * nll_per_token
 
 
+# ---- which pairs, in which order ---------------------------------------------------------------
+
+
+def plan_step(pairs: list[dict], indices: list[int], args) -> list[list[list[int]]]:
+    """Share the pairs of one step among the ranks: [rank][microbatch] -> indices into pairs."""
+    _, world = ranks()
+    costs = {i: cost(pairs[i], args.packing) for i in indices}
+    return microbatches(costs, args.tokens_per_batch, world, args.packing)
+
+
+def plan_all_steps(pairs: list[dict], args) -> list:
+    """The plan of every step of every epoch. It follows from the seed: no checkpoint holds it."""
+    plans = []
+    for epoch in range(args.num_train_epochs):
+        order = list(range(len(pairs)))
+        random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
+        for start in range(0, len(order), args.batch_size):
+            indices = order[start : start + args.batch_size]
+            plans.append(plan_step(pairs, indices, args))
+    return plans
+
+
+def indices_of(plan: list) -> list[int]:
+    """The pairs of a step, of all ranks. plan: [rank][microbatch] -> indices."""
+    return [i for share in plan for batch in share for i in batch]
+
+
 # ---- the policy --------------------------------------------------------------------------------
 
 
@@ -402,13 +430,18 @@ class Policy(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: dict) -> Tensor:
-        """batch: n pairs of T tokens in all, of which Tc are completions, that is, in answers.
+        """batch: n pairs of T positions in all, of which Tc are completions, that is, in answers.
 
         inputs     keyword arguments of the base model
         positions  [Tc]: for each answer token, which of the T states predicts it
         targets    [Tc]: those tokens: chosen 0, rejected 0, chosen 1, …
         split      the length of each of the 2n answers
-        rows, lengths, weights: not read here; see training/batches.py
+
+        Not read here, but by the callers:
+
+        rows       [n]: the indices of the pairs
+        lengths    [n, 2]: |y| of (chosen, rejected)
+        weights    [n]: 1, or 0 for a stand-in, where a rank has no pair left
         """
         output = backbone(self.model)(**batch["inputs"], use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)  # [T, D]
@@ -422,7 +455,6 @@ class Policy(torch.nn.Module):
         of_answers = [tokens.sum() for tokens in logprobs.split(batch["split"])]
         chosen = torch.stack(of_answers[0::2])  # [n]
         rejected = torch.stack(of_answers[1::2])  # [n]
-        # a new tensor: a view would lose FSDP's backward hook when something is done to it in place
         return torch.stack([chosen, rejected], dim=1)  # [n, 2]
 
 
@@ -451,14 +483,15 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     policy = build_policy(path, config, args, device.type, world)
     source = None
     if rank == 0:
-        # With --dtype bf16 the dtype of the files will do: `source` is copied into the fp32 weights
-        # of `policy`, and compared with it below.
+        # `source` is copied into the fp32 weights of `policy` and compared with it below. For bf16
+        # the dtype of the files is precise enough.
         dtype = torch.float32 if args.dtype == "fp32" else "auto"
         attention = attention_implementation(config)
         source = models.load_model(AutoModelForCausalLM, path, dtype, attention)
     fsdp.load_weights(policy, source, device, args.cpu_offload)
 
-    # The same pair twice gives the same numbers: nothing random is left on.
+    # The same pair twice gives the same numbers: nothing random is left on. `long` is the longest
+    # pair that fits into a microbatch.
     short, long = shortest_and_longest(pairs, args.packing, args.tokens_per_batch)
     first = first_logprobs(policy, long, args, device, path)  # [2]
     second = logprobs_of_one(policy, long, args, device)  # [2]
@@ -468,7 +501,7 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     # of its logits.
     ours = logprobs_of_one(policy, short, args, device)  # [2]
     if rank == 0:
-        checks.check_causal(source, short, args.dtype, path)  # BERT may attend in both directions
+        checks.check_causal(source, short, args.dtype, path)  # BERT may see the future
         checks.check_model(ours, source, short, args.dtype, path)
     return policy
 
@@ -476,7 +509,7 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
 def first_logprobs(policy, pair: dict, args, device, path: str) -> Tensor:
     """logprobs_of_one; a failure means that this model cannot be trained here.
 
-    The model's code may need other inputs than ours. path: of the model, for the message.
+    Its code may need more than token ids and positions. path: of the model, for the message.
     """
     try:
         return logprobs_of_one(policy, pair, args, device)
@@ -493,8 +526,8 @@ def first_logprobs(policy, pair: dict, args, device, path: str) -> Tensor:
 
 def logprobs_of_one(policy, pair: dict, args, device) -> Tensor:
     """[2], of a pair alone. All ranks call it together: FSDP gathers the weights from all ranks."""
-    plan = [plan_step([pair], [0], args)]
-    return all_logprobs(policy, [pair], plan, args.packing, device)[0]
+    plans = [plan_step([pair], [0], args)]  # one rank computes the pair, the others a stand-in
+    return all_logprobs(policy, [pair], plans, args.packing, device)[0]
 
 
 @torch.no_grad()
@@ -518,33 +551,6 @@ def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -
     fsdp.reshard(policy)
     dist.all_reduce(result)  # one rank computed each pair; the others add zeros, which is exact
     return result.cpu()
-
-
-# ---- which pairs, in which order ---------------------------------------------------------------
-
-
-def plan_step(pairs: list[dict], indices: list[int], args) -> list[list[list[int]]]:
-    """Share the pairs of one step among the ranks: [rank][microbatch] -> indices into pairs."""
-    _, world = ranks()
-    costs = {i: cost(pairs[i], args.packing) for i in indices}
-    return microbatches(costs, args.tokens_per_batch, world, args.packing)
-
-
-def plan_all_steps(pairs: list[dict], args) -> list:
-    """The plan of every step of every epoch. It follows from the seed: no checkpoint holds it."""
-    plans = []
-    for epoch in range(args.num_train_epochs):
-        order = list(range(len(pairs)))
-        random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
-        for start in range(0, len(order), args.batch_size):
-            indices = order[start : start + args.batch_size]
-            plans.append(plan_step(pairs, indices, args))
-    return plans
-
-
-def indices_of(plan: list) -> list[int]:
-    """The pairs of a step, of all ranks. plan: [rank][microbatch] -> indices."""
-    return [i for share in plan for batch in share for i in batch]
 
 
 # ---- one step ----------------------------------------------------------------------------------
@@ -602,8 +608,8 @@ def training_step(
             total = (values.double() * batch["weights"]).sum()
             totals[name] = totals.get(name, 0.0) + total
 
-    # Where there was room, weights stayed gathered since the first microbatch (fsdp.shard). The
-    # update below changes the shards, so those copies must go.
+    # Where memory allows, fsdp.shard turns resharding off, and weights are gathered since the first
+    # microbatch. The update below changes the shards, so those copies must go.
     fsdp.reshard(policy)
 
     # add up over all ranks. "stop" is summed too: if one rank was told to stop, all stop
@@ -759,7 +765,7 @@ def beta_of_epoch(epoch: int, args) -> float:
 def loss_if_policy_is_reference(
     pairs: list[dict], reference: Tensor, indices: list[int], beta: float, args
 ) -> float:
-    """The mean loss of a step whose policy is the reference; ln 2 for the sigmoid loss."""
+    """The mean loss of a step whose policy is the reference: ln 2, unless flags add to it."""
     logprobs = reference[indices]  # [n, 2]
     lengths = torch.tensor([lengths_of(pairs[i])[1:] for i in indices])  # [n, 2]
     return loss_of_pairs(logprobs, logprobs, lengths, beta, args).mean().item()
@@ -807,7 +813,7 @@ def not_finite(step: Step, number: int, pairs: list[dict], stage: Stage) -> Stop
 class StopSignals:
     """From here on, SIGTERM and Ctrl-C only set `received`; they no longer end the process.
 
-    training_step looks at it, once per step. A signal during the export has no effect: the export
+    `train` looks at it, once per step. A signal during the export has no effect: the export
     is nearly done, and worth waiting for.
     """
 
@@ -844,7 +850,7 @@ def load_reference(file: Path, pair_count: int) -> Tensor | None:
 
 
 def save_reference(file: Path, reference: Tensor, pairs: list[dict]) -> None:
-    """Rank 0 keeps the reference's log-probs for a run that is interrupted and resumed.
+    """Check the reference's log-probs, and keep them for a run that is interrupted and resumed.
 
     Raises Stop where one is not finite, and names the pairs.
     """
@@ -903,7 +909,8 @@ def main():
     args.packing = network.choose_packing(args.packing, config, longest, args.model)
     plans = plan_all_steps(pairs, args)
 
-    # 2. The reference, in the microbatches of the first epoch: it is rounded as the policy will be
+    # 2. The reference, in the microbatches of the first epoch: so its rounding errors are those of
+    # the policy's first pass, and the first loss is ln 2
     first_epoch = plans[: len(plans) // args.num_train_epochs]
     reference_file = stage.parts / "reference.npz"
     reference = load_reference(reference_file, len(pairs))
@@ -914,9 +921,10 @@ def main():
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
     save_reference(reference_file, reference, pairs)
 
-    # 3. Audit the answers that this policy wrote; checks.audit leaves out those of other models.
-    # Their log-probs are in `reference` already, unless that is another model: then compute them,
-    # for one batch of pairs
+    # 3. Audit the answers that this policy wrote: pair["models"] holds the hashes of the writers of
+    # (chosen, rejected), and checks.audit skips answers of other models. By default the policy's
+    # log-probs are those of the reference. With --ref_model they are not: then compute them, for
+    # one batch of pairs
     if args.ref_model:
         audited = [pair for pair in pairs if model_hash in pair["models"]][: args.batch_size]
         plan = [plan_step(audited, list(range(len(audited))), args)] if audited else []
@@ -939,6 +947,7 @@ def save(weights: dict, tokenizer, stage: Stage, args, **figures) -> None:
     """Rank 0: the trained policy as a Hugging Face folder, its log beside it, and the metadata."""
     with whole(stage.output) as folder:
         save_dtype = DTYPES.get(args.save_dtype)  # None for auto
+        # the share of the weights that differ from --model's
         changed = fsdp.export(weights, args.model, save_dtype, tokenizer, folder)
         with whole(stage.beside(".train.jsonl")) as log:
             log.write_bytes((stage.parts / "train.jsonl").read_bytes())

@@ -21,6 +21,7 @@ from stage import Stage, hash_path, seed_of
 
 
 def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line if isinstance(line, str) else dump(line) for line in lines))
     return path
 
