@@ -157,20 +157,18 @@ class Stage:
 
     def _check_places(self, inputs: dict) -> None:
         """Stop where writing the output would change an input."""
-        ours = [self.output, self.meta_path, self.parts, self.beside(REPLACED)]
-        written = [path.resolve() for path in ours]
-        for name, paths in inputs.items():
-            for path in paths if isinstance(paths, (list, tuple)) else [paths]:
-                if not path or not os.path.exists(path):
-                    continue
-                source = Path(path).resolve()
-                covers = source in written or self.output.resolve() in source.parents
-                inside = source in self.output.resolve().parents
-                if covers or inside:
-                    raise Stop(
-                        f"{self.output}: writing it would change the input --{name} {path}. "
-                        "Use another --output."
-                    )
+        output = self.output.resolve()
+        beside = [self.meta_path.resolve(), self.parts.resolve(), self.beside(REPLACED).resolve()]
+        for name, path in paths_of(inputs):
+            source = path.resolve()
+            is_written = source == output or source in beside
+            lies_in_output = output in source.parents
+            holds_output = source in output.parents
+            if is_written or lies_in_output or holds_output:
+                raise Stop(
+                    f"{self.output}: writing it would change the input --{name} {path}. "
+                    "Use another --output."
+                )
 
     def _make_key(self, inputs: dict, free: Iterable[str]) -> dict:
         hashes = {}
@@ -384,6 +382,16 @@ class Stage:
         """Remove what is not needed once the output exists."""
         remove(self.parts)
         remove(self.beside(REPLACED))
+
+
+def paths_of(inputs: dict) -> Iterator[tuple[str, Path]]:
+    """Argument name and path of each input that is on this machine; a name on the hub is not."""
+    for name, paths in inputs.items():
+        if not isinstance(paths, (list, tuple)):
+            paths = [paths]
+        for path in paths:
+            if path and os.path.exists(path):
+                yield name, Path(path)
 
 
 def write_meta(path: Path, meta: dict) -> None:
