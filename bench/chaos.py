@@ -97,13 +97,14 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parse(arguments())
+    if args.what == "disk":
+        chaos_disk.enter_namespace()
     report = Report(args.only, args.save)
     with ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        world = World(folder.resolve())
-        if not args.cold:
-            world.python = str(stack.enter_context(WarmPython(world.folder)).path)
+        warm = str(stack.enter_context(WarmPython(folder.resolve())).path)
+        world = World(folder.resolve(), warm, sys.executable if args.cold else warm)
         names = ("torch", "transformers")
         versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
         report.say(f"{args.what}, seed {args.seed}; {versions}, CPU")

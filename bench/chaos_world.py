@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from records import dump, remove
@@ -39,14 +39,15 @@ class World:
     """folder/home is where the user stands and keeps what is theirs; folder/run is the run."""
 
     folder: Path
-    python: str = sys.executable
-    more: dict = field(default_factory=dict)  # settings beside the usual ones
+    warm: str = ""  # a warm python, which knows SUICIDE
+    python: str = ""  # what the stages run in
 
     def __post_init__(self):
         self.home = self.folder / "home"
         self.run = self.folder / "runs/run"
 
     def build(self) -> None:
+        """What a user brings."""
         causal_lm(self.home / "model", tie=True)
         (self.home / "reward.py").write_text(REWARD)
         rows = []
@@ -57,9 +58,9 @@ class World:
         (self.home / "heldout.jsonl").write_text("".join(map(dump, rows[PROMPTS:])))
         self.theirs = self.hash_of_theirs()
 
-    def settings(self, **more) -> dict[str, str]:
-        """The environment of the loop; a value of None leaves a setting out."""
-        given = {
+    def given(self) -> dict:
+        """The settings that all runs have."""
+        return {
             "PYTHON": self.python,
             "MODEL": self.home / "model",
             "REWARD_FN": f"{self.home}/reward.py:reward",
@@ -78,9 +79,11 @@ class World:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": 1,
         }
+
+    def settings(self, **more) -> dict[str, str]:
+        """The environment of the loop."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(LEAKS)}
-        given = given | self.more | more
-        return clean | {k: text(v) for k, v in given.items() if v is not None}
+        return clean | {k: text(v) for k, v in (self.given() | more).items()}
 
     def start(self, prepare: Callable[[], None] | None = None, **more) -> "Loop":
         return Loop(self, self.settings(**more), prepare)
@@ -122,6 +125,14 @@ class World:
         for path in self.run.iterdir():
             remove(path)
         shutil.copytree(copy, self.run, symlinks=True, dirs_exist_ok=True)
+
+    def copy_back(self, original: Path, path: Path) -> None:
+        """One file or folder, from a kept copy."""
+        remove(path)
+        if original.is_dir():
+            shutil.copytree(original, path, symlinks=True)
+        else:
+            shutil.copy2(original, path)
 
 
 def text(value) -> str:

@@ -81,7 +81,11 @@ class WarmPython:
 
     def __enter__(self):
         command = [sys.executable, __file__, self.address]
-        self.server = subprocess.Popen(command, cwd=ROOT, preexec_fn=end_with_parent)
+        # These are read when torch and the hub's client are imported.
+        settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | settings, preexec_fn=end_with_parent
+        )
         while not os.path.exists(self.address):
             assert self.server.poll() is None, "the warm python did not start"
             time.sleep(0.05)
@@ -206,7 +210,7 @@ def become(request: dict, files: list[int]) -> None:
             os.close(file)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

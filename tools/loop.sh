@@ -86,7 +86,7 @@ check_settings() {
 # keeps using that commit.
 pinned() {
     if [[ -z $1 || -e $1 || $1 == init || $1 == prev ]]; then
-        echo "$1"
+        printf '%s\n' "$1" # echo would take a folder called -n for a flag
     else
         "$PYTHON" models.py "$1"
     fi
@@ -115,6 +115,9 @@ begin() {
     if [[ -n ${DEMO:-} ]]; then
         once "$RUN/demo.log" "$DEMO" demo/build.py --output "$DEMO" --seed "$SEED"
     fi
+    for name in PROMPTS HELDOUT; do # or it would be looked for on the hub, like a model
+        [[ -f ${!name} ]] || die "$name: ${!name}: no such file"
+    done
     MODEL=$(pinned "$MODEL")
     REWARD_MODEL=$(pinned "$REWARD_MODEL")
     ENHANCER=$(pinned "$ENHANCER")
