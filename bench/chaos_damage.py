@@ -118,11 +118,13 @@ def disturb(world: World, report, rng, args) -> None:
 def kinds_of(state: State, path: Path):
     if (state.copy / path).is_dir():
         return OF_FOLDERS
-    if path.suffix in (".log", ".png"):
+    if path.suffix in (".log", ".png", ".html"):
         return (emptied, folder, removed)
-    if state.name == "finished" and path.parts[0] in ("iter_00", "iter_02"):
-        return (flipped,)  # their like is in iter_01
-    return (*OF_FILES, *OF_ROWS) if path.suffix == ".jsonl" else OF_FILES
+    if path.suffix == ".jsonl":
+        return (*OF_FILES, *OF_ROWS)
+    if state.name != "judged" and path.name.endswith(".meta.json"):
+        return (flipped, removed)  # the other ways are tried on the judge's
+    return OF_FILES
 
 
 def try_damage(world: World, report, state: State, path: Path, kind, seed: str) -> None:
@@ -143,7 +145,7 @@ def try_damage(world: World, report, state: State, path: Path, kind, seed: str) 
         faults += differences(world, state)
     else:
         outcome = "refused"
-        faults += undone(world, state, path)
+        faults += undone(world, state, path, random.Random(seed))
     report.case(f"{state.name} {path} {kind.__name__}", outcome, loop.message(), faults)
 
 
@@ -153,9 +155,15 @@ def survives(victim: Path, kind) -> bool:
     return mine.is_file() and mine.read_text() == "a user's file"
 
 
-def undone(world: World, state: State, path: Path) -> list[str]:
-    """The damage is undone; then the same command ends with the same bytes."""
+def undone(world: World, state: State, path: Path, rng: random.Random) -> list[str]:
+    """The damage is undone; then the same command ends with the same bytes.
+
+    A finished run in which nothing else has changed need not run again: one in four does.
+    """
     world.copy_back(state.copy / path, world.run / path)
+    untouched = not differences(world, state) and not list(world.run.rglob("*.parts"))
+    if untouched and state.name in ("finished", "judged") and rng.randrange(4):
+        return []
     loop = world.loop(timeout=120, **state.more)
     faults = [f"undone: {fault}" for fault in loop.faults()]
     if loop.code != 0:
@@ -205,7 +213,12 @@ def chooser(state: str) -> Callable[[Path], bool]:
         return ".parts" in str(path) or (state == "training" and at_the_top)
 
     def of_finished(path: Path) -> bool:
-        return path.name not in (".lock", "iter_00", "iter_02", "eval") or str(path) == "iter_01"
+        """iter_00 and iter_02 hold the like of what is in iter_01; some of it is read less."""
+        if path.parts[0] == "iter_01":
+            return path.suffix != ".log" or path.name == "train.log"
+        if path.name in ("scored.jsonl", "model.safetensors", "policy.train.jsonl"):
+            return True
+        return len(path.parts) == 1 and path.name not in (".lock", "iter_00", "iter_02")
 
     return of_finished if state == "finished" else of_unfinished_stage
 

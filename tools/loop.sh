@@ -168,8 +168,10 @@ stage() {
     local log=$1 status=0
     shift
     mkdir -p "$(dirname "$log")"
-    printf '\n+ %s\n' "$*" | tee -a "$log"
-    "$@" > >(trap '' INT TERM; exec tee -a "$log") 2>&1 & # Ctrl-C reaches tee, too, but the stage still prints
+    printf '\n+ %s\n' "$*" | tee -a "$log" 2>/dev/null ||
+        die "$log: cannot be written. Is the disk full? Then free some space and run the same command again"
+    # Ctrl-C reaches tee, too, but the stage still prints. What no longer fits into the log is printed all the same.
+    "$@" > >(trap '' INT TERM; exec tee -a "$log" 2>/dev/null) 2>&1 &
     child=$!
     wait "$child" || status=$?
     child=
