@@ -31,6 +31,8 @@ VALUES = {
     "help": "--help",
 }
 
+MORE = ("NODE_RANK", "CUDA_VISIBLE_DEVICES")  # read by the shell, too
+
 # What else a setting needs to be looked at, and to be looked at within a second.
 BESIDE = {
     "JUDGE": {"JUDGE_URL": "http://127.0.0.1:9/v1", "REWARD_FN": ""},
@@ -55,7 +57,7 @@ SECRETS = [
 
 def names_of_settings() -> list[str]:
     script = (ROOT / "iterate.sh").read_text()
-    return re.findall(r"^setting ([A-Z_]+)", script, re.M) + ["NODE_RANK"]
+    return re.findall(r"^setting ([A-Z_]+)", script, re.M) + list(MORE)
 
 
 def disturb(world: World, report, rng, args) -> None:

@@ -191,9 +191,11 @@ class Loop:
         self.reader.join(10)
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """kill -9 of the group; again while a fork of the warm python is about to join it."""
+        while self.left_behind():
+            os.killpg(self.process.pid, signal.SIGKILL)
+            time.sleep(0.01)
         self.process.wait()
-        wait_until(lambda: not self.left_behind(), 10)
 
     def left_behind(self) -> list[str]:
         """Processes of its group that are still there."""
