@@ -317,6 +317,8 @@ class Stage:
         path = self.part(index)
         if not path.exists():
             return False
+        if path.is_dir():
+            raise Stop(f"{path}: is a folder, which no stage has made. Move it away.")
         if read_part(path) is None:
             print(f"{path}: is damaged; its rows are done again", flush=True)
             remove(path)
