@@ -809,7 +809,7 @@ def test_flags_that_contradict_or_have_no_effect(
 def test_bad_input_names_file_and_line(tmp_path, run, folder):
     for line, match in (
         ("", "empty"),
-        ("{}\n", r"c.jsonl:1: key .id. is missing"),
+        ("{}\n", r"c.jsonl:1: key .id., .* are missing"),
         ("{\n", "c.jsonl:1: not JSON"),
     ):
         (tmp_path / "c.jsonl").write_text(line)
