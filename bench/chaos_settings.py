@@ -27,8 +27,6 @@ VALUES = {
     "flags": "-rf",
     "folder": "/",
     "unicode": "ünï ☃ \u202e",
-    "backslash": "\\",
-    "help": "--help",
 }
 
 MORE = ("NODE_RANK", "CUDA_VISIBLE_DEVICES")  # read by the shell, too
@@ -42,7 +40,7 @@ BESIDE = {
 }
 # These are used in iterations only; the others show what they do without any.
 IN_ITERATIONS = (
-    "PROMPTS PROMPTS_PER_ITER NUM_SAMPLES REF HISTORY ENHANCER KEEP PAIRS_ARGS TRAIN_ARGS".split()
+    "PROMPTS_PER_ITER NUM_SAMPLES REF HISTORY ENHANCER KEEP PAIRS_ARGS TRAIN_ARGS".split()
 )
 
 # Not hostile, but as likely: each must be refused in time.
