@@ -83,7 +83,8 @@ def hash_path(path) -> str:
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(hash_path, files)
             lines = [f"{f.relative_to(path)} {h}" for f, h in zip(files, hashes, strict=True)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        names_and_hashes = "\n".join(lines).encode(errors="surrogateescape")  # any name of a file
+        return hashlib.sha256(names_and_hashes).hexdigest()
     if path.suffix in (".jsonl", ".py") or name.startswith((".", "/")):
         raise Stop(f"{name}: no such file or folder.")
     # imported here, because it imports transformers: make_pairs.py needs neither, and it takes

@@ -19,15 +19,15 @@ class Demo(World):
 
     def build(self) -> None:
         self.home = ROOT
-        self.theirs = ""
+        self.theirs = []
 
     def given(self) -> dict:
         names = ("PYTHON", "RUN", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
         given = super().given()
         return {name: given[name] for name in names}
 
-    def hash_of_theirs(self) -> str:
-        return ""
+    def hash_of_theirs(self) -> list[str]:
+        return []
 
 
 def disturb(world: World, report, rng, args) -> None:

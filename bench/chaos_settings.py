@@ -1,9 +1,9 @@
 """bench/chaos.py settings: hostile values of every setting of iterate.sh."""
 
-import os
 import re
 
-from bench.chaos_world import ROOT, World
+from bench.chaos_world import ROOT, THEIRS, World
+from records import remove
 
 # What must never run makes a file of this name, wherever it runs.
 MARK = "X_WAS_RUN"
@@ -135,13 +135,6 @@ def harm_done(world: World, results: dict) -> list[str]:
 
 def tidy(world: World) -> None:
     """Remove the folders that RUN=… has made where the user stands."""
-    known = {"model", "reward.py", "prompts.jsonl", "heldout.jsonl"}
-    for name in os.listdir(os.fsencode(world.home)):
-        if os.fsdecode(name) not in known:
-            remove_tree(os.path.join(os.fsencode(world.home), name))
-
-
-def remove_tree(path: bytes) -> None:
-    import shutil
-
-    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    for path in world.home.iterdir():
+        if path.name not in THEIRS:
+            remove(path)

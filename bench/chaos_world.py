@@ -23,6 +23,7 @@ REWARD = (
 PROMPTS, HELDOUT = 75, 6  # more than stage.ROWS_PER_PART, so that a stage has two parts
 LEAKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VLLM_", "OPENAI_API_KEY")
 
+THEIRS = ("model", "reward.py", "prompts.jsonl", "heldout.jsonl")
 ROWS = ("prompts.jsonl", "candidates.jsonl", "scored.jsonl", "pairs.jsonl")
 EVALUATION = ("eval/candidates.jsonl", "eval/scored.jsonl")
 
@@ -93,8 +94,9 @@ class World:
         loop.wait(timeout)
         return loop
 
-    def hash_of_theirs(self) -> str:
-        return hash_path(self.home)
+    def hash_of_theirs(self) -> list[str]:
+        """Of what the user has brought; a run of theirs may come to stand beside it."""
+        return [hash_path(self.home / name) for name in THEIRS]
 
     def results(self, run: Path | None = None) -> dict[str, str]:
         """Hashes of all that a run is for: rows, weights, evaluations, and the training's log."""
