@@ -266,7 +266,7 @@ def test_table_fits_and_shows_both_rewards(tmp_path, monkeypatch, capsys):
         "pairs": 60000,
     }
     long |= {"iteration": 10, "seconds": {"policy": 86399}}
-    assert max(map(len, report.plain(report.table([long])).splitlines())) <= 120
+    assert max(map(len, report.plain(report.table([long], report.Rewards())).splitlines())) <= 120
 
 
 class Reader(HTMLParser):
