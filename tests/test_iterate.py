@@ -522,7 +522,7 @@ def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, j
             {"JUDGE": "m", "JUDGE_SERVER_ARGS": "-x", "JUDGE_URL": "http://localhost:1/v1"},
             "runs already",
         ),
-        ({"JUDGE": "m", "JUDGE_URL": "http://me:secret@host/v1"}, "into OPENAI_API_KEY"),
+        ({"JUDGE": "m", "JUDGE_URL": "http://me:secret@host/v1"}, "key would end up in logs"),
         ({"HELDOUT": "none.jsonl"}, "none.jsonl: no such file"),
         ({"PYTHON": "/no/such/python"}, "/no/such/python"),
     ],
