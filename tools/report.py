@@ -640,8 +640,8 @@ def reward_columns(rows: list[dict], rewards: Rewards) -> list[Column]:
     would repeat it.
     """
     known = names_of(rows)
-    names = [] if rewards.by_judge_alone else ["reward"]
-    names += [x for x in ("score", JUDGE, "gold") if x in known]
+    names = [JUDGE, "score"] if rewards.by_judge_alone else ["reward", "score", JUDGE]
+    names = [x for x in (*names, "gold") if x in known or x == "reward"]
     opponents = {row["opponent"] for row in rows if "opponent" in row}
 
     columns = []
@@ -770,6 +770,7 @@ def legend(rows: list[dict], rewards: Rewards) -> list[str]:
         first += "same prompts"
     lines = [f"{first}."]
 
+    proxy = "win rate" if rewards.by_judge_alone else "reward"
     if "opponent" in last:
         figure = "gold" if rewards.judge_figure == "gold" else "win rate"
         lines.append(
@@ -779,9 +780,8 @@ def legend(rows: list[dict], rewards: Rewards) -> list[str]:
         )
     if "score" in last:
         penalty = f"{rewards.length_penalty:g}"
-        lines.append(f"score is reward - {penalty} per token: what has decided the pairs.")
+        lines.append(f"score is {proxy} - {penalty} per token: what has decided the pairs.")
     if rewards.gold:
-        proxy = "win rate" if rewards.by_judge_alone else "reward"
         lines.append(
             f"{proxy} is the proxy that was optimised; "
             f'gold (the reward "{rewards.gold}") was only watched.'
