@@ -312,7 +312,8 @@ class Opponent:
             return
         count_rows(source, OPPONENT)
         for row in read_jsonl(source, OPPONENT):
-            self.rows[row["id"]] = {key: row[key] for key in OPPONENT if key in row}
+            texts = [{"text": one["text"], "model": one.get("model")} for one in row["candidates"]]
+            self.rows[row["id"]] = {"id": row["id"], "prompt": row["prompt"], "candidates": texts}
 
     def answers_to(self, row: dict) -> list[Answer]:
         """Its answers to the prompt of `row`, one of our rows; none where it has none."""
