@@ -299,19 +299,17 @@ def pairs_of_all_rows(answers: list[Answer]) -> list[tuple[int, int]]:
 
 
 class Opponent:
-    """Whose answers all candidates meet.
+    """Whose answers all candidates meet: of a file, held in memory, or the rows' references."""
 
-    source: a file of answers, whose texts are held in memory, or REFERENCE.
-    """
-
-    def __init__(self, source: str, strip_reasoning: bool):
-        self.source = source
-        self.strip_reasoning = strip_reasoning
+    def __init__(self, args):
+        self.source = args.opponent
+        self.candidates = args.candidates
+        self.strip_reasoning = args.strip_reasoning
         self.rows: dict[str, dict] = {}  # of the file, by id
-        if source == REFERENCE:
+        if self.source == REFERENCE:
             return
-        count_rows(source, OPPONENT)
-        for row in read_jsonl(source, OPPONENT):
+        count_rows(self.source, OPPONENT)
+        for row in read_jsonl(self.source, OPPONENT):
             texts = [{"text": one["text"], "model": one.get("model")} for one in row["candidates"]]
             self.rows[row["id"]] = {"id": row["id"], "prompt": row["prompt"], "candidates": texts}
 
@@ -328,7 +326,7 @@ class Opponent:
                 f'{self.source}: id "{row["id"]}": prompt differs from that of --candidates. '
                 "Answers to different prompts cannot be compared: take both from one prompts.jsonl."
             )
-        return answers_of([its_row], self.strip_reasoning)
+        return answers_of([its_row], self.strip_reasoning, [self.source])
 
     def reference_row(self, row: dict) -> dict | None:
         """The row's reference as a row with one answer; None where it has no reference."""
@@ -338,18 +336,18 @@ class Opponent:
             return None
         if not isinstance(text, str):
             raise Stop(
-                f'--opponent {REFERENCE}: id "{row["id"]}": meta.reference must be a string, the '
-                f"text of an answer; found {json.dumps(text)[:60]}."
+                f'{", ".join(self.candidates)}: id "{row["id"]}": meta.reference must be a string, '
+                f"the text of an answer; found {json.dumps(text)[:60]}."
             )
         return row | {"candidates": [{"text": text}]}
 
-    def check_it_is_met(self, paths: list) -> None:
-        """Stop where it has no answer to any prompt of these files: it belongs to other prompts."""
-        for path in paths:
+    def check_it_is_met(self) -> None:
+        """Stop where it has no answer to any prompt: it belongs to other prompts."""
+        for path in self.candidates:
             if any(self.answers_to(row) for row in read_jsonl(path, CANDIDATES)):
                 return
         raise Stop(
-            f"--opponent {self.source}: it has no answer to any prompt of {paths[0]}. "
+            f"--opponent {self.source}: it has no answer to any prompt of {self.candidates[0]}. "
             "Rows are joined by their ids."
         )
 
@@ -685,7 +683,7 @@ def balances(judge: Judge, requests: dict, verdicts: dict, outcomes: Counter) ->
 
 def judge_part(judge: Judge, rows: list[dict], opponent: Opponent | None, args) -> dict:
     """Judge the candidates of `rows`, in place; those without a verdict are removed. -> balances"""
-    answers = answers_of(rows, args.strip_reasoning)
+    answers = answers_of(rows, args.strip_reasoning, args.candidates)
     rates, counts = win_rates(judge, answers, opponent)
     for answer, rate in zip(answers, rates, strict=True):
         if rate is None:
@@ -711,8 +709,8 @@ def main():
     stage.counts |= merged.counts
     opponent = None
     if args.opponent:
-        opponent = Opponent(args.opponent, args.strip_reasoning)
-        opponent.check_it_is_met(args.candidates)
+        opponent = Opponent(args)
+        opponent.check_it_is_met()
     judge = Judge(args, stage)
 
     with stage.progress(merged.total) as bar:
