@@ -423,7 +423,6 @@ def test_a_policy_that_is_needed_again_is_not_removed(world, tmp_path):
     assert done.returncode == 1 and "ENHANCER=prev needs KEEP=all" in done.stderr
 
 
-@pytest.mark.slow
 def test_progress_under_a_judge_is_seen(world, tmp_path):
     """The whole loop with a judge that counts letters: one half before training, more after it."""
 
@@ -783,8 +782,8 @@ def test_history_adds_the_pairs_of_so_many_earlier_iterations(asked):
 
 
 def test_a_star_among_arguments_is_no_pattern_of_files(asked):
-    commands = asked("generate.py", ITERS=1, GENERATE_ARGS="--top_k * $HOME $(true)")
-    assert each(commands, "--top_k") == [["*", "$HOME", "$(true)"]] * len(commands)
+    commands = asked("generate.py", ITERS=1, GENERATE_ARGS="--engine_args * $HOME $(true)")
+    assert each(commands, "--engine_args") == [["*", "$HOME", "$(true)"]] * len(commands)
 
 
 def test_relative_paths_mean_the_folder_of_the_caller(asked, world, tmp_path):
@@ -797,6 +796,13 @@ def test_relative_paths_mean_the_folder_of_the_caller(asked, world, tmp_path):
     assert taken.flags["--prompts"] == [f"{tmp_path}/prompts.jsonl"]
     assert taken.flags["--output"] == ["iter_01/prompts.jsonl"]
     assert (tmp_path / "run/heldout.jsonl").exists() and not (ROOT / "run").exists()
+
+
+def test_an_opponents_relative_path_means_the_folder_of_the_caller(asked, world, tmp_path):
+    shutil.copy(world / "heldout.jsonl", tmp_path / "theirs.jsonl")
+    more = {"cwd": tmp_path, "JUDGE": "m", "JUDGE_URL": "http://localhost:1/v1"}
+    judged = asked("judge.py", ITERS=0, OPPONENT="theirs.jsonl", **more)
+    assert each(judged, "--opponent") == [[f"{tmp_path}/theirs.jsonl"]]
 
 
 def test_keep_last_removes_a_policy_when_the_next_is_evaluated(asked, tmp_path):
