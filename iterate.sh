@@ -20,7 +20,8 @@ caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . tools/environment.sh # count_gpus, install, and PYTHON
 . tools/loop.sh        # setting, stage, everywhere, once, score: how the lines below run
-from_folder "$caller" MODEL PROMPTS HELDOUT RUN REWARD_MODEL REWARD_FN GOLD_FN JUDGE ENHANCER
+from_folder "$caller" MODEL PROMPTS HELDOUT RUN REWARD_MODEL REWARD_FN GOLD_FN JUDGE OPPONENT \
+    ENHANCER
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -39,6 +40,8 @@ setting REWARD_FN         # a python function, file.py:name
 setting JUDGE             # a language model that compares answers; vLLM serves it here, or
 setting JUDGE_URL         # the http://…/v1 of a server that offers JUDGE; its key in OPENAI_API_KEY
 setting JUDGE_SERVER_ARGS # more arguments for the server that is started here
+setting OPPONENT          # whose answers a judge compares held-out ones with: a file of answers, or
+                          # "meta.reference"; default: the initial policy's
 setting GOLD_FN           # a function that only watches the held-out answers
 
 # The loop
@@ -53,6 +56,7 @@ setting KEEP all         # "last" removes a policy when nothing needs it any mor
 
 # More arguments for a stage; see its --help
 setting GENERATE_ARGS
+setting EVAL_ARGS # of generate.py on held-out prompts; it samples there at temperature 1 unless told
 setting SCORE_ARGS
 setting JUDGE_ARGS
 setting PAIRS_ARGS

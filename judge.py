@@ -10,6 +10,16 @@ rate over both orders, which removes the judge's preference for a position:
     rewards.judge = mean over opponents j of [v(i, j) + 1 - v(j, i)] / 2
     reward       += judge_weight * rewards.judge
 
+That ranks the answers of one policy, and cannot tell it from another one: a comparison gives one
+point to its two answers together, so the mean win rate is one half whoever wrote them. To evaluate
+a policy, --opponent lets each of its answers meet a fixed answer to the same prompt instead:
+
+    rewards.judge = [v(ours, theirs) + 1 - v(theirs, ours)] / 2
+
+The opponent is a file of answers, joined by id (our k-th answer meets its k-th, modulo their
+number), or "meta.reference", an answer that the prompts bring along. Against its own answers a
+policy has a win rate of exactly 1/2, and the judge is not asked.
+
 The input may be candidates.jsonl, or a scored.jsonl; then the judge's reward is added to the
 rewards in it. With weight 0 it is only watched: it is recorded and decides nothing.
 
@@ -51,7 +61,21 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from arguments import integer_in, number_in, parse, parser
-from records import CANDIDATES, Answer, Stop, answers_of, drop_unscored, dump, finite, merge_by_id
+from records import (
+    CANDIDATES,
+    PROMPT,
+    TEXT,
+    Answer,
+    Stop,
+    answers_of,
+    count_rows,
+    drop_unscored,
+    dump,
+    finite,
+    merge_by_id,
+    optional,
+    read_jsonl,
+)
 from stage import Stage, run, seed_of
 
 # A backslash at the end of a line joins it with the next one.
@@ -89,6 +113,10 @@ Then end with one line: "Verdict: A", "Verdict: B" or, where neither is better,
 # What a template must hold. It may also hold {mark}.
 PLACEHOLDERS = ("{prompt}", "{answer_a}", "{answer_b}")
 MARK_DIGITS = 16
+
+REFERENCE = "meta.reference"  # as --opponent: the answer under this key of each row
+# A file of answers as --opponent: candidates.jsonl, scored.jsonl, or whatever has their texts.
+OPPONENT = PROMPT | {"candidates": [{"text": TEXT, "model": optional(TEXT)}]}
 
 # A key with fewer characters, like the EMPTY that some servers want, is no secret. To replace it
 # would change words of a reply.
@@ -137,7 +165,21 @@ def arguments():
         help="show the judge only what follows </think>; training keeps all of it",
     )
 
-    # How fast, and how much
+    # Who is compared with whom
+    add(
+        "--opponent",
+        metavar=f"FILE|{REFERENCE}",
+        help="for evaluation: each answer meets one of this candidates.jsonl, or the row's "
+        f"{REFERENCE}; default: the answers to a prompt meet each other",
+    )
+
+    add_pace_arguments(p)
+    return p
+
+
+def add_pace_arguments(p) -> None:
+    """How fast, and how much."""
+    add = p.add_argument
     add(
         "--judge_concurrency",
         type=integer_in("[1, inf)"),
@@ -153,7 +195,6 @@ def arguments():
         type=integer_in("[1, inf)"),
         help="budget: how many replies are paid for, over all restarts; default: no limit",
     )
-    return p
 
 
 def check_arguments(args) -> None:
@@ -161,6 +202,11 @@ def check_arguments(args) -> None:
     check_key(api_key())
     if args.judge_concurrency is None:
         args.judge_concurrency = 64 if on_this_machine(args.judge_url) else 16
+    if args.opponent not in (None, REFERENCE) and not os.path.isfile(args.opponent):
+        raise Stop(
+            f"--opponent {args.opponent}: no such file. Give a candidates.jsonl, or "
+            f'"{REFERENCE}" for the answers that the prompts bring along.'
+        )
 
 
 def check_url(url: str) -> None:
@@ -250,6 +296,92 @@ def pairs_of_all_rows(answers: list[Answer]) -> list[tuple[int, int]]:
         row = answers[indices[0]].row
         pairs += comparisons(indices, row["id"])
     return pairs
+
+
+class Opponent:
+    """Whose answers all candidates meet: of a file, held in memory, or the rows' references."""
+
+    def __init__(self, args):
+        self.source = args.opponent
+        self.candidates = args.candidates
+        self.strip_reasoning = args.strip_reasoning
+        self.rows: dict[str, dict] = {}  # of the file, by id
+        if self.source == REFERENCE:
+            return
+        count_rows(self.source, OPPONENT)
+        for row in read_jsonl(self.source, OPPONENT):
+            texts = [{"text": one["text"], "model": one.get("model")} for one in row["candidates"]]
+            self.rows[row["id"]] = {"id": row["id"], "prompt": row["prompt"], "candidates": texts}
+
+    def answers_to(self, row: dict) -> list[Answer]:
+        """Its answers to the prompt of `row`, one of our rows; none where it has none."""
+        if self.source == REFERENCE:
+            its_row = self.reference_row(row)
+        else:
+            its_row = self.rows.get(row["id"])
+        if its_row is None:
+            return []
+        if its_row["prompt"] != row["prompt"]:
+            raise Stop(
+                f'{self.source}: id "{row["id"]}": prompt differs from that of --candidates. '
+                "Answers to different prompts cannot be compared: take both from one prompts.jsonl."
+            )
+        return answers_of([its_row], self.strip_reasoning, [self.source])
+
+    def reference_row(self, row: dict) -> dict | None:
+        """The row's reference as a row with one answer; None where it has no reference."""
+        meta = row.get("meta") or {}
+        text = meta.get("reference")
+        if text is None:
+            return None
+        if not isinstance(text, str):
+            raise Stop(
+                f'{", ".join(self.candidates)}: id "{row["id"]}": meta.reference must be a string, '
+                f"the text of an answer; found {json.dumps(text)[:60]}."
+            )
+        return row | {"candidates": [{"text": text}]}
+
+    def check_it_is_met(self) -> None:
+        """Stop where it has no answer to any prompt: it belongs to other prompts."""
+        for path in self.candidates:
+            if any(self.answers_to(row) for row in read_jsonl(path, CANDIDATES)):
+                return
+        raise Stop(
+            f"--opponent {self.source}: it has no answer to any prompt of {self.candidates[0]}. "
+            "Rows are joined by their ids."
+        )
+
+
+def met_by(ours: Answer, theirs: list[Answer]) -> Answer:
+    """Which of the opponent's answers to a prompt `ours` meets: the one in its place.
+
+    But what the opponent itself has written meets itself, wherever it stands: if score.py could not
+    read an answer, those behind it have moved up.
+    """
+    for answer in theirs:
+        same_policy = answer.candidate.get("model") == ours.candidate["model"]
+        if same_policy and answer.text == ours.text:
+            return answer
+    return theirs[ours.index % len(theirs)]
+
+
+def pairs_with_opponent(
+    answers: list[Answer], opponent: Opponent
+) -> tuple[list[Answer], list[tuple[int, int]]]:
+    """All answers that are shown, ours first, and which two of them meet, as indices into these.
+
+    Ours without an opponent are dropped.
+    """
+    shown = answers.copy()
+    pairs = []
+    for k, ours in enumerate(answers):
+        theirs = opponent.answers_to(ours.row)
+        if not theirs:
+            ours.dropped = "no_opponent"
+            continue
+        pairs.append((k, len(shown)))
+        shown.append(met_by(ours, theirs))
+    return shown, pairs
 
 
 def request_text(template: str, a: Answer, b: Answer) -> str:
@@ -482,9 +614,26 @@ def read_template(path: str | None) -> str:
 # ---- the stage ---------------------------------------------------------------------------------
 
 
-def win_rates(judge: Judge, answers: list[Answer]) -> tuple[list[float | None], dict]:
+def win_rates(
+    judge: Judge, answers: list[Answer], opponent: Opponent | None
+) -> tuple[list[float | None], dict]:
     """The win rate of each answer, None where no comparison of it was decided; and the balances."""
-    pairs = pairs_of_all_rows(answers)
+    if opponent:
+        shown, pairs = pairs_with_opponent(answers, opponent)
+    else:
+        shown, pairs = answers, pairs_of_all_rows(answers)
+    points, counts = compare(judge, shown, pairs)
+
+    rates = []
+    for k in range(len(answers)):
+        rates.append(sum(points[k]) / len(points[k]) if points[k] else None)
+    return rates, counts
+
+
+def compare(
+    judge: Judge, answers: list[Answer], pairs: list[tuple[int, int]]
+) -> tuple[dict[int, list[float]], dict]:
+    """What each answer has won in its comparisons, by its index; and the balances."""
     requests: dict[tuple[int, int], str] = {}
     for i, j in pairs:
         if answers[i].text != answers[j].text:
@@ -504,11 +653,7 @@ def win_rates(judge: Judge, answers: list[Answer]) -> tuple[list[float | None], 
             outcomes[outcome(first, second)] += 1
         points[i].append((first + 1 - second) / 2)
         points[j].append((second + 1 - first) / 2)
-
-    rates = []
-    for k in range(len(answers)):
-        rates.append(sum(points[k]) / len(points[k]) if points[k] else None)
-    return rates, balances(judge, requests, verdicts, outcomes)
+    return points, balances(judge, requests, verdicts, outcomes)
 
 
 def outcome(first: float, second: float) -> str:
@@ -536,13 +681,13 @@ def balances(judge: Judge, requests: dict, verdicts: dict, outcomes: Counter) ->
     }
 
 
-def judge_part(judge: Judge, rows: list[dict], args) -> dict:
+def judge_part(judge: Judge, rows: list[dict], opponent: Opponent | None, args) -> dict:
     """Judge the candidates of `rows`, in place; those without a verdict are removed. -> balances"""
     answers = answers_of(rows, args.strip_reasoning, args.candidates)
-    rates, counts = win_rates(judge, answers)
+    rates, counts = win_rates(judge, answers, opponent)
     for answer, rate in zip(answers, rates, strict=True):
         if rate is None:
-            answer.dropped = "no_judge_verdict"
+            answer.dropped = answer.dropped or "no_judge_verdict"
             continue
         candidate = answer.candidate
         candidate["rewards"] = candidate.get("rewards", {}) | {"judge": rate}
@@ -555,16 +700,22 @@ def main():
     args = parse(arguments())
     check_arguments(args)
     inputs = {"candidates": args.candidates, "judge_prompt": args.judge_prompt}
+    if args.opponent != REFERENCE:
+        inputs["opponent"] = args.opponent
     stage = Stage(args, inputs, args.output, free=PACE)
     if stage.done:
         return
     merged = merge_by_id(args.candidates, CANDIDATES)
     stage.counts |= merged.counts
+    opponent = None
+    if args.opponent:
+        opponent = Opponent(args)
+        opponent.check_it_is_met()
     judge = Judge(args, stage)
 
     with stage.progress(merged.total) as bar:
         for index, part in stage.todo(merged.rows):
-            counts = judge_part(judge, part, args)
+            counts = judge_part(judge, part, opponent, args)
             stage.write_part(index, part, counts)
             bar.update(len(part))
     stage.join(merged.total)

@@ -375,6 +375,49 @@ MUTANTS = [
         'outcomes["out"] += 1',
         ("tests/test_judge.py::test_a_judge_that_prefers_a_place_decides_nothing_and_is_reported",),
     ),
+    Mutant(
+        "heldout-answers-judged-among-themselves",
+        "A judge compares held-out answers with a fixed opponent's.",
+        "tools/loop.sh",
+        'local opponent=(--opponent "${OPPONENT:-$RUN/iter_00/eval/candidates.jsonl}")',
+        "local opponent=()",
+        (
+            LOOP
+            + "test_a_judge_compares_heldout_answers_with_one_opponent_in_every_iteration[a file]",
+        ),
+    ),
+    Mutant(
+        "opponent-is-the-policy-itself",
+        "The opponent is the initial policy, in every iteration.",
+        "tools/loop.sh",
+        "$RUN/iter_00/eval/candidates.jsonl",
+        "$folder/eval/candidates.jsonl",
+        (LOOP + "test_a_judge_compares_heldout_answers_with_one_opponent_in_every_iteration[]",),
+    ),
+    Mutant(
+        "opponent-always-shown-second",
+        "A judge that prefers a place moves no win rate over an opponent.",
+        "judge.py",
+        "points[i].append((first + 1 - second) / 2)",
+        "points[i].append(first)",
+        ("tests/test_judge.py::test_pitfalls_43_a_heldout_curve_under_a_judge_can_move[0-1]",),
+    ),
+    Mutant(
+        "opponents-first-answer-alone",
+        "Our k-th answer meets the opponent's k-th.",
+        "judge.py",
+        "theirs[ours.index % len(theirs)]",
+        "theirs[0]",
+        ("tests/test_judge.py::test_each_answer_meets_the_one_in_its_place_in_both_orders",),
+    ),
+    Mutant(
+        "evaluation-samples-as-training",
+        "However training samples, held-out answers are drawn from the policy itself.",
+        "tools/loop.sh",
+        "$GENERATE_ARGS $PLAIN_SAMPLING $EVAL_ARGS",
+        "$PLAIN_SAMPLING $GENERATE_ARGS $EVAL_ARGS",
+        (LOOP + "test_training_may_sample_otherwise_and_evaluation_does_not",),
+    ),
     # ---- pairs ---------------------------------------------------------------------------------
     Mutant(
         "ties-broken-by-index",
@@ -824,6 +867,22 @@ MUTANTS = [
         'candidate["logprob"] - ref_logprob',
         'ref_logprob - candidate["logprob"]',
         ("tests/test_report.py::test_figures_equal_those_on_paper",),
+    ),
+    Mutant(
+        "win-rate-of-win-rates",
+        "A judge's win rate is not compared with another one as if it were a reward.",
+        "tools/report.py",
+        "x not in win_rates:",
+        "True:",
+        ("tests/test_report.py::test_a_judges_figure_is_a_win_rate_and_there_is_none_of_it",),
+    ),
+    Mutant(
+        "score-without-the-penalty",
+        "The score is the reward less the length penalty, which decided the pairs.",
+        "tools/report.py",
+        "rewards.length_penalty * length",
+        "rewards.length_penalty",
+        ("tests/test_report.py::test_a_length_penalty_is_in_the_score_that_decided_the_pairs",),
     ),
 ]
 

@@ -254,6 +254,28 @@ def test_judges_cache(request, tmp_path, world):
     fuzz(request, "judge's cache", damaged(replies), once)
 
 
+def test_judges_opponent(request, tmp_path, world):
+    """A damaged file of answers that the candidates are compared with."""
+    (tmp_path / "ours.jsonl").write_text("".join(map(dump, scored_rows())))
+    flags = ["--judge_url", world.url, "--judge_model", "m"]
+    flags += ["--candidates", tmp_path / "ours.jsonl"]
+    path, output = tmp_path / "in.jsonl", tmp_path / "out"
+    argv = ["judge.py", "--opponent", path, "--output", output, *flags]
+
+    def once(content: bytes) -> str:
+        for left in tmp_path.glob("out*"):
+            remove(left)
+        path.write_bytes(content)
+        outcome = run_once(judge.main, argv, path)
+        if outcome == "accepted":
+            check_balance(output, len(PROMPTS))
+        elif output.exists():
+            raise Broken("refused, and there is an output")
+        return outcome
+
+    fuzz(request, "judge's opponent", damaged(scored_rows()), once)
+
+
 def test_dpo_train(request, tmp_path, world):
     flags = ["--model", world.model, "--learning_rate", 1e-3, "--dtype", "fp32"]
     once = of_a_file(tmp_path, dpo_train.main, "pairs", *flags)

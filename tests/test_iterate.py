@@ -25,6 +25,7 @@ from conftest import ROOT
 from records import dump
 from small_models import causal_lm, tokenizer
 from stage import hash_path
+from test_judge import Server
 from tools import one_prompt
 
 REWARD = (
@@ -49,9 +50,9 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory):
+def judge(world, tmp_path_factory):
     """Settings for a tiny chat model that was taught to say "Verdict: A" to everything: position
-    bias at its worst.
+    bias at its worst. Held-out answers meet that of a user's file.
     """
     folder = tmp_path_factory.mktemp("judge")
     (folder / "prompt.txt").write_text("<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?")
@@ -75,10 +76,14 @@ def judge(tmp_path_factory):
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder / "model")
+    heldout = map(json.loads, (world / "heldout.jsonl").read_text().splitlines())
+    theirs = [row | {"candidates": [{"text": "a plum"}]} for row in heldout]
+    (folder / "opponent.jsonl").write_text("".join(map(dump, theirs)))
     return {
         "ITERS": 0,
         "REWARD_FN": "",
         "JUDGE": folder / "model",
+        "OPPONENT": folder / "opponent.jsonl",
         "JUDGE_SERVER_ARGS": "--enforce-eager",
         "JUDGE_ARGS": f"--judge_prompt {folder}/prompt.txt --judge_max_tokens 30",
     }
@@ -418,6 +423,36 @@ def test_a_policy_that_is_needed_again_is_not_removed(world, tmp_path):
     assert done.returncode == 1 and "ENHANCER=prev needs KEEP=all" in done.stderr
 
 
+def test_progress_under_a_judge_is_seen(world, tmp_path):
+    """The whole loop with a judge that counts letters: one half before training, more after it."""
+
+    def more_letters(a, b):
+        if a.count("e") == b.count("e"):
+            return "Verdict: TIE"
+        return "Verdict: A" if a.count("e") > b.count("e") else "Verdict: B"
+
+    server = Server(more_letters)
+    run = tmp_path / "run"
+    more = {"REWARD_FN": "", "JUDGE": "m", "JUDGE_URL": server.url}
+    more["TRAIN_ARGS"] = "--learning_rate 3e-3 --batch_size 2"
+    done = iterate(world, run, **more)
+    server.shutdown()
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = map(json.loads, (run / "summary.jsonl").read_text().splitlines())
+    assert (before["reward/judge"], before["reward/judge_se"]) == (0.5, 0.0)
+    assert after["reward/judge"] > 0.5 + 2 * after["reward/judge_se"]
+    assert before["opponent"] == after["opponent"] == "the initial policy"
+    assert after["position_bias"] == 0.0 and "reward_win" not in after
+
+    # The win rate, by the definition
+    texts = {}
+    for k in (0, 1):
+        rows = map(json.loads, open(run / f"iter_0{k}/eval/candidates.jsonl"))
+        texts[k] = [one["text"].count("e") for row in rows for one in row["candidates"]]
+    wins = [(a > b) + (a == b) / 2 for a, b in zip(texts[1], texts[0], strict=True)]
+    assert after["reward/judge"] == pytest.approx(sum(wins) / len(wins))
+
+
 @pytest.mark.vllm
 def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_path):
     """The real vLLM server; then the same command again, which starts none."""
@@ -436,9 +471,7 @@ def test_a_judge_is_served_while_it_is_needed_and_no_longer(world, judge, tmp_pa
         "counts"
     ]
     different = counts["judge_pairs"]["in"]
-    assert (
-        4 < different <= 8
-    )  # 8 prompts, 2 answers each; the same answer twice is a tie, without a request
+    assert different == 16  # 8 prompts, 2 answers each, and each meets its opponent
     assert counts["judge_replies"] == {"in": 2 * different, "out": 2 * different, "dropped": {}}
     assert counts["judge_pairs"]["dropped"] == {"first_shown_won_twice": different}
     scored = [json.loads(line) for line in open(tmp_path / "run/iter_00/eval/scored.jsonl")]
@@ -488,6 +521,9 @@ def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, j
         ({"REWARD_FN": ""}, "no reward"),
         ({"JUDGE_SERVER_ARGS": "--enforce-eager"}, "no effect without JUDGE"),
         ({"JUDGE_ARGS": "--judge_weight 2"}, "no effect without JUDGE"),
+        ({"OPPONENT": "meta.reference"}, "no effect without JUDGE"),
+        ({"JUDGE": "m", "OPPONENT": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"JUDGE": "m", "JUDGE_ARGS": "--opponent a.jsonl"}, "set OPPONENT"),
         (
             {"JUDGE": "m", "JUDGE_SERVER_ARGS": "-x", "JUDGE_URL": "http://localhost:1/v1"},
             "runs already",
@@ -588,8 +624,11 @@ for word in words:
         values = flags.setdefault(word, [])
     elif flags:
         values.append(word)
-for flag in ("--model", "--ref_model", "--prompts", "--candidates", "--scored", "--pairs"):
+inputs = ("model", "ref_model", "prompts", "candidates", "scored", "pairs", "opponent")
+for flag in [f"--{{name}}" for name in inputs]:
     for value in flags.get(flag, []):
+        if value == "meta.reference":
+            continue
         path = value.partition("=")[2] or value
         assert os.path.exists(path), f"{{script}} {{flag}} {{path}}: not there"
 
@@ -658,6 +697,53 @@ def test_every_policy_is_evaluated_on_the_same_heldout_prompts_and_seed(asked):
     assert each(evaluated, "--seed") == [["0"]] * 3
 
 
+def test_training_may_sample_otherwise_and_evaluation_does_not(asked):
+    """Of repeated flags the last one counts: EVAL_ARGS are the last."""
+    shaped = "--max_new_tokens 9 --temperature 0.7 1.3 --top_p 0.9 --top_k 20 --min_p 0.1"
+    sampled = asked("generate.py", ITERS=1, GENERATE_ARGS=shaped)
+    evaluated = [c for c in sampled if "--iteration" not in c.flags]
+    (trained_on,) = [c for c in sampled if "--iteration" in c.flags]
+    last = {"--temperature": "1", "--top_p": "1", "--top_k": "0", "--min_p": "0"}
+    assert len(evaluated) == 2
+    for command in evaluated:
+        assert {flag: command.flags[flag][-1] for flag in last} == last
+    assert each(sampled, "--max_new_tokens") == [["9"]] * 3
+    assert trained_on.flags["--temperature"] == ["0.7", "1.3"]
+    assert trained_on.flags["--top_p"] == ["0.9"]
+
+
+def test_eval_args_have_the_last_word_in_evaluation_and_none_in_training(asked):
+    sampled = asked("generate.py", ITERS=1, EVAL_ARGS="--temperature 0.5 --max_new_tokens 99")
+    evaluated = [c for c in sampled if "--iteration" not in c.flags]
+    assert each(evaluated, "--temperature") == [["1", "0.5"]] * 2
+    assert each(evaluated, "--max_new_tokens") == [["12", "99"]] * 2
+    (trained_on,) = [c for c in sampled if "--iteration" in c.flags]
+    assert "--temperature" not in trained_on.flags
+    assert trained_on.flags["--max_new_tokens"] == ["12"]
+
+
+@pytest.mark.parametrize("opponent", ["", "meta.reference", "a file"])
+def test_a_judge_compares_heldout_answers_with_one_opponent_in_every_iteration(
+    asked, world, opponent
+):
+    """By default the initial policy. The answers that pairs are made of meet each other."""
+    served = {"JUDGE": "m", "JUDGE_URL": "http://localhost:1/v1"}
+    if opponent == "a file":
+        opponent = world / "heldout.jsonl"
+    judged = asked("judge.py", ITERS=2, **served, OPPONENT=opponent)
+    theirs = [str(opponent or "iter_00/eval/candidates.jsonl")]
+    of_output = {
+        command.flags["--output"][0]: command.flags.get("--opponent") for command in judged
+    }
+    assert of_output == {
+        "iter_00/eval/scored.jsonl": theirs,
+        "iter_01/scored.jsonl": None,
+        "iter_01/eval/scored.jsonl": theirs,
+        "iter_02/scored.jsonl": None,
+        "iter_02/eval/scored.jsonl": theirs,
+    }
+
+
 def test_the_distance_is_from_the_first_policy_and_from_the_one_before(asked):
     scored = [c for c in asked("score.py", ITERS=2) if "--ref_model" in c.flags]
     assert each(scored, "--output") == [[f"iter_0{i}/eval/scored.jsonl"] for i in (1, 2)]
@@ -696,8 +782,8 @@ def test_history_adds_the_pairs_of_so_many_earlier_iterations(asked):
 
 
 def test_a_star_among_arguments_is_no_pattern_of_files(asked):
-    commands = asked("generate.py", ITERS=1, GENERATE_ARGS="--top_k * $HOME $(true)")
-    assert each(commands, "--top_k") == [["*", "$HOME", "$(true)"]] * len(commands)
+    commands = asked("generate.py", ITERS=1, GENERATE_ARGS="--engine_args * $HOME $(true)")
+    assert each(commands, "--engine_args") == [["*", "$HOME", "$(true)"]] * len(commands)
 
 
 def test_relative_paths_mean_the_folder_of_the_caller(asked, world, tmp_path):
@@ -710,6 +796,13 @@ def test_relative_paths_mean_the_folder_of_the_caller(asked, world, tmp_path):
     assert taken.flags["--prompts"] == [f"{tmp_path}/prompts.jsonl"]
     assert taken.flags["--output"] == ["iter_01/prompts.jsonl"]
     assert (tmp_path / "run/heldout.jsonl").exists() and not (ROOT / "run").exists()
+
+
+def test_an_opponents_relative_path_means_the_folder_of_the_caller(asked, world, tmp_path):
+    shutil.copy(world / "heldout.jsonl", tmp_path / "theirs.jsonl")
+    more = {"cwd": tmp_path, "JUDGE": "m", "JUDGE_URL": "http://localhost:1/v1"}
+    judged = asked("judge.py", ITERS=0, OPPONENT="theirs.jsonl", **more)
+    assert each(judged, "--opponent") == [[f"{tmp_path}/theirs.jsonl"]]
 
 
 def test_keep_last_removes_a_policy_when_the_next_is_evaluated(asked, tmp_path):
@@ -728,7 +821,7 @@ def test_each_iteration_has_its_own_slice_of_the_prompts(asked):
 @pytest.mark.parametrize(
     ("script", "setting", "flag"),
     [
-        ("generate.py", "GENERATE_ARGS", "--top_k"),
+        ("generate.py", "GENERATE_ARGS", "--batch_size"),
         ("score.py", "SCORE_ARGS", "--tokens_per_batch"),
         ("make_pairs.py", "PAIRS_ARGS", "--min_margin"),
         ("dpo_train.py", "TRAIN_ARGS", "--beta"),

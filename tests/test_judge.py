@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
+from statistics import NormalDist, fmean
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,9 @@ from conftest import ROOT
 from judge import arguments, check_arguments, comparisons, verdict
 from judge import main as judge_main
 from make_pairs import rank_pairs
+
+sys.path.insert(0, str(ROOT / "tools"))
+import report
 
 PROMPT = "<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?"
 
@@ -427,6 +431,182 @@ def test_reasoning_is_stripped_from_what_the_judge_sees(judge):
         assert "at great length" not in request["body"]["messages"][0]["content"]
     scored, _, _ = judge(data, longer, output="t.jsonl")
     assert wins(scored) == [[1, 0]]
+
+
+# ---- an opponent: the judge of an evaluation ---------------------------------------------------
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(map(records.dump, rows)))
+    return path
+
+
+def shown_pairs(server):
+    """The two texts of each request, in the order in which they were shown."""
+    pattern = r"A: <(.*?)> B: <(.*?)> Which"
+    return Counter(re.search(pattern, text, re.S).groups() for text in shown_by(server))
+
+
+def test_each_answer_meets_the_one_in_its_place_in_both_orders(judge, tmp_path):
+    """Whatever the order of the rows; of three answers the third meets the first of two."""
+    theirs = rows(["bb", "bbb"], ["y"])[::-1]
+    for row in theirs:  # answers from elsewhere have a text, and perhaps nothing else
+        del row["prompt_token_ids"]
+        row["candidates"] = [{"text": one["text"]} for one in row["candidates"]]
+    opponent = write_rows(tmp_path / "opponent.jsonl", theirs)
+    ours = rows(["a", "bbb", "ccc"], ["y", "xx"])
+    scored, counts, server = judge(ours, longer, "--opponent", opponent)
+    assert wins(scored) == [[0, 0.5, 1], [0.5, 1]]
+    assert [c["reward"] for c in scored[0]["candidates"]] == [0, 0.5, 1]
+    # The same text is a tie, and is not asked.
+    met = {("a", "bb"), ("bb", "a"), ("ccc", "bb"), ("bb", "ccc"), ("xx", "y"), ("y", "xx")}
+    assert shown_pairs(server) == Counter(met)
+    assert counts["judge_pairs"] == {"in": 3, "out": 3, "dropped": {}}
+
+
+def test_a_prompt_without_an_opponent_is_a_named_drop(judge, tmp_path):
+    theirs = rows(["bb"], [])
+    opponent = write_rows(tmp_path / "opponent.jsonl", theirs)
+    scored, counts, _ = judge(rows(["a"], ["b"], ["c", "d"]), longer, "--opponent", opponent)
+    assert wins(scored) == [[0], [], []]
+    assert counts["rows"] == {"in": 3, "out": 3, "dropped": {}}
+    assert counts["candidates"] == {"in": 4, "out": 1, "dropped": {"no_opponent": 3}}
+
+
+def test_the_opponent_may_come_with_the_prompts(judge):
+    ours = rows(["<think>at length</think>a", "ccc"], ["x"], ["y"])
+    ours[0]["meta"] = {"reference": "<think>and more of it</think>bb"}
+    ours[1]["meta"] = {"reference": None}
+    flags = ("--opponent", "meta.reference", "--strip_reasoning")
+    scored, counts, server = judge(ours, longer, *flags)
+    assert wins(scored) == [[0, 1], [], []]
+    assert set(shown_pairs(server)) == {("a", "bb"), ("bb", "a"), ("ccc", "bb"), ("bb", "ccc")}
+    assert counts["candidates"]["dropped"] == {"no_opponent": 2}
+
+    ours[1]["meta"] = {"reference": ["bb"]}
+    with pytest.raises(records.Stop, match=r'id "p1": meta.reference must be a string.*\["bb"\]'):
+        judge(ours, longer, *flags, output="t.jsonl")
+
+
+def test_an_answer_of_the_opponent_meets_itself_though_it_has_moved_up(judge, tmp_path):
+    """score.py has dropped the first answer of the initial policy, which it could not read."""
+    opponent = write_rows(tmp_path / "opponent.jsonl", rows(["a", "bb", "ccc"]))
+    scored, _, server = judge(rows(["bb", "ccc"]), longer, "--opponent", opponent)
+    assert wins(scored) == [[0.5, 0.5]] and not server.requests
+    # Another policy's answer with such a text is compared as any other.
+    another = rows(["bb", "ccc"])
+    for one in another[0]["candidates"]:
+        one["model"] = "another"
+    scored, _, _ = judge(another, longer, "--opponent", opponent, output="t.jsonl")
+    assert wins(scored) == [[1, 1]]
+
+
+def test_opponents_that_cannot_be_are_refused(judge, tmp_path):
+    ours = rows(["a", "bb"])
+    path = tmp_path / "opponent.jsonl"
+
+    def refused(match, opponent=path):
+        with pytest.raises(records.Stop, match=match) as stop:
+            judge(ours, longer, "--opponent", opponent)
+        assert "\n" not in str(stop.value) and not (tmp_path / "s.jsonl").exists()
+
+    refused("opponent.jsonl: no such file. Give a candidates.jsonl")
+    refused("meta.reference: it has no answer to any prompt of .*c.jsonl", "meta.reference")
+    write_rows(path, rows([], ["b"])[1:])
+    refused("opponent.jsonl: it has no answer to any prompt of .*c.jsonl")
+    write_rows(path, [rows(["b"])[0] | {"prompt": "another"}])
+    refused('opponent.jsonl: id "p0": prompt differs')
+    write_rows(path, rows(["b"]) * 2)
+    refused('opponent.jsonl:2: id "p0" was used in line 1')
+    write_rows(path, [{"id": "p0", "prompt": "x", "candidates": [{"answer": "b"}]}])
+    refused(r'opponent.jsonl:1: candidates\[0\]: key "text" is missing')
+
+
+def test_another_opponent_is_another_evaluation(judge, tmp_path):
+    """PITFALLS 13: by its content, which another name does not change."""
+    opponent = write_rows(tmp_path / "opponent.jsonl", rows(["bb"]))
+    _, _, server = judge(rows(["a"]), longer, "--opponent", opponent)
+    same = write_rows(tmp_path / "same.jsonl", rows(["bb"]))
+    judge(rows(["a"]), server.url, "--opponent", same)
+    write_rows(opponent, rows(["ccc"]))
+    with pytest.raises(records.Stop, match="--opponent: content changed"):
+        judge(rows(["a"]), server.url, "--opponent", opponent)
+    with pytest.raises(records.Stop, match="--opponent: was None, is meta.reference"):
+        judge(rows(["a"]), server.url, "--opponent", "meta.reference")
+    with pytest.raises(records.Stop, match="--opponent: was .*, is None"):
+        judge(rows(["a"]), server.url)
+
+
+GAP, SPREAD = 0.8, 0.5  # mean and deviation over prompts of how much better the second policy is
+
+
+def two_policies(prompts, each):
+    """Answers whose worth stands in them; the second policy is better by construction."""
+    rng = random.Random(43)
+    first, second = [], []
+    for _ in range(prompts):
+        better = rng.gauss(GAP, SPREAD)
+        first.append([f"{rng.gauss(0, 1):.9f}" for _ in range(each)])
+        second.append([f"{rng.gauss(better, 1):.9f}" for _ in range(each)])
+    first, second = rows(*first), rows(*second)
+    for row in second:
+        for one in row["candidates"]:
+            one["model"] = "second"
+    return first, second
+
+
+@pytest.mark.parametrize(("errors", "first_place"), [(0, 0), (0.2, 0), (0.1, 0.5), (0, 1)], ids=str)
+def test_pitfalls_43_a_heldout_curve_under_a_judge_can_move(judge, tmp_path, errors, first_place):
+    """From a judge that never errs to one that always says A: the report shows the true win rate.
+
+    first_place: the share of replies that name what is shown first, whatever it is. errors: the
+    share of all others that name the worse answer.
+    """
+
+    def says(a, b):
+        rng = random.Random(f"{a} {b}")
+        if rng.random() < first_place:
+            return "Verdict: A"
+        first_wins = (float(a) > float(b)) != (rng.random() < errors)
+        return "Verdict: A" if first_wins else "Verdict: B"
+
+    run = tmp_path / "run"
+    policies = two_policies(prompts=100, each=2)
+    opponent = run / "iter_00/eval/candidates.jsonl"
+    for k, answers in enumerate(policies):
+        write_rows(run / f"iter_0{k}/eval/candidates.jsonl", answers)
+        output = f"run/iter_0{k}/eval/scored.jsonl"
+        _, _, server = judge(answers, says, "--opponent", opponent, output=output)
+        assert len(server.requests) == k * 400
+    before, after = report.read_run(run).rows
+
+    # iteration 0: its own answers, a tie each, and nothing to ask
+    assert (before["reward/judge"], before["reward/judge_se"]) == (0.5, 0.0)
+    assert before["opponent"] == report.INITIAL and "position_bias" not in before
+
+    # Phi(GAP / sd of a difference), as far as this judge sees it
+    better = NormalDist().cdf(GAP / math.sqrt(2 + SPREAD**2))
+    true = 0.5 + (1 - first_place) * (1 - 2 * errors) * (better - 0.5)
+    assert after["reward/judge"] == pytest.approx(true, abs=2 * after["reward/judge_se"])
+    assert (after["reward"], after["reward_se"]) == (
+        after["reward/judge"],
+        after["reward/judge_se"],
+    )
+    if first_place == 1:
+        assert (after["reward/judge"], after["position_bias"]) == (0.5, 1.0)
+    else:
+        assert after["reward/judge"] > 0.5 + 2 * after["reward/judge_se"]
+        once = errors * (1 - errors)  # of two decided replies exactly this one errs
+        decided = (1 - first_place) ** 2
+        named_twice = first_place**2 + first_place * (1 - first_place) + decided * 2 * once
+        assert after["position_bias"] == pytest.approx(named_twice, abs=0.1)
+
+    # what it was: each policy against itself
+    if not errors + first_place:
+        for answers in policies:
+            scored, _, _ = judge(answers, says, output=f"{answers[0]['candidates'][0]['model']}")
+            assert fmean(chain.from_iterable(wins(scored))) == 0.5
 
 
 # ---- a server that fails -----------------------------------------------------------------------

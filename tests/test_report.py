@@ -266,7 +266,11 @@ def test_table_fits_and_shows_both_rewards(tmp_path, monkeypatch, capsys):
         "pairs": 60000,
     }
     long |= {"iteration": 10, "seconds": {"policy": 86399}}
-    assert max(map(len, report.plain(report.table([long])).splitlines())) <= 120
+    assert max(map(len, report.plain(report.table([long], report.Rewards())).splitlines())) <= 120
+    for x in ("score", "reward/judge"):
+        more = {x: -12.3456, f"{x}_se": 0.1234, f"{x}_diff": -12.3456, f"{x}_diff_se": 0.1234}
+        table = report.table([long | more], report.Rewards(judged=True))
+        assert max(map(len, report.plain(table).splitlines())) <= 120, x
 
 
 class Reader(HTMLParser):
@@ -352,6 +356,157 @@ def test_a_judge_that_scored_last(tmp_path):
     weighted = {"rewards": ["rm", "gold"], "reward_weights": [1.0, 0.5]}
     write_meta_of(folder / "scored.unjudged.jsonl", arguments=weighted)
     assert report.read_run(run).gold is None
+
+
+JUDGE_ARGUMENTS = {"judge_weight": 1.0, "opponent": "run/iter_00/eval/candidates.jsonl"}
+
+
+def judged_run(run: Path, rm_weight: float = 0.0) -> Path:
+    """small_run, with a judge's win rate over the initial policy beside rm, which has a weight or
+    not.
+    """
+    small_run(run)
+    rates = {"iter_00": {"a": [0.5, 0.5], "b": [0.5, 0.5]}, "iter_01": {"a": [1, 1], "b": [0.5, 1]}}
+    scoring = {"rewards": ["rm", "gold"], "reward_weights": [rm_weight, 0.0]}
+    for name, of_prompts in rates.items():
+        path = run / name / "eval/scored.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            for answer, rate in zip(row["candidates"], of_prompts[row["id"]], strict=True):
+                answer["rewards"]["judge"] = rate
+                answer["reward"] = rm_weight * answer["rewards"]["rm"] + rate
+        bias = {"in": 4, "out": 3, "dropped": {"first_shown_won_twice": 1}}
+        nothing = {"in": 0, "out": 0, "dropped": {}}
+        counts = {"judge_pairs": nothing if name == "iter_00" else bias}
+        # unjudged: score.py's file, which judge.py has read
+        unjudged = run / name / "eval/scored.unjudged.jsonl"
+        inputs = {"candidates": ["the initial answers" if name == "iter_00" else "others"]}
+        write_meta_of(unjudged, arguments=scoring, inputs=inputs)
+        inputs = {"candidates": ["scored answers"], "opponent": "the initial answers"}
+        write(path, rows, arguments=JUDGE_ARGUMENTS, inputs=inputs, counts=counts)
+    counts = {"judge_pairs": {"in": 10, "out": 8, "dropped": {"second_shown_won_twice": 2}}}
+    folder = run / "iter_01"
+    write_meta_of(folder / "scored.unjudged.jsonl", arguments=scoring)
+    write_meta_of(folder / "scored.jsonl", arguments={"judge_weight": 1.0}, counts=counts)
+    return run
+
+
+def test_a_judges_figure_is_a_win_rate_and_there_is_none_of_it(tmp_path, monkeypatch, capsys):
+    """The judge alone: no reward beside it, no difference that repeats it, no win over itself."""
+    run = judged_run(tmp_path / "run")
+    first, last = call(run, monkeypatch)
+    assert (first["reward/judge"], first["reward/judge_se"]) == (0.5, 0.0)
+    # iteration 1: 1 and 3/4, so 7/8 ± (1/4 / sqrt 2) / sqrt 2 = 1/8
+    assert (last["reward/judge"], last["reward/judge_se"]) == (0.875, pytest.approx(0.125))
+    assert last["reward"] == 0.875 and last["reward_diff"] == 0.375
+    assert not {"reward_win", "reward/judge_win"} & last.keys() and "gold_win" in last
+    assert last["opponent"] == "the initial policy"
+    assert (last["position_bias"], last["sampled/position_bias"]) == (0.25, 0.2)
+    assert "position_bias" not in first
+
+    printed = capsys.readouterr().out
+    head, *lines = printed.splitlines()[:3]
+    assert re.split(r"\s{2,}", head)[1:6] == ["win rate", "bias", "gold", "vs init", "win"]
+    assert lines[0].split()[:3] == ["0", "0.500±0.000", "-"]
+    assert lines[1].split()[:3] == ["1", "0.875±0.125", "25%"]
+    assert "prefers an answer to that of the initial policy" in " ".join(printed.split())
+    assert "win rate is the proxy that was optimised" in printed
+
+    page = (run / "report.html").read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(page)
+    text = "".join(reader.text)
+    assert "<th>win rate</th><th>bias</th><th>gold</th>" in page
+    assert "Win rate: the proxy that is optimised" in text and "Reward:" not in text
+
+
+def test_a_judge_beside_another_reward_and_another_opponent(tmp_path):
+    """A sum with a win rate in it has no win, but both have a difference."""
+    run = judged_run(tmp_path / "run", rm_weight=2.0)
+    for name in ("iter_00", "iter_01"):
+        path = run / name / "eval/scored.jsonl"
+        inputs = {"candidates": ["scored answers"], "opponent": "answers of another model"}
+        arguments = JUDGE_ARGUMENTS | {"opponent": "gpt.jsonl"}
+        write_meta_of(path, arguments=arguments, inputs=inputs)
+    read = report.read_run(run)
+    _, last = read.rows
+    assert last["reward"] == 2 * 2.25 + 0.875 and "reward_win" not in last
+    assert last["reward/judge_diff"] == 0.375 and "reward/rm_win" in last
+    assert last["opponent"] == "gpt.jsonl"
+    head = report.table(read.rows, read.rewards)[0]
+    columns = ["reward", "vs init", "win rate", "vs init", "bias", "gold", "vs init", "win"]
+    assert head[1:9] == columns
+
+
+def test_judged_without_an_opponent_or_by_several_is_said(tmp_path):
+    """A judge.py of before, or one that was called by hand."""
+    run = judged_run(tmp_path / "run")
+    assert "opponent" not in " ".join(report.read_run(run).warnings)
+    inputs = {"candidates": ["scored answers"], "opponent": "a file that was changed"}
+    write_meta_of(run / "iter_01/eval/scored.jsonl", arguments=JUDGE_ARGUMENTS, inputs=inputs)
+    warnings = " ".join(report.read_run(run).warnings)
+    assert "opponent was the initial an from iter_00, a file that wa from iter_01" in warnings
+    for name in ("iter_00", "iter_01"):
+        write_meta_of(run / name / "eval/scored.jsonl", arguments={"judge_weight": 1.0})
+    warnings = " ".join(report.read_run(run).warnings)
+    assert "iter_01: the held-out answers were judged against each other" in warnings
+    assert "reward_win" not in figures(run)[1]
+
+
+def test_a_judge_that_only_watched_is_gold(tmp_path, monkeypatch, capsys):
+    run = judged_run(tmp_path / "run", rm_weight=1.0)
+    for path in run.glob("**/scored.jsonl.meta.json"):
+        meta = json.loads(path.read_text())
+        del meta["sha256"]
+        meta["arguments"]["judge_weight"] = 0.0
+        write_meta_of(path.with_name("scored.jsonl"), **meta)
+    _, last = call(run, monkeypatch, "--gold", "judge")
+    assert last["gold"] == 0.875 and "gold_win" not in last and "reward_win" in last
+    printed = capsys.readouterr().out
+    assert "gold is how often the judge prefers" in printed
+
+
+def test_a_length_penalty_is_in_the_score_that_decided_the_pairs(tmp_path, monkeypatch, capsys):
+    run = small_run(tmp_path / "run")
+    without = figures(run)
+    pairs = run / "iter_01/pairs.jsonl"
+    counts = {"rows": {"in": 4, "out": 2, "dropped": {"tie": 2}}}
+    write_meta_of(pairs, arguments={"length_penalty": 0.1}, counts=counts)
+    first, last = call(run, monkeypatch)
+    # a: 3 - 0.6 and 5 - 1 -> 3.2; b: 1 - 0.2 and 0 - 0.2 -> 0.3
+    assert (last["score"], last["score_se"]) == (pytest.approx(1.75), pytest.approx(1.45))
+    # initial: four tokens per answer: 2 - 0.4 and 0 - 0.4
+    assert first["score"] == pytest.approx(0.6)
+    assert last["score_diff"] == pytest.approx(1.15)
+    assert last["score_diff_se"] == pytest.approx(((3.2 - 1.6) - (0.3 + 0.4)) / 2)
+    assert last["sampled/score"] == pytest.approx((3 + 1 + 2 + 1.5 - 0.1 * (4 + 6 + 4 + 6)) / 4)
+
+    printed = capsys.readouterr().out
+    assert "score is reward - 0.1 per token" in printed
+    head = re.split(r"\s{2,}", printed.splitlines()[0])
+    assert head[1:5] == ["reward", "vs init", "score", "vs init"]
+    assert max(map(len, printed.splitlines())) <= 120
+    page = (run / "report.html").read_text()
+    assert "<th>score</th><th>vs init</th><th>win</th>" in page  # what was too wide to print
+    assert "score: less the length penalty" in page
+
+    # everything else is as it was, and without a penalty all is
+    added = {"score", "score_se", "score_diff", "score_diff_se", "score_win", "score_win_se"}
+    for row, row_without in zip((first, last), without, strict=True):
+        assert row | row_without == row
+        assert row.keys() - row_without.keys() <= added | {"sampled/score"}
+    write_meta_of(pairs, arguments={"length_penalty": 0.0}, counts=counts)
+    assert figures(run) == without
+
+
+def test_pairs_by_different_scores_are_said(tmp_path):
+    run = small_run(tmp_path / "run")
+    add_training(run, 2, [(3.0, 1.0)])
+    write_meta_of(run / "iter_01/pairs.jsonl", arguments={"length_penalty": 0.1})
+    write_meta_of(run / "iter_02/pairs.jsonl", arguments={"length_penalty": 0.2})
+    read = report.read_run(run)
+    assert "length_penalty was 0.1 from iter_01, 0.2 from iter_02" in " ".join(read.warnings)
+    assert read.rewards.length_penalty == 0.2
 
 
 def test_reads_what_score_writes(tmp_path, stage):
@@ -440,6 +595,20 @@ def test_unlike_sampling_is_said(tmp_path):
     assert (
         "temperature was [1.0] from iter_00, [0.7] from iter_01" in out and "not estimate KL" in out
     )
+
+
+@pytest.mark.parametrize(
+    "shaped", [{"temperature": [0.7]}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}], ids=str
+)
+def test_answers_that_were_not_drawn_from_the_policy_itself_estimate_no_kl(tmp_path, shaped):
+    run = small_run(tmp_path / "run")
+    plain = {"temperature": [1.0], "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    for name in ("iter_00", "iter_01"):
+        write_meta_of(run / name / "eval/candidates.jsonl", arguments=plain)
+    assert "estimate KL" not in " ".join(report.read_run(run).warnings)
+    for name in ("iter_00", "iter_01"):
+        write_meta_of(run / name / "eval/candidates.jsonl", arguments=plain | shaped)
+    assert "do not estimate KL" in " ".join(report.read_run(run).warnings)
 
 
 def test_clustered_error_is_that_of_repeated_draws():

@@ -80,6 +80,11 @@ check_settings() {
         die "JUDGE_URL, JUDGE_ARGS and JUDGE_SERVER_ARGS have no effect without JUDGE, the model's name"
     [[ $JUDGE_URL != *[@?#]* && "$JUDGE_ARGS $JUDGE_SERVER_ARGS" != *--api[-_]key* ]] ||
         die "the judge's key would end up in logs and in config.json: put it into OPENAI_API_KEY alone"
+    [[ -n $JUDGE || -z $OPPONENT ]] || die "OPPONENT has no effect without JUDGE, which compares with it"
+    [[ " $JUDGE_ARGS" != *" --opponent"* ]] ||
+        die "--opponent in JUDGE_ARGS would decide pairs, too: set OPPONENT, which is for evaluation"
+    [[ -z $OPPONENT || $OPPONENT == meta.reference || -f $OPPONENT ]] ||
+        die "OPPONENT: $OPPONENT: no such file. It is a candidates.jsonl, or \"meta.reference\""
     [[ -z $JUDGE_URL || -z $JUDGE_SERVER_ARGS ]] ||
         die "JUDGE_SERVER_ARGS are for a server started here; JUDGE_URL's runs already"
 }
@@ -214,6 +219,11 @@ once() {
 
 # ---- Scoring and evaluation ----------------------------------------------------------------------
 
+# Held-out answers are drawn from the policy itself, however training samples: KL is estimated by them.
+PLAIN_SAMPLING="--temperature 1 --top_p 1 --top_k 0 --min_p 0"
+
+opponent=() # of judge.py: in training answers meet each other; evaluate sets it
+
 # score LOGS OUTPUT [ARGS of score.py…]: ${candidates[@]} with the rewards that were set. The judge
 # adds its reward to the others, so it comes last.
 score() {
@@ -229,14 +239,15 @@ score() {
     [[ -z $JUDGE ]] || ask_judge "$logs" "$output" "${inputs[@]}"
 }
 
-# evaluate FOLDER POLICY [ARGS of score.py…]: the same held-out prompts, temperature and seeds for
-# every policy.
+# evaluate FOLDER POLICY [ARGS of score.py…]: the same held-out prompts, temperature, seeds and, for
+# a judge, opponent for every policy. Of repeated flags the last one counts.
 evaluate() {
     local folder=$1 policy=$2
+    local opponent=(--opponent "${OPPONENT:-$RUN/iter_00/eval/candidates.jsonl}") # for ask_judge
     shift 2
     everywhere "$folder/logs/generate.log" generate.py --model "$policy" \
         --prompts "$RUN/heldout.jsonl" --output "$folder/eval/candidates.jsonl" \
-        --num_samples "$EVAL_SAMPLES" --seed "$SEED" $GENERATE_ARGS
+        --num_samples "$EVAL_SAMPLES" --seed "$SEED" $GENERATE_ARGS $PLAIN_SAMPLING $EVAL_ARGS
     candidates=("$folder/eval/candidates.jsonl")
     score "$folder/logs" "$folder/eval/scored.jsonl" "${watched[@]}" "$@"
 }
@@ -253,7 +264,7 @@ ask_judge() {
         [[ -e $output ]] || serve_judge "$logs/judge_server.log" "$port"
     fi
     everywhere "$logs/judge.log" judge.py --candidates "$@" --output "$output" \
-        --judge_url "$url" --judge_model "$JUDGE" $JUDGE_ARGS
+        --judge_url "$url" --judge_model "$JUDGE" "${opponent[@]}" $JUDGE_ARGS
     stop_judge
 }
 

@@ -15,8 +15,19 @@ to prompt p, of P prompts,
               ties count a half; x_win_se likewise
 
 for x = reward (the weighted sum that was optimised: a proxy), gold (a reward that was only watched;
-see --gold) and reward/NAME (every other reward by itself). summary.jsonl has one row per iteration.
-Its other columns:
+see --gold), reward/NAME (every other reward by itself) and, where the run's pairs were made with a
+length penalty,
+
+    score     reward - length_penalty * tokens of the answer: what has decided the pairs
+
+A judge compares each answer with one of a fixed opponent (judge.py --opponent), so reward/judge is
+a win rate already. Neither it nor a sum that it is part of has an x_win.
+
+summary.jsonl has one row per iteration. Its other columns:
+
+    opponent           whom the judge compared with: "the initial policy", "meta.reference", a file
+    position_bias      share of these comparisons in which the same place won in both orders, which
+                       makes them ties; sampled/position_bias for the judging that made the pairs
 
     kl/NAME, _se       mean of log pi(y|x) - log ref(y|x), summed over the tokens of an answer: an
                        unbiased estimate of KL(pi || ref) for answers drawn at temperature 1; ref is
@@ -25,7 +36,8 @@ Its other columns:
     length             tokens per answer
     truncated          share of answers cut off by the token limit
     distinct           different texts / answers
-    sampled/…          reward, length, truncated, distinct of the answers that pairs were made of
+    sampled/…          reward, score, length, truncated, distinct of the answers that pairs were
+                       made of
     pairs, counts      pairs made; rows in, out and dropped by reason, per stage
     seconds            per stage, counted from its last start
     training           of each column of train.jsonl: its last value, and its mean over the steps
@@ -54,9 +66,11 @@ import math
 import sys
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from records import (
@@ -101,11 +115,29 @@ OUTPUTS = [
 SCORING = ("scored.unjudged", "scored", "eval/scored.unjudged", "eval/scored")  # stages
 
 # The settings under which policies must be evaluated alike.
-SAMPLING = ("num_samples", "temperature", "top_p", "max_new_tokens", "seed")
+SAMPLING = (
+    "num_samples",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_new_tokens",
+    "seed",
+)
+# Of those, what answers that estimate KL are drawn with.
+UNSHAPED = {"temperature": ("1.0", "[1.0]"), "top_p": ("1.0",), "top_k": ("0",), "min_p": ("0.0",)}
+
+JUDGE = "reward/judge"  # the judge's win rate, as a figure
+INITIAL = "the initial policy"  # as the judge's opponent
 
 WIDTH = 120  # columns of what is printed
+LEAST_NEEDED = ("win", "distinct", "cut", "time")  # not printed where the width does not suffice
 EXTREMES = 5  # strongest and weakest pairs on the page
 
+NO_OPPONENT = (
+    "the held-out answers were judged against each other, so their mean win rate is one half "
+    "by construction. Evaluate again with judge.py --opponent, as iterate.sh does."
+)
 NO_GOLD = (
     "There is no gold reward: the curve is the proxy that was optimised, "
     "and over-optimisation raises it, too."
@@ -128,17 +160,50 @@ class Iteration:
         return iteration_number(self.folder)
 
 
+@dataclass(frozen=True)
+class Rewards:
+    """What the answers of a run were rewarded for."""
+
+    gold: str | None = None  # name of the reward that was only watched
+    optimised: frozenset[str] = frozenset()  # names of those with a weight
+    judged: bool = False  # whether held-out answers have a judge's reward
+    length_penalty: float = 0.0  # of the latest pairs; 0: there is no score beside the reward
+
+    @property
+    def by_judge_alone(self) -> bool:
+        return self.optimised == {"judge"}
+
+    @property
+    def judge_figure(self) -> str | None:
+        """The name of the judge's win rate among the figures."""
+        if not self.judged:
+            return None
+        return "gold" if self.gold == "judge" else JUDGE
+
+    @property
+    def win_rates(self) -> set[str]:
+        """The figures that are a judge's win rate, or sums with it."""
+        if not self.judged:
+            return set()
+        sums = {"reward", "score"} if "judge" in self.optimised else set()
+        return sums | {self.judge_figure}
+
+
 @dataclass
 class Run:
     """A run, as far as it got, without its texts."""
 
     folder: Path
     config: dict  # config.json
-    gold: str | None  # name of the reward that was only watched
+    rewards: Rewards
     iterations: list[Iteration]
     rows: list[dict]  # of summary.jsonl, one per iteration
     legend: list[str]  # how to read the table
     warnings: list[str]  # what a reader must know about the comparison
+
+    @property
+    def gold(self) -> str | None:
+        return self.rewards.gold
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -151,18 +216,23 @@ def read_run(folder: Path, asked: str | None = None) -> Run:
         remedy = "Run iterate.sh again with the settings of this run: it writes the file anew"
         config = read_json(folder / "config.json", TEXTS, remedy)
     folders = iteration_folders(folder)
-    gold = choose_gold(asked, folders)
+    rewards = Rewards(
+        gold=choose_gold(asked, folders),
+        optimised=frozenset(optimised_rewards(folders)),
+        judged="judge" in heldout_rewards(folders),
+        length_penalty=latest_length_penalty(folders),
+    )
 
-    iterations = [read_iteration(f, gold) for f in folders]
+    iterations = [read_iteration(f, rewards) for f in folders]
     warnings = compare_settings(iterations)
 
-    initial = iterations[0].heldout if folders[0].name == "iter_00" else {}
+    initial = iterations[0] if folders[0].name == "iter_00" else None
     reference = config.get("REF", "prev")
-    rows = [summarise(iteration, initial, reference) for iteration in iterations]
+    rows = [summarise(iteration, initial, rewards, reference) for iteration in iterations]
 
-    if not gold and any("reward" in row for row in rows):
+    if not rewards.gold and any("reward" in row for row in rows):
         warnings = [NO_GOLD, *warnings]
-    return Run(folder, config, gold, iterations, rows, legend(rows, gold), warnings)
+    return Run(folder, config, rewards, iterations, rows, legend(rows, rewards), warnings)
 
 
 def iteration_folders(run_dir: Path) -> list[Path]:
@@ -180,11 +250,11 @@ def iteration_number(folder: Path) -> int:
     return int(folder.name.removeprefix("iter_"))
 
 
-def read_iteration(folder: Path, gold: str | None) -> Iteration:
+def read_iteration(folder: Path, rewards: Rewards) -> Iteration:
     heldout = {}
     scored = folder / "eval/scored.jsonl"
     if scored.exists():
-        heldout = {row["id"]: measure(row, gold) for row in read_jsonl(scored, SCORED)}
+        heldout = {row["id"]: measure(row, rewards) for row in read_jsonl(scored, SCORED)}
 
     steps = []
     log = folder / "policy.train.jsonl"
@@ -199,7 +269,7 @@ def read_metas(folder: Path) -> dict[str, dict]:
     for output in OUTPUTS:
         path = folder / f"{output}.meta.json"
         if path.exists():
-            remedy = f"Remove it and {path.parent.name}/{output} to make both again"
+            remedy = f"Remove it and {folder.name}/{output} to make both again"
             metas[output.removesuffix(".jsonl")] = read_meta(path, remedy)
     return metas
 
@@ -253,19 +323,32 @@ def heldout_rewards(folders: list[Path]) -> set[str]:
     return set()
 
 
-def measure(row: dict, gold: str | None = None) -> Measures:
+def latest_length_penalty(folders: list[Path]) -> float:
+    """The --length_penalty of the latest pairs; one for all rows, so that they can be compared."""
+    latest = 0.0
+    for folder in folders:
+        metas = read_metas(folder)
+        if "pairs" in metas:
+            latest = metas["pairs"]["arguments"].get("length_penalty", 0.0)
+    return latest
+
+
+def measure(row: dict, rewards: Rewards) -> Measures:
     """All that is measured of the answers to one prompt; empty where no answer has a score."""
     values: Measures = defaultdict(list)
     answers = row["candidates"]
     for candidate in answers:
+        length = len(candidate["token_ids"])
         values["reward"].append(candidate["reward"])
+        if rewards.length_penalty:
+            values["score"].append(candidate["reward"] - rewards.length_penalty * length)
         for name, reward in candidate["rewards"].items():
-            key = "gold" if name == gold else f"reward/{name}"
+            key = "gold" if name == rewards.gold else f"reward/{name}"
             values[key].append(reward)
         for name, ref_logprob in candidate.get("ref_logprobs", {}).items():
             values[f"kl/{name}"].append(candidate["logprob"] - ref_logprob)
         values["objective/entropy"].append(-candidate["logprob"])
-        values["length"].append(len(candidate["token_ids"]))
+        values["length"].append(length)
         values["truncated"].append(candidate["finish_reason"] == "length")
     if answers:
         texts = {candidate["text"] for candidate in answers}
@@ -278,7 +361,7 @@ def compare_settings(iterations: list[Iteration]) -> list[str]:
     warnings = []
     first_ids = None  # of the first policy that was evaluated, in this file:
     first_file = None
-    seen = {name: {} for name in SAMPLING}  # setting -> {its value: the first folder that has it}
+    seen: dict[str, dict[str, str]] = defaultdict(dict)  # setting -> {value: its first folder}
     for iteration in iterations:
         name = iteration.folder.name
 
@@ -302,13 +385,38 @@ def compare_settings(iterations: list[Iteration]) -> list[str]:
                 f"{name}: {silent} held-out prompts have no scored answer; the others are compared."
             )
 
-        # sampled alike?
-        meta = iteration.metas.get("eval/candidates", {})
-        arguments = meta.get("arguments", {})
-        for setting in SAMPLING:
-            if setting in arguments:
-                seen[setting].setdefault(str(arguments[setting]), name)
+        # sampled, judged and paired alike?
+        if is_judged_among_itself(iteration.metas):
+            warnings.append(f"{name}: {NO_OPPONENT}")
+        for setting, value in settings_of(iteration.metas).items():
+            seen[setting].setdefault(value, name)
     return warnings + unlike_settings(seen)
+
+
+def settings_of(metas: dict[str, dict]) -> dict[str, str]:
+    """What the figures of an iteration depend on, as far as it was recorded: name -> value."""
+    sampling = metas.get("eval/candidates", {}).get("arguments", {})
+    settings = {name: str(sampling[name]) for name in SAMPLING if name in sampling}
+    opponent = opponent_identity(metas)
+    if opponent:
+        settings["opponent"] = opponent[:14]  # of a hash; "meta.reference" is not longer
+    pairing = metas.get("pairs", {}).get("arguments", {})
+    if "length_penalty" in pairing:
+        settings["length_penalty"] = str(pairing["length_penalty"])
+    return settings
+
+
+def is_judged_among_itself(metas: dict[str, dict]) -> bool:
+    """Whether the held-out answers were compared with each other, for want of an opponent."""
+    arguments = metas.get("eval/scored", {}).get("arguments", {})
+    return "judge_weight" in arguments and not arguments.get("opponent")
+
+
+def opponent_identity(metas: dict[str, dict]) -> str | None:
+    """Whom the judge compared held-out answers with: the hash of a file, or "meta.reference"."""
+    judging = metas.get("eval/scored", {})
+    of_file = judging.get("inputs", {}).get("opponent")
+    return of_file or judging.get("arguments", {}).get("opponent")
 
 
 def unlike_settings(seen: dict[str, dict[str, str]]) -> list[str]:
@@ -317,10 +425,14 @@ def unlike_settings(seen: dict[str, dict[str, str]]) -> list[str]:
     for setting, values in seen.items():
         if len(values) > 1:
             different = ", ".join(f"{value} from {first}" for value, first in values.items())
-            warnings.append(f"The policies were not evaluated alike: {setting} was {different}.")
-    if {*seen["temperature"], *seen["top_p"]} - {"1.0", "[1.0]"}:
+            what = "The policies were not evaluated alike"
+            if setting == "length_penalty":
+                what = "Not all pairs were made by one score, which is that of the latest here"
+            warnings.append(f"{what}: {setting} was {different}.")
+    shaped = [name for name, plain in UNSHAPED.items() if seen.get(name, {}).keys() - set(plain)]
+    if shaped:
         warnings.append(
-            "Held-out answers were not drawn at temperature 1 and top_p 1, "
+            "Held-out answers were not drawn at temperature 1, top_p 1, top_k 0 and min_p 0, "
             "so the KL columns do not estimate KL."
         )
     return warnings
@@ -329,18 +441,21 @@ def unlike_settings(seen: dict[str, dict[str, str]]) -> list[str]:
 # ---- figures -----------------------------------------------------------------------------------
 
 
-def summarise(iteration: Iteration, initial: dict[str, Measures], reference: str) -> dict:
+def summarise(
+    iteration: Iteration, initial: Iteration | None, rewards: Rewards, reference: str
+) -> dict:
     """A row of summary.jsonl; a key is missing while the file that it comes from is missing.
 
-    initial: the held-out measures of the initial policy. reference: "init" or "prev".
+    initial: the initial policy's iteration. reference: "init" or "prev".
     """
     folder, metas, steps = iteration.folder, iteration.metas, iteration.steps
     row = {"iteration": iteration.number}
 
     # held-out answers
     if any(iteration.heldout.values()):
-        is_initial = iteration.heldout is initial
-        row |= heldout_figures(iteration.heldout, {} if is_initial else initial)
+        compared = initial.heldout if initial and initial is not iteration else {}
+        row |= heldout_figures(iteration.heldout, compared, rewards.win_rates)
+        row |= judge_figures(metas, initial)
         row["objective/scores"] = row["reward"]
         row["val/contain_eos_token"] = 1 - row["truncated"]
         if iteration.number == 0:
@@ -348,7 +463,8 @@ def summarise(iteration: Iteration, initial: dict[str, Measures], reference: str
 
     # the answers that pairs were made of, and the pairs
     if (folder / "scored.jsonl").exists():
-        row |= sampled_figures(folder / "scored.jsonl")
+        row |= sampled_figures(folder / "scored.jsonl", rewards)
+        row["sampled/position_bias"] = position_bias(metas.get("scored", {}))
     if (folder / "pairs.jsonl").exists():
         margins = [score_margin(pair) for pair in read_jsonl(folder / "pairs.jsonl", PAIR)]
         row["pairs"] = len(margins)
@@ -387,8 +503,13 @@ def win_rate(now: list[float], then: list[float]) -> float:
     return fmean(wins)
 
 
-def heldout_figures(now: dict[str, Measures], initial: dict[str, Measures]) -> dict:
-    """x, x_se, … of one policy, and x_diff and x_win if there is an initial one to compare with."""
+def heldout_figures(
+    now: dict[str, Measures], initial: dict[str, Measures], win_rates: Collection[str] = ()
+) -> dict:
+    """x, x_se, … of one policy, and x_diff and x_win if there is an initial one to compare with.
+
+    win_rates: names of figures that get no x_win, since they compare answers already.
+    """
     answered = {id: measures for id, measures in now.items() if measures}
     answers = sum(len(measures["reward"]) for measures in answered.values())
     row = {"prompts": len(answered), "answers": answers}
@@ -402,14 +523,46 @@ def heldout_figures(now: dict[str, Measures], initial: dict[str, Measures]) -> d
             tokens = sum(sum(measures["length"]) for measures in known.values())
             row[f"{x}_per_token"] = total / tokens
 
-        is_reward = x == "gold" or x.startswith("reward")
+        is_reward = x in ("score", "gold") or x.startswith("reward")
         compared = [id for id in known if initial and x in initial[id]]
         if is_reward and compared:
             differences = [fmean(now[id][x]) - fmean(initial[id][x]) for id in compared]
-            wins = [win_rate(now[id][x], initial[id][x]) for id in compared]
             row[f"{x}_diff"], row[f"{x}_diff_se"] = over_prompts(differences)
+        if is_reward and compared and x not in win_rates:
+            wins = [win_rate(now[id][x], initial[id][x]) for id in compared]
             row[f"{x}_win"], row[f"{x}_win_se"] = over_prompts(wins)
     return row
+
+
+def judge_figures(metas: dict[str, dict], initial: Iteration | None) -> dict:
+    """Whom the judge compared the held-out answers with, and how often a place has won."""
+    judging = metas.get("eval/scored", {})
+    opponent = judging.get("arguments", {}).get("opponent")
+    if opponent and initial and opponent_identity(metas) == answers_hash(initial):
+        opponent = INITIAL
+    return {"opponent": opponent, "position_bias": position_bias(judging)}
+
+
+def answers_hash(iteration: Iteration) -> str | None:
+    """The hash of its held-out answers, eval/candidates.jsonl, as the first stage that read them
+    has recorded it.
+    """
+    for stage in ("eval/scored.unjudged", "eval/scored"):
+        hashes = iteration.metas.get(stage, {}).get("inputs", {}).get("candidates")
+        if hashes:
+            return hashes[0]
+    return None
+
+
+def position_bias(judging: dict) -> float | None:
+    """The share of comparisons in which the same place won in both orders.
+
+    judging: metadata of judge.py. None where nothing was compared.
+    """
+    pairs = judging.get("counts", {}).get("judge_pairs")
+    if not pairs or not pairs["in"]:
+        return None
+    return sum(pairs["dropped"].values()) / pairs["in"]
 
 
 def names_of(rows) -> list[str]:
@@ -420,15 +573,15 @@ def names_of(rows) -> list[str]:
     return list(names)
 
 
-def sampled_figures(path: Path) -> dict:
+def sampled_figures(path: Path, rewards: Rewards) -> dict:
     """Means over the answers that pairs are made of, in one pass over the file."""
     sums: Counter = Counter()
     counts: Counter = Counter()
     for row in read_jsonl(path, SCORED):
-        for name, values in measure(row).items():
+        for name, values in measure(row, rewards).items():
             sums[name] += sum(values)
             counts[name] += len(values)
-    names = ("reward", "length", "truncated", "distinct")
+    names = ("reward", "score", "length", "truncated", "distinct")
     return {f"sampled/{name}": sums[name] / counts[name] for name in names if counts[name]}
 
 
@@ -463,25 +616,51 @@ def policy_figures(meta: dict, row: dict, reference: str) -> dict:
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def table(rows: list[dict]) -> list[list[str]]:
+class Column(NamedTuple):
+    """A column of the table that depends on the rewards of the run."""
+
+    heading: str
+    key: str  # of the figure
+    shown: Callable[[dict, str], str]  # the figure as text
+
+
+def table(rows: list[dict], rewards: Rewards) -> list[list[str]]:
     """The short table, headings first; everything else is in summary.jsonl."""
-    scores = ["reward"]
-    if any("gold" in row for row in rows):
-        scores.append("gold")
-
+    columns = reward_columns(rows, rewards)
     head = ["iter"]
-    for x in scores:
-        head += [x, "vs init", "win"]
+    head += [column.heading for column in columns]
     head += ["KL init", "KL prev", "tokens", "cut", "distinct", "pairs", "time"]
-    return [head] + [table_line(row, scores) for row in rows]
+    return [head] + [table_line(row, columns) for row in rows]
 
 
-def table_line(row: dict, scores: list[str]) -> list[str]:
+def reward_columns(rows: list[dict], rewards: Rewards) -> list[Column]:
+    """Of each reward itself, its difference to the initial policy and how often it beats that.
+
+    A judge's figure is a win rate itself. Where it is one over the initial policy, both others
+    would repeat it.
+    """
+    known = names_of(rows)
+    names = [JUDGE, "score"] if rewards.by_judge_alone else ["reward", "score", JUDGE]
+    names = [x for x in (*names, "gold") if x in known or x == "reward"]
+    opponents = {row["opponent"] for row in rows if "opponent" in row}
+
+    columns = []
+    for x in names:
+        columns.append(Column("win rate" if x == JUDGE else x, x, with_error))
+        is_judge = x == rewards.judge_figure
+        if not is_judge or opponents != {INITIAL}:
+            columns.append(Column("vs init", f"{x}_diff", difference))
+        if x not in rewards.win_rates:
+            columns.append(Column("win", f"{x}_win", percent))
+        if is_judge:
+            columns.append(Column("bias", "position_bias", percent))
+    return columns
+
+
+def table_line(row: dict, columns: list[Column]) -> list[str]:
     line = [str(row["iteration"])]
-    for x in scores:
-        line.append(with_error(row, x))
-        line.append(with_error(row, f"{x}_diff", sign="+"))
-        line.append(percent(row, f"{x}_win"))
+    for column in columns:
+        line.append(column.shown(row, column.key))
     line.append(number(row, "kl/init", digits=2))
     line.append(number(row, "kl/prev", digits=2))
     line.append(number(row, "length", digits=1))
@@ -519,6 +698,10 @@ def with_error(row: dict, key: str, sign: str = "") -> str:
     return figure
 
 
+def difference(row: dict, key: str) -> str:
+    return with_error(row, key, sign="+")
+
+
 def percent(row: dict, key: str) -> str:
     return f"{row[key]:.0%}" if key in row else "-"
 
@@ -534,14 +717,27 @@ def duration(seconds: float) -> str:
 
 
 def plain(lines: list[list[str]]) -> str:
-    """The table as text, its columns right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    """The table as text, its columns right-aligned; what does not fit is on the page alone."""
+    for heading in LEAST_NEEDED:
+        if sum(widths_of(lines)) + len(lines[0]) - 1 > WIDTH:
+            lines = without_column(lines, heading)
+    widths = widths_of(lines)
     gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH else " "
     text = []
     for line in lines:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         text.append(gap.join(cells))
     return "\n".join(text)
+
+
+def widths_of(lines: list[list[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+
+def without_column(lines: list[list[str]], heading: str) -> list[list[str]]:
+    columns = zip(*lines, strict=True)
+    kept = [column for column in columns if column[0] != heading]
+    return [list(line) for line in zip(*kept, strict=True)]
 
 
 def drops(row: dict) -> list[str]:
@@ -556,20 +752,39 @@ def drops(row: dict) -> list[str]:
     return lines
 
 
-def legend(rows: list[dict], gold: str | None) -> list[str]:
-    """How to read the table: what its columns are, and what gold is where there is one."""
+def legend(rows: list[dict], rewards: Rewards) -> list[str]:
+    """How to read the table: what its columns are."""
     evaluated = [row for row in rows if "reward" in row]
     if not evaluated:
         return ["Nothing has been evaluated yet."]
     last = evaluated[-1]
-    lines = [
+    first = (
         f"{last['prompts']:,} held-out prompts, {last['answers']:,} answers. "
-        "± is one standard error, clustered by prompt; "
-        "vs init and win compare with the initial policy's answers to the same prompts."
-    ]
-    if gold:
+        "± is one standard error, clustered by prompt"
+    )
+    headings = {column.heading for column in reward_columns(rows, rewards)}
+    compared = [heading for heading in ("vs init", "win") if heading in headings]
+    if compared:
+        compare = "compare" if len(compared) > 1 else "compares"
+        first += f"; {' and '.join(compared)} {compare} with the initial policy's answers to the "
+        first += "same prompts"
+    lines = [f"{first}."]
+
+    proxy = "win rate" if rewards.by_judge_alone else "reward"
+    if "opponent" in last:
+        figure = "gold" if rewards.judge_figure == "gold" else "win rate"
         lines.append(
-            f'reward is the proxy that was optimised; gold (the reward "{gold}") was only watched.'
+            f"{figure} is how often the judge prefers an answer to that of {last['opponent']} to "
+            "the same prompt, a tie being half a win; bias is the share of these comparisons in "
+            "which the same place won in both orders, which makes them ties."
+        )
+    if "score" in last:
+        penalty = f"{rewards.length_penalty:g}"
+        lines.append(f"score is {proxy} - {penalty} per token: what has decided the pairs.")
+    if rewards.gold:
+        lines.append(
+            f"{proxy} is the proxy that was optimised; "
+            f'gold (the reward "{rewards.gold}") was only watched.'
         )
     return lines
 
@@ -665,7 +880,7 @@ def page_of(run: Run, curves: dict[str, str]) -> Page:
     return Page(
         title=run.folder.resolve().name,
         model=str(run.config.get("MODEL", "a policy")),
-        table=table(run.rows),
+        table=table(run.rows, run.rewards),
         legend=run.legend,
         warnings=run.warnings,
         curves=curves,
@@ -700,14 +915,14 @@ def main():
 
     # the figures
     write_whole(args.run / "summary.jsonl", "".join(map(dump, report.rows)))
-    print(plain(table(report.rows)))
+    print(plain(table(report.rows, report.rewards)))
     dropped = [f"dropped in {line}" for line in drops(report.rows[-1])]
     for text in dropped + report.legend + report.warnings:
         print(textwrap.fill(text, WIDTH))
 
     # the curves
     steps = [iteration.steps for iteration in report.iterations]
-    drawn = panels(report.rows, steps, report.gold)
+    drawn = panels(report.rows, steps, report.gold, report.rewards.by_judge_alone)
     curves = draw(drawn, args.run / "curve.png") if drawn else {}
 
     # the page

@@ -43,21 +43,30 @@ class Panel(NamedTuple):
 # ---- what is drawn -----------------------------------------------------------------------------
 
 
-def panels(rows: list[dict], logs: list[list[dict]], gold: str | None) -> list[Panel]:
+def panels(
+    rows: list[dict], logs: list[list[dict]], gold: str | None, by_judge_alone: bool
+) -> list[Panel]:
     """All panels that have a point.
 
-    rows: summary.jsonl. logs: train.jsonl of each iteration.
+    rows: summary.jsonl. logs: train.jsonl of each iteration. by_judge_alone: the reward is a
+    judge's win rate and nothing else.
     """
     steps = numbered_steps(logs)
-    proxy = Curve("reward", "", ONE)
-    golden = Curve("gold", "", TWO)
+    judge = Curve("reward/judge", "win rate", ONE)
+    proxy = judge if by_judge_alone else Curve("reward", "reward", ONE)
+    optimised = [proxy]
+    if any("score" in row for row in rows):
+        optimised.append(Curve("score", "score: less the length penalty", TWO))
+    also_judged = [] if by_judge_alone else [judge]
+    golden = Curve("gold", "gold", TWO)
     length = Curve("length", "", ONE)
     kl = [Curve("kl/init", "to initial", ONE), Curve("kl/prev", "to previous", TWO)]
     rates = [Curve("distinct", "distinct answers", ONE), Curve("truncated", "cut off", TWO)]
     every = [
-        per_iteration("Reward: the proxy that is optimised", rows, [proxy]),
+        per_iteration(f"{proxy.label.capitalize()}: the proxy that is optimised", rows, optimised),
         per_iteration("Gold: only watched", rows, [golden]),
         against_distance(rows, golden if gold else proxy),
+        per_iteration("Win rate, by the judge", rows, also_judged),
         per_iteration("KL, nats per answer", rows, kl),
         per_iteration("Tokens per answer", rows, [length]),
         per_iteration("Rates", rows, rates),
@@ -72,7 +81,7 @@ def per_iteration(title: str, rows: list[dict], curves: list[Curve]) -> Panel:
 
 
 def against_distance(rows: list[dict], curve: Curve) -> Panel:
-    title = f"{curve.key.capitalize()} against distance travelled"
+    title = f"{curve.label.capitalize()} against distance travelled"
     return Panel(title, "kl/init", "KL to the initial policy, nats", rows, [curve])
 
 
