@@ -442,8 +442,8 @@ def test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained
     trained = {}
     train = dpo_train.train
 
-    def train_and_look(policy, pairs, reference, plans, args, stage, device):
-        figures = train(policy, pairs, reference, plans, args, stage, device)
+    def train_and_look(policy, pairs, reference, plans, held_out, args, stage, device):
+        figures = train(policy, pairs, reference, plans, held_out, args, stage, device)
         trained["logprobs"] = all_logprobs(policy, pairs, plans[:1], args.packing, device)
         return figures
 
@@ -948,7 +948,9 @@ def test_pitfalls_13_a_changed_setting_stops_a_finished_and_an_unfinished_traini
         ),
         ("--loss_type robust", "--loss_type robust needs --label_smoothing"),
         ("--loss_type ipo --length_coef 0.1", "--length_coef has no effect with --loss_type ipo"),
-        ("--beta 0.1 0.2 0.3", "--beta takes one value, or one for each of the 1 epochs"),
+        ("--eval_every 2", "--eval_every has no effect without --eval_pairs"),
+        ("--run_name mine", "--run_name has no effect without --report_to"),
+        ("--steps_before 3", "--steps_before has no effect without --report_to"),
         ("--cpu_offload", "--cpu_offload has no effect without a GPU"),
         ("--shard_size 2", "has no effect with one rank"),
         ("--batch_size 0", "is not a whole number in"),
