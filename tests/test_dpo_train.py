@@ -985,6 +985,37 @@ def test_every_loss_trains_and_passes_its_own_step_0_check(run, flags):
         assert [r["beta"] for r in run.log()] == [0.1] * 3 + [0.5] * 3
 
 
+@pytest.mark.parametrize(
+    ("flags", "betas"),
+    [
+        ("--beta 0.1 0.2 0.3 --iteration 1", [0.1]),
+        ("--beta 0.1 0.2 0.3 --iteration 3", [0.3]),
+        ("--beta 0.1 0.2 0.3 --iteration 9", [0.3]),
+        ("--beta 0.1 0.2 0.3 --iteration 2 --num_train_epochs 2", [0.3, 0.3]),
+        ("--beta 0.1 0.2 0.3 --iteration 1 --num_train_epochs 2", [0.1, 0.2]),
+        ("--beta 0.1 --iteration 7 --num_train_epochs 2", [0.1, 0.1]),
+    ],
+)
+def test_beta_is_a_list_over_the_epochs_of_all_iterations(flags, betas):
+    """As in TRL's online DPO; the last value holds for all later epochs."""
+    files = ["--model", "m", "--pairs", "p", "--output", "o"]
+    args = dpo_train.arguments().parse_args([*files, *flags.split()])
+    assert dpo_train.betas_of_epochs(args) == betas
+
+
+def test_two_iterations_with_one_beta_are_the_same_training(run):
+    """--iteration says which beta, and nothing else: only the beta in use tells two runs apart."""
+    run("policy", "--iteration", "1")
+    assert "already done" in run("policy", "--iteration", "2", "--beta", "0.1", "0.1")
+    assert "--beta: was [0.1], is [0.2]" in run.fails_at(
+        "policy", "--iteration", "2", "--beta", "0.1", "0.2"
+    )
+    run("second", "--iteration", "2", "--beta", "0.1", "0.2")
+    assert {row["beta"] for row in run.log("second")} == {0.2}
+    meta = json.loads((run.folder / "second.meta.json").read_text())
+    assert meta["arguments"]["beta"] == [0.2]
+
+
 def test_a_run_without_flags_has_the_settings_that_the_help_names(run, monkeypatch):
     """128 pairs a step at 5e-7, one epoch at beta 0.1, as OpenRLHF: 130 pairs are two steps."""
     write(run.pairs, make_pairs(run.folder / "model", run.model, n=130, longest=3))

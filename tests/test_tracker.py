@@ -91,7 +91,7 @@ def test_tensorboard_has_one_run_for_the_loop(tmp_path):
     pytest.importorskip("tensorboard")
     for calls in LOOP:
         one_process("tensorboard", tmp_path, calls)
-    events = read_tensorboard(tmp_path)
+    events = read_tensorboard(tmp_path, "demo")
     found = {}
     for name in POINTS:
         found[name] = [(event.step, event.value) for event in events.Scalars(name)]
@@ -101,12 +101,12 @@ def test_tensorboard_has_one_run_for_the_loop(tmp_path):
     assert b"    user: <b>name</b>\n    # a fruit" in texts[0].tensor_proto.string_val[0]
 
 
-def read_tensorboard(folder):
+def read_tensorboard(folder, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.backend.event_processing.io_wrapper import GetLogdirSubdirectories
 
     (run,) = GetLogdirSubdirectories(str(folder))
-    assert Path(run).name == "demo"
+    assert Path(run).name == name
     events = EventAccumulator(run, size_guidance={"scalars": 0, "tensors": 0})
     return events.Reload()
 
