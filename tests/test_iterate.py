@@ -582,7 +582,7 @@ def test_held_out_pairs_and_a_tracker_in_a_run(world, whole, stage, tmp_path):
     at = {name: [event.step for event in points] for name, points in shown.items()}
     assert at["loss"] == list(range(1, len(steps) + 1))
     assert at["eval_loss"] == [0, len(steps)]
-    # the report of the initial policy came after the training here, and is not behind it
+    # the initial policy's report came after the training here: its place is before what was sent
     assert at["summary/beta"] == [len(steps)]
     texts = events.Tensors("completions/text_summary")
     assert [event.step for event in texts] == [len(steps)]

@@ -20,7 +20,7 @@ before the row is sent. So a kill may lose a point, and nothing doubles one. Wha
     trackio      each process resumes the latest run of that name; its data stand in TRACKIO_DIR
 
 --overwrite of a training that has a tracker's folder of its own begins another run there. In a
-loop's run, what was shown stays.
+loop's run, what was shown stays. A tracker that is named in the middle of a loop begins there.
 """
 
 import importlib
