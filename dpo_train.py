@@ -48,14 +48,14 @@ are divided, the gradient is the same. What happens, in the order of main():
      from hidden states, and logits are never held (kernels/logprob.py). FSDP2 shards the weights
      (training/fsdp.py), which are fp32, always: at a learning rate of 5e-7, AdamW on bf16 weights
      would round nearly every update away. The model stays in evaluation mode (training/network.py),
-     so that policy and reference are the same function.
+     so that policy and reference are the same function. In between, and before the first step
+     and after the last, the same losses and rewards of held-out pairs (--eval_pairs).
   5. Save a Hugging Face folder.
 
 SIGTERM or Ctrl-C in training saves a checkpoint, and the same command resumes from it.
 """
 
 import gc
-import importlib.util
 import math
 import os
 import random
@@ -93,11 +93,11 @@ from kernels.logprob import backbone, linear_logprob, lm_head
 # say and progress print on rank 0 only.
 from records import Stop, whole
 from stage import Stage, progress, ranks, run, say, seconds_since, seed_of
-from training import checks, fsdp, network, speed
+from training import checks, fsdp, network, speed, tracker
 from training.batches import cost, feed, lengths_of, microbatches, shortest_and_longest
 from training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from training.log import TrainLog
-from training.pairs import load_pairs
+from training.pairs import load_held_out, load_pairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INTERRUPTED = 75  # the exit code EX_TEMPFAIL: for iterate.sh, an interruption and no failure
@@ -110,8 +110,12 @@ FREE = (
     "cpu_offload",
     "shard_size",
     "save_every",
-    "report_to",
     "max_logprob_gap",
+    "iteration",  # which --beta it means is in the arguments
+    "report_to",
+    "run_name",
+    "logging_dir",
+    "steps_before",
 )
 
 
@@ -124,7 +128,9 @@ def arguments():
     add_loss(p.add_argument)
     add_optimizer(p.add_argument)
     add_memory_and_speed(p.add_argument)
+    add_evaluation(p.add_argument)
     add_watching(p.add_argument)
+    add_tracker(p.add_argument)
     return p
 
 
@@ -152,7 +158,15 @@ def add_loss(add) -> None:
         type=number_in("(0, inf)"),
         nargs="+",
         default=[0.1],
-        help="0.1, as in the DPO paper; several: one per epoch",
+        help="0.1, as in the DPO paper. Several: one per epoch, counted over all iterations of a "
+        "loop; the last holds for all later epochs. So values beyond the end are no error",
+    )
+    add(
+        "--iteration",
+        type=integer_in("[1, inf)"),
+        default=1,
+        help="of the loop: epoch e = 0, 1, … of iteration i has the --beta number (i - 1) * "
+        "num_train_epochs + e, from 0; default 1",
     )
     add("--loss_type", choices=("sigmoid", "ipo", "hinge", "robust"), default="sigmoid")
     add(
@@ -271,6 +285,20 @@ def add_memory_and_speed(add) -> None:
     )
 
 
+def add_evaluation(add) -> None:
+    add(
+        "--eval_pairs",
+        nargs="+",
+        help="held-out pairs.jsonl: loss, accuracy and rewards on them before and after training",
+    )
+    add(
+        "--eval_every",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="steps between evaluations; 0: before and after training only",
+    )
+
+
 def add_watching(add) -> None:
     add(
         "--save_every",
@@ -287,7 +315,23 @@ def add_watching(add) -> None:
         "(provisional)",
     )
     add("--seed", type=integer_in("[0, inf)"), default=0, help="seed for shuffling the pairs")
-    add("--report_to", choices=("none", "tensorboard", "wandb", "trackio"), default="none")
+
+
+def add_tracker(add) -> None:
+    add(
+        "--report_to",
+        choices=tracker.TRACKERS,
+        default="none",
+        help="show the log's rows there, too; training/tracker.py says how",
+    )
+    add("--run_name", help="of the run there; default: the name of --output")
+    add("--logging_dir", help="for the tracker's files; default: OUTPUT.tracker")
+    add(
+        "--steps_before",
+        type=integer_in("[0, inf)"),
+        default=0,
+        help="steps of the loop's earlier iterations: the tracker counts on from there",
+    )
 
 
 def check_arguments(args, device_type: str, world: int) -> None:
@@ -296,10 +340,9 @@ def check_arguments(args, device_type: str, world: int) -> None:
     if args.cpu_offload and device_type == "cpu":
         raise Stop("--cpu_offload has no effect without a GPU")
     check_shard_size(args.shard_size, world)
-    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        raise Stop(
-            f"--report_to {args.report_to}: no such package. Install it, or leave the flag out"
-        )
+    if args.eval_every and not args.eval_pairs:
+        raise Stop("--eval_every has no effect without --eval_pairs")
+    tracker.check_arguments(args)
     if args.batch_size < 128 and args.learning_rate <= 5e-7:
         say(
             f"note: --batch_size {args.batch_size} at --learning_rate {args.learning_rate:g}: the "
@@ -325,9 +368,6 @@ def check_loss_arguments(args) -> None:
         raise Stop("--loss_type robust needs --label_smoothing between 0 and 0.5")
     if args.loss_type == "ipo" and args.length_coef is not None:
         raise Stop("--length_coef has no effect with --loss_type ipo")
-    if len(args.beta) not in (1, args.num_train_epochs):
-        epochs = args.num_train_epochs
-        raise Stop(f"--beta takes one value, or one for each of the {epochs} epochs")
 
 
 # ---- the loss ----------------------------------------------------------------------------------
@@ -671,19 +711,19 @@ def learning_rate(step: int, steps: int, args) -> float:
 # ---- all steps ---------------------------------------------------------------------------------
 
 
-def train(policy, pairs: list[dict], reference, plans: list, args, stage: Stage, device) -> dict:
+def train(policy, pairs, reference, plans: list, held_out, args, stage: Stage, device) -> dict:
     """Every step, with one row per step in train.jsonl. Returns figures for the metadata.
 
-    reference: [n, 2]. plans: [step][rank] -> microbatches of indices into pairs. stage.parts is the
-    folder of the unfinished run, with its log and checkpoint. SIGTERM and Ctrl-C end training after
-    a step, with a checkpoint.
+    reference: [n, 2]. plans: [step][rank] -> microbatches of indices into pairs. held_out: the
+    HeldOut pairs, for evaluations. stage.parts is the folder of the unfinished run, with its log
+    and checkpoint. SIGTERM and Ctrl-C end training after a step, with a checkpoint.
     """
     rank, world = ranks()
     steps = len(plans)
     optimizer = make_optimizer(policy, args, device)
     steps_done = load_checkpoint(stage.parts, policy, optimizer, steps)
     say(f"{steps} steps" + (f"; resuming after step {steps_done}" if steps_done else ""))
-    log = open_log(stage, steps_done, args.report_to)
+    log = open_log(stage, steps_done, args)
     bar = progress(steps, "train", "step", steps_done)
     signals = StopSignals()
     reference_on_device = reference.to(device)  # [n, 2]
@@ -694,12 +734,15 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage: Stage,
     total_seconds = 0.0
 
     for number in range(steps_done, steps):
+        if eval_is_due(number, args):
+            evaluate(policy, held_out, number, args, device, log)
+
         began = time.monotonic()
         indices = indices_of(plans[number])
         settings = StepSettings(
             microbatches=len(plans[number][rank]),
             pair_count=len(indices),
-            beta=beta_of_epoch(number // steps_per_epoch, args),
+            beta=args.beta[number // steps_per_epoch],
             learning_rate=learning_rate(number, steps, args),
             told_to_stop=signals.received,
         )
@@ -711,33 +754,31 @@ def train(policy, pairs: list[dict], reference, plans: list, args, stage: Stage,
             checks.check_first_loss(step.metrics["loss"], expected, args.dtype)
 
         # report
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # or the clock would measure how fast work is queued
-        seconds = seconds_since(began)
+        seconds = seconds_of_step(began, device)
         total_seconds += seconds
         tokens = sum(sum(lengths_of(pairs[i])) for i in indices)  # prompt + chosen + rejected
         if log:
-            epoch = (number + 1) / steps_per_epoch
-            log.write(log_row(number, epoch, step, settings, tokens, seconds))
+            log.write(log_row(number, steps_per_epoch, step, settings, tokens, seconds))
         show(bar, step.metrics, tokens / seconds)
 
         if step.stop or checkpoint_is_due(number + 1, steps, args.save_every):
             save_checkpoint(stage.parts, policy, optimizer, number + 1)
         if step.stop:
-            say(f"interrupted: saved after step {number + 1} of {steps}; the same command resumes")
-            fsdp.leave()
-            sys.exit(INTERRUPTED)
+            leave_interrupted(number + 1, steps)
 
+    if args.eval_pairs:
+        evaluate(policy, held_out, steps, args, device, log)
     bar.close()
     done = [lengths_of(pairs[i]) for plan in plans[steps_done:] for i in indices_of(plan)]
     return speed.figures(policy, done, total_seconds, device, args.dtype, world)
 
 
-def open_log(stage: Stage, steps_done: int, report_to: str) -> TrainLog | None:
+def open_log(stage: Stage, steps_done: int, args) -> TrainLog | None:
     """Rank 0 writes the log, from the step that the checkpoint has come to."""
     if stage.rank > 0:
         return None
-    return TrainLog(stage.parts / "train.jsonl", steps_done, report_to)
+    shown = tracker.of_training(args, stage.output, steps_done)
+    return TrainLog(stage.parts / "train.jsonl", steps_done, shown)
 
 
 def make_optimizer(policy, args, device):
@@ -757,9 +798,11 @@ def checkpoint_is_due(done: int, steps: int, save_every: int) -> bool:
     return done % save_every == 0 or done == steps
 
 
-def beta_of_epoch(epoch: int, args) -> float:
-    """One --beta holds for all epochs; several are one for each."""
-    return args.beta[min(epoch, len(args.beta) - 1)]
+def betas_of_epochs(args) -> list[float]:
+    """The beta of each epoch of this run. --beta lists those of all iterations' epochs."""
+    first = (args.iteration - 1) * args.num_train_epochs
+    last = len(args.beta) - 1  # it holds for all later epochs
+    return [args.beta[min(first + epoch, last)] for epoch in range(args.num_train_epochs)]
 
 
 def loss_if_policy_is_reference(
@@ -771,11 +814,24 @@ def loss_if_policy_is_reference(
     return loss_of_pairs(logprobs, logprobs, lengths, beta, args).mean().item()
 
 
-def log_row(number, epoch, step: Step, settings: StepSettings, tokens, seconds) -> dict:
+def seconds_of_step(began: float, device) -> float:
+    """Since `began`, with all work that is queued on a GPU: the clock alone would not see it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return seconds_since(began)
+
+
+def leave_interrupted(steps_done: int, steps: int) -> None:
+    say(f"interrupted: saved after step {steps_done} of {steps}; the same command resumes")
+    fsdp.leave()
+    sys.exit(INTERRUPTED)
+
+
+def log_row(number, steps_per_epoch, step: Step, settings: StepSettings, tokens, seconds) -> dict:
     """A line of train.jsonl."""
     return {
         "step": number + 1,
-        "epoch": epoch,
+        "epoch": (number + 1) / steps_per_epoch,
         **step.metrics,
         "grad_norm": step.grad_norm,
         "learning_rate": settings.learning_rate,
@@ -824,6 +880,67 @@ class StopSignals:
 
     def receive(self, *_) -> None:
         self.received = True
+
+
+# ---- evaluation on held-out pairs --------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """The pairs of --eval_pairs. They stand in `pairs` behind those that are trained on."""
+
+    pairs: list[dict]
+    reference: Tensor  # [n, 2], of all `pairs`
+    plans: list  # [step][rank] -> microbatches of indices of held-out pairs
+    steps_per_epoch: int  # of the training
+
+
+def plan_evaluation(pairs: list[dict], first: int, args) -> list:
+    """HeldOut.plans: pairs[first:], as many at a time as in a step of the training."""
+    plans = []
+    for start in range(first, len(pairs), args.batch_size):
+        end = min(start + args.batch_size, len(pairs))
+        plans.append(plan_step(pairs, list(range(start, end)), args))
+    return plans
+
+
+def eval_is_due(steps_done: int, args) -> bool:
+    """Before the first step, and every --eval_every. After the last, `train` always evaluates."""
+    if not args.eval_pairs:
+        return False
+    if args.eval_every:
+        return steps_done % args.eval_every == 0
+    return steps_done == 0
+
+
+@torch.no_grad()
+def evaluate(policy, held_out: HeldOut, steps_done: int, args, device, log) -> None:
+    """Write a row of means over the held-out pairs into the log, if this rank has one.
+
+    The names are Hugging Face's: those of a step, behind "eval_". beta is that of the last step
+    done, or of the first step. Raises Stop where a log-prob is not finite.
+    """
+    pairs = held_out.pairs
+    rows = sorted(i for plan in held_out.plans for i in indices_of(plan))  # the m held-out pairs
+    logprobs = all_logprobs(policy, pairs, held_out.plans, args.packing, device)[rows]  # [m, 2]
+    if not logprobs.isfinite().all():
+        raise Stop(
+            f"step {steps_done}: log-probs of held-out pairs are not finite any more: begin again "
+            "(--overwrite) with a lower --learning_rate."
+        )
+    refs = held_out.reference[rows]  # [m, 2]
+    lengths = torch.tensor([lengths_of(pairs[i])[1:] for i in rows])  # [m, 2]
+    beta = args.beta[max(0, steps_done - 1) // held_out.steps_per_epoch]
+    loss = loss_of_pairs(logprobs, refs, lengths, beta, args)  # [m]
+
+    row = {"step": steps_done, "epoch": steps_done / held_out.steps_per_epoch}
+    for name, values in metrics_of(loss, logprobs, refs, lengths, beta).items():
+        row[f"eval_{name}"] = values.double().mean().item()
+    if log:
+        log.write(row)
+    loss, accuracy = row["eval_loss"], row["eval_rewards/accuracies"]
+    say(
+        f"step {steps_done}: {len(rows):,} held-out pairs: loss {loss:.7f}, accuracy {accuracy:.3f}"
+    )
 
 
 # ---- the reference -----------------------------------------------------------------------------
@@ -881,6 +998,20 @@ def reference_of_another_model(args, config, pairs: list[dict], plans: list, dev
 # ---- the stage ---------------------------------------------------------------------------------
 
 
+def logprobs_to_audit(policy, pairs: list[dict], reference, model_hash: str, args, device):
+    """(some of the pairs, the policy's log-probs of them, [n, 2]).
+
+    By default those are the reference's. With --ref_model they are not: then they are computed, for
+    one batch of pairs. pair["models"] holds the hashes of the writers of (chosen, rejected), and
+    checks.audit skips answers of other models.
+    """
+    if not args.ref_model:
+        return pairs, reference
+    audited = [pair for pair in pairs if model_hash in pair["models"]][: args.batch_size]
+    plan = [plan_step(audited, list(range(len(audited))), args)] if audited else []
+    return audited, all_logprobs(policy, audited, plan, args.packing, device)
+
+
 def main():
     args = parse(arguments())
     transformers_logging.disable_progress_bar()
@@ -889,9 +1020,11 @@ def main():
     check_arguments(args, device.type, world)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
+    args.beta = betas_of_epochs(args)
     # The stage hashes its inputs. If the output exists and was made from the same inputs and flags,
     # it is done; if from others, this stops.
     inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
+    inputs["eval_pairs"] = args.eval_pairs
     stage = Stage(args, inputs, args.output, free=FREE)
     if stage.done:
         fsdp.leave()
@@ -901,17 +1034,21 @@ def main():
         args.ref_model = None  # the same weights under another name: no second model
 
     # 1. The pairs, whether to pack or to pad them, and the plan of every step. A pair holds token
-    # ids; the tokenizer is for preference data that has none (training/pairs.py)
+    # ids; the tokenizer is for preference data that has none (training/pairs.py). Held-out pairs
+    # stand behind the others, and no step's plan names them
     config = models.load_config(args.model)
     tokenizer = models.load_tokenizer(args.model)
     pairs = load_pairs(args, tokenizer, config, stage)
+    trained = len(pairs)
+    pairs += load_held_out(args, tokenizer, config, stage, pairs)
     longest = max(p + max(c, r) for p, c, r in map(lengths_of, pairs))
     args.packing = network.choose_packing(args.packing, config, longest, args.model)
-    plans = plan_all_steps(pairs, args)
+    plans = plan_all_steps(pairs[:trained], args)
+    eval_plans = plan_evaluation(pairs, trained, args)
 
     # 2. The reference, in the microbatches of the first epoch: so its rounding errors are those of
     # the policy's first pass, and the first loss is ln 2
-    first_epoch = plans[: len(plans) // args.num_train_epochs]
+    first_epoch = plans[: len(plans) // args.num_train_epochs] + eval_plans
     reference_file = stage.parts / "reference.npz"
     reference = load_reference(reference_file, len(pairs))
     if args.ref_model and reference is None:
@@ -921,20 +1058,13 @@ def main():
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
     save_reference(reference_file, reference, pairs)
 
-    # 3. Audit the answers that this policy wrote: pair["models"] holds the hashes of the writers of
-    # (chosen, rejected), and checks.audit skips answers of other models. By default the policy's
-    # log-probs are those of the reference. With --ref_model they are not: then compute them, for
-    # one batch of pairs
-    if args.ref_model:
-        audited = [pair for pair in pairs if model_hash in pair["models"]][: args.batch_size]
-        plan = [plan_step(audited, list(range(len(audited))), args)] if audited else []
-        logprobs = all_logprobs(policy, audited, plan, args.packing, device)
-    else:
-        audited, logprobs = pairs, reference
+    # 3. Audit the answers that this policy wrote
+    audited, logprobs = logprobs_to_audit(policy, pairs, reference, model_hash, args, device)
     audit = checks.audit(audited, logprobs, model_hash, args.dtype, args.max_logprob_gap)
 
     # 4. Train
-    figures = train(policy, pairs, reference, plans, args, stage, device)
+    held_out = HeldOut(pairs, reference, eval_plans, len(plans) // args.num_train_epochs)
+    figures = train(policy, pairs, reference, plans, held_out, args, stage, device)
 
     # 5. Save
     weights = fsdp.gather_weights(policy)

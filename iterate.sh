@@ -53,6 +53,8 @@ setting REF prev         # the reference: "prev", the policy that wrote the answ
 setting HISTORY 0        # also train on the pairs of this many earlier iterations
 setting ENHANCER         # "prev", "init" or a model: a second policy that answers the same prompts
 setting KEEP all         # "last" removes a policy when nothing needs it any more
+setting EVAL_PAIRS_SHARE # 0.05: hold out the pairs of so many prompts, and evaluate training on them
+setting REPORT_TO none   # or tensorboard, wandb, trackio: one run there for the whole loop
 
 # More arguments for a stage; see its --help
 setting GENERATE_ARGS
@@ -118,9 +120,15 @@ for ((i = 1; i <= ITERS; i++)); do
     score "$now/logs" "$now/scored.jsonl"
 
     # Best and worst become pairs.
+    hold_out=()
+    evaluate_on=()
+    if [[ -n $EVAL_PAIRS_SHARE ]]; then
+        hold_out=(--eval_share "$EVAL_PAIRS_SHARE" --eval_output "$now/eval_pairs.jsonl")
+        evaluate_on=(--eval_pairs "$now/eval_pairs.jsonl")
+    fi
     once "$now/logs/pairs.log" "$now/pairs.jsonl" \
         make_pairs.py --scored "$now/scored.jsonl" --output "$now/pairs.jsonl" \
-        --iteration "$i" --seed "$SEED" $PAIRS_ARGS
+        --iteration "$i" --seed "$SEED" "${hold_out[@]}" $PAIRS_ARGS
 
     # DPO trains on the fresh pairs, and on those of HISTORY iterations before.
     pairs=("$now/pairs.jsonl")
@@ -129,8 +137,11 @@ for ((i = 1; i <= ITERS; i++)); do
     done
     reference=()
     [[ $REF == prev ]] || reference=(--ref_model "$MODEL")
+    steps=()
+    [[ $REPORT_TO == none ]] || steps=(--steps_before "$(steps_before "$i")")
     everywhere "$now/logs/train.log" dpo_train.py --model "$policy" "${reference[@]}" \
-        --pairs "${pairs[@]}" --output "$now/policy" --seed "$SEED" $TRAIN_ARGS
+        --pairs "${pairs[@]}" "${evaluate_on[@]}" --output "$now/policy" --iteration "$i" \
+        --seed "$SEED" "${tracker[@]}" "${steps[@]}" $TRAIN_ARGS
 
     # The new policy on the held-out prompts, with its distance from the one before and from the first
     evaluate "$now" "$now/policy" --ref_model "init=$MODEL" "prev=$policy"

@@ -27,18 +27,26 @@ What makes no pair is counted by reason, and never dropped silently:
     tie                the two s are the same
     margin             the two s differ by less than --min_margin
     single_candidate   there is nothing to compare with
+    held_out           not for training: its prompt fell to --eval_output
+
+--eval_share 0.05 --eval_output FILE writes the pairs of every twentieth prompt to FILE instead, for
+dpo_train.py --eval_pairs. Which prompts these are follows from (seed, iteration, id), so all pairs
+of a prompt are on the same side. FILE.meta.json holds the same as that of --output.
 
 Rows stream through, so memory does not grow with the file. A prompt's random choices depend on
 (seed, iteration, id) alone: shuffle the rows and the same pairs come out.
 """
 
 import itertools
+import os
 import random
 from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 from arguments import integer_in, number_in, parse, parser
-from records import TO_PAIR, Stop, count_rows, dump, finite, read_jsonl, whole
+from records import TO_PAIR, Stop, count_rows, dump, finite, read_jsonl, whole, write_whole
 from stage import Stage, run, seed_of
 
 STRATEGIES = ("max_min", "max_random", "max_second", "random")
@@ -79,6 +87,14 @@ def arguments():
         action="store_true",
         help='let answers with finish_reason "length" take part',
     )
+
+    # Which are not for training
+    add(
+        "--eval_share",
+        type=number_in("(0, 1)"),
+        help="share of the prompts whose pairs are held out; default: none",
+    )
+    add("--eval_output", help="file for the pairs of those prompts")
 
     # Where in the run
     add(
@@ -221,6 +237,50 @@ def why_no_pair(row: dict, answers: list[Answer], refused: Counter) -> str:
     return "single_candidate"
 
 
+# ---- held-out pairs ----------------------------------------------------------------------------
+
+
+def is_held_out(id: str, args) -> bool:
+    """Whether the pairs of this prompt go to --eval_output."""
+    if args.eval_share is None:
+        return False
+    drawn = seed_of("held-out pairs", args.seed, args.iteration, id)  # 63 bits
+    return drawn < args.eval_share * 2**63
+
+
+def check_eval_output(args) -> None:
+    """--eval_share and --eval_output come together, and overwrite nothing but what they wrote."""
+    if (args.eval_share is None) != (args.eval_output is None):
+        raise Stop("--eval_share and --eval_output come together, or not at all")
+    if args.eval_output is None:
+        return
+    path = Path(args.eval_output)
+    for flag in ("scored", "output"):
+        if path.resolve() == Path(getattr(args, flag)).resolve():
+            raise Stop(f"--eval_output {path}: is --{flag}. Name another file.")
+    if path.exists() and not eval_meta(args).exists():
+        raise Stop(
+            f"{path}: exists, but not {eval_meta(args).name}: it was not made by this stage, which "
+            "does not touch it. Move it away, or use another --eval_output."
+        )
+
+
+def eval_meta(args) -> Path:
+    return Path(args.eval_output + ".meta.json")
+
+
+def check_share(args, pairs: "Balance") -> None:
+    """Stop where the share is too small for so few prompts, or leaves nothing to train on."""
+    if args.eval_share is None:
+        return
+    held_out = pairs.dropped["held_out"]
+    if not held_out or not pairs.out:
+        raise Stop(
+            f"--eval_share {args.eval_share:g}: {held_out:,} pairs are held out, and {pairs.out:,} "
+            "are left to train on; both must be some. Choose another share, or take more prompts."
+        )
+
+
 # ---- the stage ---------------------------------------------------------------------------------
 
 
@@ -233,25 +293,29 @@ class Balance:
         self.dropped: Counter = Counter()
 
 
-def write_pairs(args, path) -> dict[str, Balance]:
-    """Write the pairs of all rows to `path`, one row at a time."""
+def write_pairs(args, path, eval_path) -> dict[str, Balance]:
+    """Write the pairs of all rows, one row at a time: to `path`, or to `eval_path` if held out."""
     rows, candidates, pairs = Balance(), Balance(), Balance()
-    with open(path, "w", encoding="utf-8") as out:
+    with open(path, "w", encoding="utf-8") as out, open(eval_path, "w", encoding="utf-8") as held:
         for number, row in enumerate(read_jsonl(args.scored, TO_PAIR), 1):
             answers = usable_answers(row, args, f"{args.scored}:{number}")
             made, refused = make_pairs(row, answers, args)
+            held_out = is_held_out(row["id"], args)
             for pair in made:
-                out.write(dump(pair))
+                (held if held_out else out).write(dump(pair))
 
             # count candidates, pairs and rows
             candidates.total += len(row["candidates"])
             candidates.out += len(answers)
             candidates.dropped["truncated"] += len(row["candidates"]) - len(answers)
             pairs.total += len(made) + refused.total()
-            pairs.out += len(made)
             pairs.dropped.update(refused)
             rows.total += 1
-            if made:
+            if made and held_out:
+                pairs.dropped["held_out"] += len(made)
+                rows.dropped["held_out"] += 1
+            elif made:
+                pairs.out += len(made)
                 rows.out += 1
             else:
                 rows.dropped[why_no_pair(row, answers, refused)] += 1
@@ -270,18 +334,26 @@ def stop_without_pairs(scored: str, rows: Balance) -> None:
 
 def main():
     args = parse(arguments())
-    stage = Stage(args, {"scored": args.scored}, args.output)
+    check_eval_output(args)
+    stage = Stage(args, {"scored": args.scored}, args.output, free=("eval_output",))
     if stage.done:
+        if args.eval_output and not Path(args.eval_output).exists():
+            raise Stop(f"{args.eval_output}: is gone. --overwrite makes both files again.")
         return
     count_rows(args.scored, TO_PAIR)
 
-    with whole(args.output) as temporary:
-        balances = write_pairs(args, temporary)
+    # The held-out pairs get their name first: the other file says that the stage is done.
+    held_out = whole(args.eval_output) if args.eval_output else nullcontext(os.devnull)
+    with whole(args.output) as temporary, held_out as eval_temporary:
+        balances = write_pairs(args, temporary, eval_temporary)
         for what, balance in balances.items():
             stage.count(what, balance.total, balance.out, balance.dropped)
+        check_share(args, balances["pairs"])
         if balances["pairs"].out == 0:
             stop_without_pairs(args.scored, balances["rows"])
         stage.write_meta()
+        if args.eval_output:
+            write_whole(eval_meta(args), stage.meta_path.read_text(encoding="utf-8"))
     stage.clean()
 
 

@@ -54,6 +54,7 @@ COMPUTED_ONCE = (
 RANDOM = TRAINER + "test_pitfalls_44_nothing_random_is_left_on"
 HELDOUT = "tests/test_prompts.py::test_heldout_prompts_are_never_dealt_out"
 KERNEL = "tests/test_logprob.py::"
+HELD_OUT = "tests/test_held_out_pairs.py::"
 
 MUTANTS = [
     # ---- the loop ------------------------------------------------------------------------------
@@ -157,16 +158,16 @@ MUTANTS = [
         "train-args-lost",
         "TRAIN_ARGS reach the trainer.",
         "iterate.sh",
-        '--seed "$SEED" $TRAIN_ARGS',
-        '--seed "$SEED"',
+        '"${steps[@]}" $TRAIN_ARGS',
+        '"${steps[@]}"',
         (LOOP + "test_the_settings_of_a_stage_and_the_seed_reach_it",),
     ),
     Mutant(
         "seed-lost",
         "SEED reaches every stage that draws.",
         "iterate.sh",
-        '--seed "$SEED" $PAIRS_ARGS',
-        "$PAIRS_ARGS",
+        '--seed "$SEED" "${hold_out[@]}" $PAIRS_ARGS',
+        '"${hold_out[@]}" $PAIRS_ARGS',
         (LOOP + "test_the_settings_of_a_stage_and_the_seed_reach_it",),
     ),
     Mutant(
@@ -512,8 +513,8 @@ MUTANTS = [
         "beta-of-the-first-epoch-only",
         "Each epoch has its own --beta.",
         "dpo_train.py",
-        "return args.beta[min(epoch, len(args.beta) - 1)]",
-        "return args.beta[0]",
+        "beta=args.beta[number // steps_per_epoch]",
+        "beta=args.beta[0]",
         (
             TRAINER + "test_every_loss_trains_and_passes_its_own_step_0_check"
             "[--beta 0.1 0.5 --num_train_epochs 2]",
@@ -778,16 +779,16 @@ MUTANTS = [
     Mutant(
         "nothing-for-wandb",
         "--report_to wandb and trackio show every row of the log.",
-        "training/log.py",
-        'self.tracker.log(row, step=row["step"])',
+        "training/tracker.py",
+        'self.run.log({**row, "global_step": step})',
         "pass",
         ("tests/test_training_log.py::test_a_tracker_is_sent_every_row_of_the_log[wandb]",),
     ),
     Mutant(
         "nothing-for-tensorboard",
         "--report_to tensorboard shows every number of the log.",
-        "training/log.py",
-        'self.tensorboard.add_scalar(name, value, row["step"])',
+        "training/tracker.py",
+        "self.writer.add_scalar(name, value, step)",
         "pass",
         ("tests/test_training_log.py::test_tensorboard_is_sent_every_number_and_at_once",),
     ),
@@ -795,9 +796,74 @@ MUTANTS = [
         "undone-steps-stay-in-the-log",
         "A step that a kill has undone stands in the log once.",
         "training/log.py",
-        "islice(read_jsonl(path, NUMBERS), steps)",
-        "read_jsonl(path, NUMBERS)",
+        "if found == steps:",
+        "if found == steps + 1:",
         ("tests/test_training_log.py::test_rows_after_the_checkpoint_are_cut_off",),
+    ),
+    Mutant(
+        "a-row-sent-before-is-sent-again",
+        "No point stands twice in a tracker.",
+        "training/tracker.py",
+        'if place <= self.state["sent"]:',
+        "if False:",
+        ("tests/test_tracker.py::test_the_place_is_written_down_before_the_row_is_sent",),
+    ),
+    Mutant(
+        "each-iteration-from-step-0",
+        "The iterations of a loop stand on one axis of steps.",
+        "training/tracker.py",
+        'step = self.steps_before + row["step"]',
+        'step = row["step"]',
+        ("tests/test_training_log.py::test_tensorboard_is_sent_every_number_and_at_once",),
+    ),
+    Mutant(
+        "another-wandb-run-per-process",
+        "A loop is one run in a tracker.",
+        "training/tracker.py",
+        "resumed = self.path.exists() and not anew",
+        "resumed = False",
+        ("tests/test_tracker.py::test_the_place_is_written_down_before_the_row_is_sent",),
+    ),
+    # ---- held-out pairs ------------------------------------------------------------------------
+    Mutant(
+        "beta-of-the-first-iteration-only",
+        "--beta lists the epochs of all iterations.",
+        "dpo_train.py",
+        "first = (args.iteration - 1) * args.num_train_epochs",
+        "first = 0",
+        (TRAINER + "test_beta_is_a_list_over_the_epochs_of_all_iterations",),
+    ),
+    Mutant(
+        "held-out-pairs-are-trained-on",
+        "A held-out pair is evaluated, and never trained on.",
+        "dpo_train.py",
+        "plans = plan_all_steps(pairs[:trained], args)",
+        "plans = plan_all_steps(pairs, args)",
+        (HELD_OUT + "test_an_evaluation_changes_no_weight_and_stands_behind_its_step",),
+    ),
+    Mutant(
+        "a-trained-pair-is-evaluated",
+        "A pair that is also trained on is refused.",
+        "training/pairs.py",
+        "if identity(pair) in trained_at:",
+        "if False:",
+        (HELD_OUT + "test_a_pair_that_is_also_trained_on_is_refused_with_its_place",),
+    ),
+    Mutant(
+        "an-evaluation-counts-as-a-step",
+        "A resumed run's log is that of an uninterrupted one, evaluations included.",
+        "training/log.py",
+        "found += not is_evaluation(row)",
+        "found += 1",
+        (HELD_OUT + "test_resumed_equals_uninterrupted_bit_for_bit",),
+    ),
+    Mutant(
+        "the-pairs-of-a-prompt-on-both-sides",
+        "All pairs of a prompt are on one side.",
+        "make_pairs.py",
+        "(held if held_out else out).write(dump(pair))",
+        "(held if held_out and pair is made[0] else out).write(dump(pair))",
+        (HELD_OUT + "test_all_pairs_of_a_prompt_are_on_one_side_and_all_are_counted",),
     ),
     # ---- the kernels ---------------------------------------------------------------------------
     Mutant(

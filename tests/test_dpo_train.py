@@ -442,8 +442,8 @@ def test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained
     trained = {}
     train = dpo_train.train
 
-    def train_and_look(policy, pairs, reference, plans, args, stage, device):
-        figures = train(policy, pairs, reference, plans, args, stage, device)
+    def train_and_look(policy, pairs, reference, plans, held_out, args, stage, device):
+        figures = train(policy, pairs, reference, plans, held_out, args, stage, device)
         trained["logprobs"] = all_logprobs(policy, pairs, plans[:1], args.packing, device)
         return figures
 
@@ -948,7 +948,9 @@ def test_pitfalls_13_a_changed_setting_stops_a_finished_and_an_unfinished_traini
         ),
         ("--loss_type robust", "--loss_type robust needs --label_smoothing"),
         ("--loss_type ipo --length_coef 0.1", "--length_coef has no effect with --loss_type ipo"),
-        ("--beta 0.1 0.2 0.3", "--beta takes one value, or one for each of the 1 epochs"),
+        ("--eval_every 2", "--eval_every has no effect without --eval_pairs"),
+        ("--run_name mine", "--run_name has no effect without --report_to"),
+        ("--steps_before 3", "--steps_before has no effect without --report_to"),
         ("--cpu_offload", "--cpu_offload has no effect without a GPU"),
         ("--shard_size 2", "has no effect with one rank"),
         ("--batch_size 0", "is not a whole number in"),
@@ -981,6 +983,37 @@ def test_every_loss_trains_and_passes_its_own_step_0_check(run, flags):
     assert "policy = reference makes it" in out and all(math.isfinite(r["loss"]) for r in run.log())
     if "--beta" in flags:
         assert [r["beta"] for r in run.log()] == [0.1] * 3 + [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "betas"),
+    [
+        ("--beta 0.1 0.2 0.3 --iteration 1", [0.1]),
+        ("--beta 0.1 0.2 0.3 --iteration 3", [0.3]),
+        ("--beta 0.1 0.2 0.3 --iteration 9", [0.3]),
+        ("--beta 0.1 0.2 0.3 --iteration 2 --num_train_epochs 2", [0.3, 0.3]),
+        ("--beta 0.1 0.2 0.3 --iteration 1 --num_train_epochs 2", [0.1, 0.2]),
+        ("--beta 0.1 --iteration 7 --num_train_epochs 2", [0.1, 0.1]),
+    ],
+)
+def test_beta_is_a_list_over_the_epochs_of_all_iterations(flags, betas):
+    """As in TRL's online DPO; the last value holds for all later epochs."""
+    files = ["--model", "m", "--pairs", "p", "--output", "o"]
+    args = dpo_train.arguments().parse_args([*files, *flags.split()])
+    assert dpo_train.betas_of_epochs(args) == betas
+
+
+def test_two_iterations_with_one_beta_are_the_same_training(run):
+    """--iteration says which beta, and nothing else: only the beta in use tells two runs apart."""
+    run("policy", "--iteration", "1")
+    assert "already done" in run("policy", "--iteration", "2", "--beta", "0.1", "0.1")
+    assert "--beta: was [0.1], is [0.2]" in run.fails_at(
+        "policy", "--iteration", "2", "--beta", "0.1", "0.2"
+    )
+    run("second", "--iteration", "2", "--beta", "0.1", "0.2")
+    assert {row["beta"] for row in run.log("second")} == {0.2}
+    meta = json.loads((run.folder / "second.meta.json").read_text())
+    assert meta["arguments"]["beta"] == [0.2]
 
 
 def test_a_run_without_flags_has_the_settings_that_the_help_names(run, monkeypatch):

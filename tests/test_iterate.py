@@ -517,6 +517,10 @@ def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, j
     [
         ({"REF": "first"}, 'REF is "prev" or "init"'),
         ({"KEEP": "some"}, 'KEEP is "all" or "last"'),
+        ({"REPORT_TO": "mlflow"}, 'REPORT_TO is "none", "tensorboard", "wandb" or "trackio"'),
+        ({"EVAL_PAIRS_SHARE": "5"}, "EVAL_PAIRS_SHARE is a share between 0 and 1"),
+        ({"EVAL_PAIRS_SHARE": ".0"}, "EVAL_PAIRS_SHARE is a share between 0 and 1"),
+        ({"EVAL_PAIRS_SHARE": "0.1", "HISTORY": 1}, "EVAL_PAIRS_SHARE needs HISTORY=0"),
         ({"HELDOUT": ""}, "held-out prompts"),
         ({"REWARD_FN": ""}, "no reward"),
         ({"JUDGE_SERVER_ARGS": "--enforce-eager"}, "no effect without JUDGE"),
@@ -602,6 +606,51 @@ def test_ref_init_history_enhancer_and_keep_last(world, tmp_path):
     assert again.returncode == 0 and "iter_02: done" in again.stdout
 
 
+def test_held_out_pairs_and_a_tracker_in_a_run(world, whole, stage, tmp_path):
+    """The commands that EVAL_PAIRS_SHARE and REPORT_TO give, from the answers of a run on. The
+    report is made twice: no point stands there twice.
+    """
+    pytest.importorskip("tensorboard")
+    from test_tracker import read_tensorboard
+
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    folder = run / "iter_01"
+    for path in [*folder.glob("pairs.*"), *folder.glob("policy.*")]:
+        path.unlink()
+    shutil.rmtree(folder / "policy")
+    hold_out = ["--eval_share", "0.2", "--eval_output", folder / "eval_pairs.jsonl"]
+    files = ["--scored", folder / "scored.jsonl", "--output", folder / "pairs.jsonl"]
+    stage("make_pairs.py", *files, *hold_out, "--keep_truncated", "--iteration", "1")
+    tracker = ["--report_to", "tensorboard", "--run_name", "demo", "--logging_dir", run / "tracker"]
+    files = ["--model", world / "model", "--pairs", folder / "pairs.jsonl"]
+    files += ["--eval_pairs", folder / "eval_pairs.jsonl", "--output", folder / "policy"]
+    flags = ["--learning_rate", "1e-3", "--batch_size", "8", "--beta", "0.3", "0.2"]
+    flags += ["--iteration", "1", "--steps_before", "0"]
+    stage("dpo_train.py", *files, *flags, *tracker)
+    for _ in range(2):
+        stage("tools/report.py", run, *tracker)
+
+    steps = [json.loads(line) for line in open(folder / "policy.train.jsonl")][1:-1]
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    row = json.loads((run / "summary.jsonl").read_text().splitlines()[1])
+    assert row["steps"] == len(steps) and row["beta"] == 0.3
+    assert row["evaluation"]["eval_loss"]["first"] == pytest.approx(math.log(2), abs=1e-5)
+    page = (run / "report.html").read_text()
+    assert "Implicit rewards of training pairs" in page
+    assert "Implicit rewards of held-out pairs" in page
+
+    events = read_tensorboard(run / "tracker", "demo")
+    shown = {name: events.Scalars(name) for name in ("loss", "eval_loss", "summary/beta")}
+    at = {name: [event.step for event in points] for name, points in shown.items()}
+    assert at["loss"] == list(range(1, len(steps) + 1))
+    assert at["eval_loss"] == [0, len(steps)]
+    # the initial policy's report came after the training here: its place is before what was sent
+    assert at["summary/beta"] == [len(steps)]
+    texts = events.Tensors("completions/text_summary")
+    assert [event.step for event in texts] == [len(steps)]
+
+
 # ---- What the loop asks of whom ----------------------------------------------------------------
 #
 # Which policy, which reference, which prompts: a wrong one trains and evaluates without an error.
@@ -637,6 +686,9 @@ with open("{log}", "a") as log:
 for output in map(Path, flags.get("--output", [])):
     output.parent.mkdir(parents=True, exist_ok=True)
     output.mkdir() if script == "dpo_train.py" else output.touch()
+    if script == "dpo_train.py":  # two steps, between two evaluations
+        rows = ({{"eval_loss": 1}}, {{"loss": 1}}, {{"loss": 1}}, {{"eval_loss": 1}})
+        Path(f"{{output}}.train.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 """
 
 
@@ -803,6 +855,43 @@ def test_an_opponents_relative_path_means_the_folder_of_the_caller(asked, world,
     more = {"cwd": tmp_path, "JUDGE": "m", "JUDGE_URL": "http://localhost:1/v1"}
     judged = asked("judge.py", ITERS=0, OPPONENT="theirs.jsonl", **more)
     assert each(judged, "--opponent") == [[f"{tmp_path}/theirs.jsonl"]]
+
+
+def test_held_out_pairs_are_those_of_the_iteration(asked):
+    pairs = asked("make_pairs.py", ITERS=2, EVAL_PAIRS_SHARE="0.25")
+    assert each(pairs, "--eval_share") == [["0.25"]] * 2
+    assert each(pairs, "--eval_output") == [[f"iter_0{i}/eval_pairs.jsonl"] for i in (1, 2)]
+
+
+def test_training_is_evaluated_on_the_held_out_pairs(asked):
+    trainings = asked("dpo_train.py", ITERS=2, EVAL_PAIRS_SHARE="0.25")
+    assert each(trainings, "--eval_pairs") == [[f"iter_0{i}/eval_pairs.jsonl"] for i in (1, 2)]
+
+
+def test_each_training_knows_its_iteration_and_no_tracker_by_default(asked):
+    """The iteration chooses the --beta."""
+    trainings = asked("dpo_train.py", ITERS=3)
+    assert each(trainings, "--iteration") == [["1"], ["2"], ["3"]]
+    for flag in ("--report_to", "--run_name", "--logging_dir", "--steps_before", "--eval_pairs"):
+        assert each(trainings, flag) == [None] * 3
+
+
+@pytest.mark.parametrize("keep", ["all", "last"])
+def test_report_to_is_one_run_on_one_axis_of_steps(asked, keep):
+    pytest.importorskip("tensorboard")
+    trainings = asked("dpo_train.py", ITERS=3, REPORT_TO="tensorboard", KEEP=keep)
+    assert each(trainings, "--steps_before") == [["0"], ["2"], ["4"]]
+    for flag, value in (("report_to", "tensorboard"), ("run_name", "run")):
+        assert each(trainings, f"--{flag}") == [[value]] * 3
+    assert each(trainings, "--logging_dir") == [["tracker"]] * 3
+
+
+def test_report_to_reaches_the_report(asked):
+    pytest.importorskip("tensorboard")
+    reports = asked("tools/report.py", ITERS=1, REPORT_TO="tensorboard")
+    assert each(reports, "--report_to") == [["tensorboard"]] * 2
+    assert each(reports, "--run_name") == [["run"]] * 2
+    assert each(reports, "--logging_dir") == [["tracker"]] * 2
 
 
 def test_keep_last_removes_a_policy_when_the_next_is_evaluated(asked, tmp_path):

@@ -238,6 +238,47 @@ def test_figures_equal_those_on_paper(tmp_path, monkeypatch):
     assert last["val/contain_eos_token"] == 0.75
 
 
+def test_chosen_and_rejected_rewards_stand_side_by_side(tmp_path, monkeypatch):
+    """Of the training pairs, and of held-out ones where there are any, on one axis of steps."""
+    run = small_run(tmp_path / "run")
+    add_training(run, 2, [(3.0, 1.0)], steps=2)
+    rewards = {"rewards/chosen": 0.5, "rewards/rejected": -0.5}
+    for k, steps in ((1, 4), (2, 2)):
+        log = [{"step": s, "epoch": s / steps, "loss": 0.7} | rewards for s in range(1, steps + 1)]
+        for step, value in ((steps, 0.25), (0, 0.0)):
+            row = {"step": step, "epoch": 0, "eval_loss": 0.7 - value}
+            row |= {"eval_rewards/chosen": value, "eval_rewards/rejected": -value}
+            log.insert(step, row)
+        (run / f"iter_0{k}/policy.train.jsonl").write_text("".join(map(dump, log)))
+
+    _, first, second = call(run, monkeypatch)
+    assert (first["steps"], second["steps"]) == (4, 2)
+    assert first["training"]["loss"] == {"last": 0.7, "mean": pytest.approx(0.7)}
+    assert second["evaluation"]["eval_rewards/chosen"] == {"first": 0.0, "last": 0.25}
+    page = (run / "report.html").read_text(encoding="utf-8")
+    titles = ["Implicit rewards of training pairs", "Implicit rewards of held-out pairs"]
+    assert page.index(titles[0]) < page.index(titles[1])
+
+    read = report.read_run(run)
+    logs = [iteration.steps for iteration in read.iterations]
+    evaluations = [iteration.evaluations for iteration in read.iterations]
+    drawn = {
+        panel.title: panel for panel in report.panels(read.rows, logs, evaluations, None, False)
+    }
+    held_out = drawn[titles[1]]
+    assert [curve.label for curve in held_out.curves] == ["chosen", "rejected"]
+    ends = [row["at"] for row in held_out.rows if row["at"] == row["at"]]  # without NaN
+    assert ends == [0, 4, 4, 6]
+
+    for k in (1, 2):  # without held-out pairs there is one such curve
+        log = run / f"iter_0{k}/policy.train.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if "eval_" not in line))
+    call(run, monkeypatch)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert titles[0] in page and titles[1] not in page
+
+
 def test_reference_decides_objective_kl(tmp_path):
     run = small_run(tmp_path / "run")
     (run / "config.json").write_text('{"REF": "init"}')

@@ -9,9 +9,11 @@ import pytest
 from records import dump
 from small_models import causal_lm
 from training.log import TrainLog
+from training.tracker import Tracker, TrainingTracker
 
 # wandb and trackio are no requirements, and want an account or a server. Here each is a module that
-# writes down how it is called, found as the real one would be.
+# writes down how it is called, found as the real one would be. tests/test_tracker.py has the real
+# ones, where they are installed.
 TRACKER = """
 import json, os
 
@@ -19,11 +21,16 @@ def write_down(*call):
     with open(os.environ["CALLS"], "a") as file:
         file.write(json.dumps(call) + "\\n")
 
-def init(project, name):
-    write_down("init", project, name)
+class Run:
+    def define_metric(self, name, step_metric=None):
+        write_down("define_metric", name, step_metric)
 
-def log(row, step):
-    write_down("log", row, step)
+    def log(self, row, step=None):
+        write_down("log", row, step)
+
+def init(**settings):
+    write_down("init", settings)
+    return Run()
 """
 
 
@@ -52,8 +59,16 @@ def test_a_tracker_is_sent_every_row_of_the_log(stage, tmp_path, tracker):
     (log,) = (tmp_path / "out").glob("*train.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
-    assert calls[0] == ["init", "iterdpo", "policy"]
-    assert calls[1:] == [["log", row, row["step"]] for row in rows] and len(rows) == 3
+    begun = [settings for what, settings, *_ in calls if what == "init"]
+    assert [(run["project"], run["name"]) for run in begun] == [("iterdpo", "policy")]
+    expected = []
+    for row in rows:
+        step = row.pop("step")
+        if tracker == "wandb":  # whose own step only counts calls
+            expected.append(["log", {**row, "global_step": step}, None])
+        else:
+            expected.append(["log", row, step])
+    assert [call for call in calls if call[0] == "log"] == expected and len(rows) == 3
 
 
 def test_tensorboard_is_sent_every_number_and_at_once(tmp_path, monkeypatch):
@@ -61,7 +76,7 @@ def test_tensorboard_is_sent_every_number_and_at_once(tmp_path, monkeypatch):
     shown, waiting = [], []
 
     class Writer:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             self.folder = folder
 
         def add_scalar(self, name, value, step):
@@ -74,12 +89,12 @@ def test_tensorboard_is_sent_every_number_and_at_once(tmp_path, monkeypatch):
     # torch's own module cannot be imported where the package tensorboard is missing
     module = SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    (tmp_path / "policy.parts").mkdir()
-    log = TrainLog(tmp_path / "policy.parts" / "train.jsonl", 0, "tensorboard")
-    assert log.tensorboard.folder == str(tmp_path / "policy.tensorboard")
+    shown_run = Tracker("tensorboard", "policy", tmp_path)
+    assert shown_run.client.writer.folder == str(tmp_path / "policy")
+    log = TrainLog(tmp_path / "train.jsonl", 0, TrainingTracker(shown_run, 1, 10))
     for step in (1, 2):
-        log.write({"step": step, "loss": 0.5 / step})
-        assert shown[-2:] == [("step", step, step), ("loss", 0.5 / step, step)]
+        log.write({"step": step, "epoch": step, "loss": 0.5 / step})
+        assert shown[-2:] == [("epoch", step, 10 + step), ("loss", 0.5 / step, 10 + step)]
     assert len(shown) == 4
 
 
@@ -87,6 +102,19 @@ def test_rows_after_the_checkpoint_are_cut_off(tmp_path):
     """Steps that a kill has undone are done again, and stand in the log once."""
     path = tmp_path / "train.jsonl"
     path.write_text("".join(dump({"step": step}) for step in (1, 2, 3)) + '{"st')
-    log = TrainLog(path, 2, "none")
+    log = TrainLog(path, 2)
     log.write({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_an_evaluation_is_no_step_and_is_done_again_behind_the_checkpoint(tmp_path):
+    path = tmp_path / "train.jsonl"
+    written = [("eval_loss", 0), ("loss", 1), ("eval_loss", 1), ("loss", 2), ("eval_loss", 2)]
+    lines = [dump({"step": step, name: 0.5}) for name, step in written]
+    for steps, kept in ((2, 4), (1, 2), (0, 0)):
+        path.write_text("".join(lines))
+        TrainLog(path, steps)
+        assert path.read_text() == "".join(lines[:kept])
+    path.write_text("".join(lines))
+    with pytest.raises(SystemExit, match="holds 2 of the 3 steps"):
+        TrainLog(path, 3)

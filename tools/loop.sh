@@ -69,6 +69,12 @@ check_settings() {
     [[ $KEEP == all || $KEEP == last ]] || die "KEEP is \"all\" or \"last\", not \"$KEEP\""
     [[ -z $TORCHRUN_ARGS || $TORCHRUN_ARGS == -* ]] ||
         die "TORCHRUN_ARGS are flags of torchrun, as in \"--nnodes 4\", not \"$TORCHRUN_ARGS\""
+    [[ $REPORT_TO =~ ^(none|tensorboard|wandb|trackio)$ ]] ||
+        die "REPORT_TO is \"none\", \"tensorboard\", \"wandb\" or \"trackio\", not \"$REPORT_TO\""
+    [[ -z $EVAL_PAIRS_SHARE || $EVAL_PAIRS_SHARE =~ ^0?\.[0-9]*[1-9][0-9]*$ ]] ||
+        die "EVAL_PAIRS_SHARE is a share between 0 and 1, as 0.05, not \"$EVAL_PAIRS_SHARE\""
+    [[ -z $EVAL_PAIRS_SHARE || $HISTORY == 0 ]] ||
+        die "EVAL_PAIRS_SHARE needs HISTORY=0: a held-out prompt would be trained on with its earlier pairs"
     [[ $KEEP == all || $ENHANCER != prev ]] ||
         die "ENHANCER=prev needs KEEP=all: it answers with a policy that KEEP=last removes"
     for function in "$REWARD_FN" "$GOLD_FN"; do # or the mistake shows after an hour of sampling
@@ -116,6 +122,9 @@ begin() {
         flock --wait 5 9 || # a stage that was just killed may still hold it for a moment
             die "another loop is at work in $RUN (or a stage of a killed one is; see: fuser $RUN/.lock)"
     fi
+    tracker=()
+    [[ $REPORT_TO == none ]] ||
+        tracker=(--report_to "$REPORT_TO" --run_name "$(basename "$RUN")" --logging_dir "$RUN/tracker")
     trap stop INT TERM
     trap stop_judge EXIT # however this script ends, the judge's server ends with it
 
@@ -156,7 +165,16 @@ report() {
     if ((NODE_RANK == 0)) && [[ -e $RUN/resumed.json && ! -e $(folder_of "$(($1 + 1))") ]]; then
         mv "$RUN/resumed.json" "$RUN/config.json"
     fi
-    once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN"
+    once "$RUN/report.log" "$RUN/summary.jsonl" tools/report.py "$RUN" "${tracker[@]}"
+}
+
+# steps_before ITERATION: the training steps of all earlier ones; each left a row with a loss.
+steps_before() {
+    local j steps=0
+    for ((j = 1; j < $1; j++)); do
+        steps=$((steps + $(grep -c '"loss":' "$(folder_of "$j")/policy.train.jsonl")))
+    done
+    echo "$steps"
 }
 
 # ---- Processes -----------------------------------------------------------------------------------

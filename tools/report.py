@@ -41,6 +41,7 @@ summary.jsonl has one row per iteration. Its other columns:
     pairs, counts      pairs made; rows in, out and dropped by reason, per stage
     seconds            per stage, counted from its last start
     training           of each column of train.jsonl: its last value, and its mean over the steps
+    evaluation         of each column of its evaluations on held-out pairs: first and last value
     audit              gap between generator and trainer (docs/math.md)
     changed_weights    share of weights that changed
 
@@ -89,6 +90,8 @@ from records import (
 from report_curves import draw, panels
 from report_page import EXAMPLES, Example, Page, answer_box, html_of, pair_boxes
 from stage import read_meta, run, seed_of
+from training import tracker
+from training.log import is_evaluation
 
 PAIR = {
     "id": TEXT,
@@ -153,7 +156,8 @@ class Iteration:
     folder: Path
     metas: dict[str, dict]  # stage -> its X.meta.json; a stage is called after its output
     heldout: dict[str, Measures]  # prompt id -> what was measured of the answers to it
-    steps: list[dict]  # the rows of train.jsonl
+    steps: list[dict]  # the rows of train.jsonl, one per step
+    evaluations: list[dict]  # and those of --eval_pairs
 
     @property
     def number(self) -> int:
@@ -256,11 +260,11 @@ def read_iteration(folder: Path, rewards: Rewards) -> Iteration:
     if scored.exists():
         heldout = {row["id"]: measure(row, rewards) for row in read_jsonl(scored, SCORED)}
 
-    steps = []
     log = folder / "policy.train.jsonl"
-    if log.exists():
-        steps = list(read_jsonl(log, NUMBERS))
-    return Iteration(folder, read_metas(folder), heldout, steps)
+    rows = list(read_jsonl(log, NUMBERS)) if log.exists() else []
+    steps = [row for row in rows if not is_evaluation(row)]
+    evaluations = [row for row in rows if is_evaluation(row)]
+    return Iteration(folder, read_metas(folder), heldout, steps, evaluations)
 
 
 def read_metas(folder: Path) -> dict[str, dict]:
@@ -476,6 +480,8 @@ def summarise(
     if steps:
         row["steps"] = len(steps)
         row["training"] = training_figures(steps)
+    if iteration.evaluations:
+        row["evaluation"] = evaluation_figures(iteration.evaluations)
     if "policy" in metas:
         row |= policy_figures(metas["policy"], row, reference)
     return {key: value for key, value in row.items() if value is not None and value != {}}
@@ -598,6 +604,13 @@ def training_figures(steps: list[dict]) -> dict[str, dict]:
             values = [step[name] for step in steps if name in step]
             figures[name] = {"last": value, "mean": fmean(values)}
     return figures
+
+
+def evaluation_figures(evaluations: list[dict]) -> dict[str, dict]:
+    """Of each eval_ column: its value before training and after it."""
+    first, last = evaluations[0], evaluations[-1]
+    names = [name for name in first if name.startswith("eval_") and name in last]
+    return {name: {"first": first[name], "last": last[name]} for name in names}
 
 
 def policy_figures(meta: dict, row: dict, reference: str) -> dict:
@@ -894,6 +907,41 @@ def page_of(run: Run, curves: dict[str, str]) -> Page:
     )
 
 
+# ---- what a tracker is shown -------------------------------------------------------------------
+
+COMPLETIONS = 4  # of EXAMPLES
+
+
+def show_in_tracker(report: Run, args) -> None:
+    """The figures of each evaluated iteration, and some answers, behind its training steps."""
+    shown = tracker.Tracker(
+        args.report_to,
+        args.run_name or args.run.resolve().name,
+        args.logging_dir or args.run / "tracker",
+    )
+    step = 0
+    for iteration, row in zip(report.iterations, report.rows, strict=True):
+        step += len(iteration.steps)
+        if "reward" in row:
+            tracker.show_heldout(shown, row, step, completions(iteration.folder))
+
+
+def completions(folder: Path) -> tracker.Table:
+    """The page's first examples as plain text, in TRL's columns."""
+    table = []
+    for example in heldout_examples([folder])[:COMPLETIONS]:
+        (box,) = example.boxes
+        words = {"prompt": plain_text(example.prompt), "completion": plain_text(box.text)}
+        table.append(words | {"rewards": box.facts})
+    return table
+
+
+def plain_text(text: str | list[dict]) -> str:
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
+
+
 # ---- the report --------------------------------------------------------------------------------
 
 
@@ -906,11 +954,20 @@ def arguments() -> argparse.ArgumentParser:
         "--gold",
         help='name of the reward that was only watched; default: "gold", if it was not optimised',
     )
+    p.add_argument(
+        "--report_to",
+        choices=tracker.TRACKERS,
+        default="none",
+        help="show figures and some answers there, too; training/tracker.py says how",
+    )
+    p.add_argument("--run_name", help="of the run there; default: the name of the folder")
+    p.add_argument("--logging_dir", type=Path, help="for the tracker's files; default: RUN/tracker")
     return p
 
 
 def main():
     args = arguments().parse_args()
+    tracker.check_arguments(args)
     report = read_run(args.run, args.gold)
 
     # the figures
@@ -922,12 +979,16 @@ def main():
 
     # the curves
     steps = [iteration.steps for iteration in report.iterations]
-    drawn = panels(report.rows, steps, report.gold, report.rewards.by_judge_alone)
+    evaluations = [iteration.evaluations for iteration in report.iterations]
+    by_judge_alone = report.rewards.by_judge_alone
+    drawn = panels(report.rows, steps, evaluations, report.gold, by_judge_alone)
     curves = draw(drawn, args.run / "curve.png") if drawn else {}
 
     # the page
     write_whole(args.run / "report.html", html_of(page_of(report, curves)))
     print(f"more, and the answers themselves, in {args.run / 'report.html'}")
+    if args.report_to != "none":
+        show_in_tracker(report, args)
 
 
 if __name__ == "__main__":

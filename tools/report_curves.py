@@ -44,14 +44,19 @@ class Panel(NamedTuple):
 
 
 def panels(
-    rows: list[dict], logs: list[list[dict]], gold: str | None, by_judge_alone: bool
+    rows: list[dict],
+    logs: list[list[dict]],
+    evaluations: list[list[dict]],
+    gold: str | None,
+    by_judge_alone: bool,
 ) -> list[Panel]:
     """All panels that have a point.
 
-    rows: summary.jsonl. logs: train.jsonl of each iteration. by_judge_alone: the reward is a
-    judge's win rate and nothing else.
+    rows: summary.jsonl. logs: train.jsonl of each iteration, its steps; evaluations: its others.
+    by_judge_alone: the reward is a judge's win rate and nothing else.
     """
     steps = numbered_steps(logs)
+    between = numbered_evaluations(logs, evaluations)
     judge = Curve("reward/judge", "win rate", ONE)
     proxy = judge if by_judge_alone else Curve("reward", "reward", ONE)
     optimised = [proxy]
@@ -70,8 +75,11 @@ def panels(
         per_iteration("KL, nats per answer", rows, kl),
         per_iteration("Tokens per answer", rows, [length]),
         per_iteration("Rates", rows, rates),
-        per_step("Training loss", steps, Curve("loss", "", ONE)),
-        per_step("Training accuracy", steps, Curve("rewards/accuracies", "", ONE)),
+        per_step("Training loss", steps, [Curve("loss", "", ONE)]),
+        per_step("Training accuracy", steps, [Curve("rewards/accuracies", "", ONE)]),
+        # healthy where the gap between the two grows
+        per_step("Implicit rewards of training pairs", steps, chosen_and_rejected("")),
+        per_step("Implicit rewards of held-out pairs", between, chosen_and_rejected("eval_")),
     ]
     return [panel for panel in every if has_a_point(panel)]
 
@@ -85,8 +93,14 @@ def against_distance(rows: list[dict], curve: Curve) -> Panel:
     return Panel(title, "kl/init", "KL to the initial policy, nats", rows, [curve])
 
 
-def per_step(title: str, steps: list[dict], curve: Curve) -> Panel:
-    return Panel(title, "at", "step, over all iterations", steps, [curve])
+def per_step(title: str, steps: list[dict], curves: list[Curve]) -> Panel:
+    return Panel(title, "at", "step, over all iterations", steps, curves)
+
+
+def chosen_and_rejected(prefix: str) -> list[Curve]:
+    chosen = Curve(f"{prefix}rewards/chosen", "chosen", ONE)
+    rejected = Curve(f"{prefix}rewards/rejected", "rejected", TWO)
+    return [chosen, rejected]
 
 
 def numbered_steps(logs: list[list[dict]]) -> list[dict]:
@@ -103,6 +117,19 @@ def numbered_steps(logs: list[list[dict]]) -> list[dict]:
         if log:
             steps.append(dict.fromkeys(steps[-1], math.nan))
     return steps
+
+
+def numbered_evaluations(logs: list[list[dict]], evaluations: list[list[dict]]) -> list[dict]:
+    """The evaluations of all iterations, on the axis of numbered_steps."""
+    rows: list[dict] = []
+    before = 0  # steps of the iterations before
+    for log, its_evaluations in zip(logs, evaluations, strict=True):
+        for row in its_evaluations:
+            rows.append(row | {"at": before + row.get("step", 0)})
+        if its_evaluations:
+            rows.append(dict.fromkeys(rows[-1], math.nan))
+        before += len(log)
+    return rows
 
 
 def points_of(panel: Panel, curve: Curve) -> list[dict]:

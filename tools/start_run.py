@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import check_utf8
 from records import NEW_PROMPT, TEXTS, Stop, count_rows, read_json, whole, write_whole
 from stage import hash_path, run
+from training.tracker import check_installed
 
 
 def check_commits(old: dict, new: dict) -> None:
@@ -41,6 +42,7 @@ def main():
     settings = {name: os.environ.get(name, "") for name in sys.argv[1:]}
     for name, value in settings.items():
         check_utf8(value, name)
+    check_installed(settings.get("REPORT_TO", "none"), "REPORT_TO")
     resumed = config.exists()
     if resumed:
         remedy = "Remove it: it is written again from the settings"

@@ -1,52 +1,54 @@
-"""train.jsonl, one row per step, and the dashboard that shows the same numbers."""
+"""train.jsonl: one row per step, and one per evaluation on held-out pairs (--eval_pairs).
 
-import importlib
-from itertools import islice
+    {"step": 0, "epoch": 0.0, "eval_loss": 0.693, "eval_rewards/chosen": 0.0, …}    before training
+    {"step": 1, "epoch": 0.25, "loss": 0.693, "rewards/chosen": 0.0, …}
+    …
+
+An evaluation stands behind the step that it follows, and has keys that begin with "eval_", as in
+the logs of Hugging Face's trainers. A tracker (tracker.py) shows the same rows.
+"""
+
 from pathlib import Path
 
 from records import NUMBERS, Stop, dump, read_jsonl
+from training.tracker import TrainingTracker
+
+
+def is_evaluation(row: dict) -> bool:
+    return "eval_loss" in row
 
 
 class TrainLog:
-    """path: train.jsonl. steps_done: by an interrupted run; its rows of later steps are cut off.
+    """path: train.jsonl. steps_done: by an interrupted run; what comes after them is cut off."""
 
-    report_to: "none", "tensorboard", "wandb" or "trackio".
-    """
-
-    def __init__(self, path: Path, steps_done: int, report_to: str):
+    def __init__(self, path: Path, steps_done: int, tracker: TrainingTracker | None = None):
         self.path = path
+        self.tracker = tracker
         rows = rows_of_steps(path, steps_done)
         path.write_text("".join(rows))
-
-        self.tensorboard = None
-        self.tracker = None  # wandb and trackio share their interface
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(path.parent.with_suffix(".tensorboard")))
-        elif report_to != "none":
-            self.tracker = importlib.import_module(report_to)
-            self.tracker.init(project="iterdpo", name=path.parent.stem)
 
     def write(self, row: dict) -> None:
         with open(self.path, "a") as file:
             file.write(dump(row))
-        if self.tensorboard:
-            for name, value in row.items():
-                self.tensorboard.add_scalar(name, value, row["step"])
-            self.tensorboard.flush()
         if self.tracker:
-            self.tracker.log(row, step=row["step"])
+            self.tracker.show(row)
 
 
 def rows_of_steps(path: Path, steps: int) -> list[str]:
-    """The lines of the first `steps` steps. Raises Stop where some are lost or damaged."""
+    """The lines up to the last of `steps` steps. Raises Stop where some are lost or damaged.
+
+    The evaluation behind that step is done again: a kill may have come before it.
+    """
     if steps == 0:
         return []
-    rows = [dump(row) for row in islice(read_jsonl(path, NUMBERS), steps)]
-    if len(rows) < steps:
-        raise Stop(
-            f"{path}: holds {len(rows)} of the {steps} steps that the checkpoint beside it has "
-            "done. Restore it, or begin again with --overwrite."
-        )
-    return rows
+    rows = []
+    found = 0
+    for row in read_jsonl(path, NUMBERS):
+        rows.append(dump(row))
+        found += not is_evaluation(row)
+        if found == steps:
+            return rows
+    raise Stop(
+        f"{path}: holds {found} of the {steps} steps that the checkpoint beside it has "
+        "done. Restore it, or begin again with --overwrite."
+    )

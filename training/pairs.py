@@ -6,6 +6,7 @@ A pair is a dict:
     "prompt", "chosen", "rejected"    int32 arrays of token ids, a tenth of a list's memory
     "logprobs"                        what the generator computed for (chosen, rejected), or None
     "models"                          hashes of the policies that wrote (chosen, rejected), or None
+    "where"                           file:line, for messages
 
 The generator's token ids are taken as they are. A row without any may come from any preference data
 set: it is rendered once, with the chat template of the model that is trained (chat.py).
@@ -45,13 +46,42 @@ WITH_TOKEN_IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
 def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
-    """Read args.pairs. What cannot be trained on is counted under a reason, in stage.counts.
+    """The pairs of args.pairs. What cannot be trained on is counted by reason, in stage.counts.
 
     args: pairs, model, max_length. Raises Stop for bad rows, and where no pair is left.
     """
-    reader = Reader(args, tokenizer, config)
+    return read_pairs(args.pairs, "rows", Reader(args, tokenizer, config), stage)
+
+
+def load_held_out(args, tokenizer, config, stage: Stage, trained: list[dict]) -> list[dict]:
+    """The pairs of args.eval_pairs; none where it is not given. Raises Stop for one of `trained`.
+
+    Two pairs are the same if prompt and answers are: the prompt by its id, or by its tokens where
+    the row has no id.
+    """
+    if not args.eval_pairs:
+        return []
+    held_out = read_pairs(args.eval_pairs, "eval_rows", Reader(args, tokenizer, config), stage)
+    trained_at = {identity(pair): pair["where"] for pair in trained}
+    for pair in held_out:
+        if identity(pair) in trained_at:
+            raise Stop(
+                f"{pair['where']}: the same pair is trained on, in {trained_at[identity(pair)]}: "
+                "it would tell nothing about held-out pairs. Remove it from one of the two files."
+            )
+    return held_out
+
+
+def identity(pair: dict) -> tuple:
+    has_no_id = pair["id"] == pair["where"]
+    prompt = pair["prompt"].tobytes() if has_no_id else pair["id"]
+    return prompt, pair["chosen"].tobytes(), pair["rejected"].tobytes()
+
+
+def read_pairs(paths: list[str], name: str, reader: "Reader", stage: Stage) -> list[dict]:
+    """name: of the rows, in stage.counts."""
     pairs = []
-    for path in args.pairs:
+    for path in paths:
         for line, row in enumerate(read_jsonl(path, PREFERENCE), 1):
             pair = reader.read(row, f"{path}:{line}")
             if pair is not None:
@@ -60,10 +90,10 @@ def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
 
     total = len(pairs) + reader.dropped.total()
     if not pairs:
-        files = ", ".join(args.pairs)
+        files = ", ".join(paths)
         reasons = dict(reader.dropped)
         raise Stop(f"{files}: none of {total:,} pairs can be trained on: {reasons}")
-    stage.count("rows", total, len(pairs), reader.dropped)
+    stage.count(name, total, len(pairs), reader.dropped)
     return pairs
 
 
@@ -103,6 +133,7 @@ class Reader:
             "rejected": np.asarray(rejected_ids, dtype=np.int32),
             "logprobs": [row.get("chosen_logprob"), row.get("rejected_logprob")],
             "models": [row.get("chosen_model"), row.get("rejected_model")],
+            "where": where,
         }
 
     def render(self, row: dict, where: str) -> list[list[int]] | None:
