@@ -304,6 +304,14 @@ MUTANTS = [
         ("tests/test_score.py::test_weights_penalty_and_everything_else_untouched",),
     ),
     Mutant(
+        "group-of-some-answers",
+        "A reward function of responses sees all answers of the prompt.",
+        "score.py",
+        "texts = [answer.text for answer in group]",
+        "texts = [answer.text for answer in {a.text: a for a in group}.values()]",
+        ("tests/test_score.py::test_a_function_of_responses_sees_all_answers_of_a_prompt_at_once",),
+    ),
+    Mutant(
         "reward-of-the-first-token",
         "A packed reward is the model's own, read at the last token.",
         "score.py",
