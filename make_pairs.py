@@ -28,6 +28,9 @@ What makes no pair is counted by reason, and never dropped silently:
     margin             the two s differ by less than --min_margin
     single_candidate   there is nothing to compare with
 
+So a penalty on answers that were cut off (score.py --missing_eos_penalty) decides nothing here,
+unless --keep_truncated lets them take part: the one without the other stops.
+
 Rows stream through, so memory does not grow with the file. A prompt's random choices depend on
 (seed, iteration, id) alone: shuffle the rows and the same pairs come out.
 """
@@ -35,13 +38,19 @@ Rows stream through, so memory does not grow with the file. A prompt's random ch
 import itertools
 import random
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from arguments import integer_in, number_in, parse, parser
 from records import TO_PAIR, Stop, count_rows, dump, finite, read_jsonl, whole
-from stage import Stage, run, seed_of
+from stage import Stage, meta_path_of, read_meta, run, say, seed_of
 
 STRATEGIES = ("max_min", "max_random", "max_second", "random")
+
+# The share of prompts lost to ties and identical answers at which the metadata holds a warning.
+# With a third lost, a pair costs 1.5 times as many answers as it could, and the prompts that are
+# left, those on which the policy disagrees with itself, are no longer a sample of what was asked.
+MANY_LOST = 1 / 3
 
 
 def arguments():
@@ -77,7 +86,8 @@ def arguments():
     add(
         "--keep_truncated",
         action="store_true",
-        help='let answers with finish_reason "length" take part',
+        help='let answers with finish_reason "length" take part; for score.py '
+        "--missing_eos_penalty, or they are ranked as if they were finished",
     )
 
     # Where in the run
@@ -258,6 +268,51 @@ def write_pairs(args, path) -> dict[str, Balance]:
     return {"rows": rows, "candidates": candidates, "pairs": pairs}
 
 
+def check_penalty(args) -> None:
+    """Stop where the rewards hold a penalty that can decide nothing; say where one is missing.
+
+    A scored file without metadata is not of this project, and says nothing about penalties.
+    """
+    penalties = missing_eos_penalties(args.scored)
+    if any(penalties) and not args.keep_truncated:
+        raise Stop(
+            f"{args.scored}: was scored with --missing_eos_penalty {max(penalties):g}, which has no "
+            "effect: answers that were cut off take part in no pair. Give --keep_truncated, or "
+            "score again without the penalty."
+        )
+    if penalties and not any(penalties) and args.keep_truncated and args.length_penalty <= 0:
+        say(
+            "note: --keep_truncated without a penalty: answers that were cut off are ranked as if "
+            "they were finished. score.py --missing_eos_penalty takes something from them"
+        )
+
+
+def missing_eos_penalties(scored: str) -> list[float]:
+    """What score.py recorded for this file, or for those whose rewards judge.py has added to."""
+    path = meta_path_of(scored)
+    if not path.exists():
+        return []
+    recorded = read_meta(path, f"Remove it and {Path(scored).name} to make both again")["arguments"]
+    if "missing_eos_penalty" in recorded:
+        return [recorded["missing_eos_penalty"]]
+    penalties = []
+    for source in recorded.get("candidates", []):
+        penalties += missing_eos_penalties(source)
+    return penalties
+
+
+def warn_of_lost_prompts(stage: Stage, rows: Balance) -> None:
+    """Say what to do where many prompts were lost to answers that are too much alike."""
+    tied, identical = rows.dropped["tie"], rows.dropped["identical"]
+    share = (tied + identical) / rows.total
+    if share >= MANY_LOST:
+        stage.warn(
+            f"{share:.0%} of the prompts made no pair, as their best and worst answers tie "
+            f"({tied:,}) or are identical ({identical:,}). Raise --temperature or --num_samples of "
+            "generate.py, or use a reward that tells more answers apart"
+        )
+
+
 def stop_without_pairs(scored: str, rows: Balance) -> None:
     reasons = [f"  {n:>8,}  {reason}" for reason, n in rows.dropped.items()]
     why = "\n".join(reasons)
@@ -274,6 +329,7 @@ def main():
     if stage.done:
         return
     count_rows(args.scored, TO_PAIR)
+    check_penalty(args)
 
     with whole(args.output) as temporary:
         balances = write_pairs(args, temporary)
@@ -281,6 +337,7 @@ def main():
             stage.count(what, balance.total, balance.out, balance.dropped)
         if balances["pairs"].out == 0:
             stop_without_pairs(args.scored, balances["rows"])
+        warn_of_lost_prompts(stage, balances["rows"])
         stage.write_meta()
     stage.clean()
 

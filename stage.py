@@ -54,6 +54,8 @@ ROWS_PER_PART = 64
 KEY = {"arguments": OBJECT, "inputs": OBJECT}  # what a result depends on
 META = {"arguments": OBJECT, "key": OBJECT, "counts": OBJECT, "sha256": TEXT}  # X.meta.json
 
+ROWS_OF = "rows of "  # and a file: the balance of one of several inputs, beside that of all "rows"
+
 REPLACED = ".iterdpo-replaced"  # the old output, until the new one is whole
 LONGEST_NAME = 200  # bytes; file systems take 255, and the names beside the output are longer
 
@@ -134,10 +136,11 @@ class Stage:
         self.rank, self.world = ranks()
         self.output = output_path(output)
         self.parts = self.beside(".parts")
-        self.meta_path = self.beside(".meta.json")
+        self.meta_path = meta_path_of(self.output)
         self.key_path = self.parts / "key.json"
         self.arguments = vars(args)
         self.counts: dict[str, dict] = {}
+        self.warnings: list[str] = []
         self.done = False  # the output exists, and is the one that was asked for
         self.key: dict = {}  # what the result depends on: arguments, and hashes of inputs
 
@@ -276,6 +279,14 @@ class Stage:
             raise AssertionError(f"{self.output}: {what}: {balance}")
         self.counts[what] = {"in": rows_in, "out": rows_out, "dropped": dropped}
 
+    def warn(self, message: str) -> None:
+        """Say what a person should know, though the stage goes on; the metadata keeps it, too.
+
+        message: a sentence without its full stop.
+        """
+        self.warnings.append(message)
+        say(f"warning: {message}.")
+
     # -- parts: what a long stage does one at a time
 
     def part(self, index: int) -> Path:
@@ -371,6 +382,7 @@ class Stage:
             "world_size": self.world,
             "seconds": round(seconds_since(self.started), 2),
             "counts": self.counts,
+            "warnings": self.warnings,
             **extra,
         }
         write_meta(self.meta_path, meta)
@@ -384,6 +396,12 @@ class Stage:
         """Remove what is not needed once the output exists."""
         remove(self.parts)
         remove(self.beside(REPLACED))
+
+
+def meta_path_of(output) -> Path:
+    """The metadata of a stage's output: X.jsonl -> X.jsonl.meta.json"""
+    path = Path(output)
+    return path.with_name(f"{path.name}.meta.json")
 
 
 def write_meta(path: Path, meta: dict) -> None:

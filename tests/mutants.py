@@ -122,6 +122,22 @@ MUTANTS = [
         (LOOP + "test_history_adds_the_pairs_of_so_many_earlier_iterations",),
     ),
     Mutant(
+        "offline-pairs-in-every-iteration",
+        "EXTRA_PAIRS_ITERS=first adds pairs of other origin to the first iteration alone.",
+        "iterate.sh",
+        "((i > 1)) && [[ $EXTRA_PAIRS_ITERS == first ]] ||",
+        "((i < 1)) ||",
+        (LOOP + "test_pairs_of_other_origin_stand_beside_the_fresh_ones[first]",),
+    ),
+    Mutant(
+        "offline-pairs-not-the-callers",
+        "A relative path in EXTRA_PAIRS means the folder that iterate.sh is called from.",
+        "tools/loop.sh",
+        "[[ $file == /* || ! -e $1/$file ]] || file=$1/$file",
+        ":",
+        (LOOP + "test_a_relative_path_among_pairs_of_other_origin_is_the_callers",),
+    ),
+    Mutant(
         "keep-last-removes-too-early",
         "KEEP=last removes a policy when nothing needs it any more.",
         "iterate.sh",
@@ -360,6 +376,30 @@ MUTANTS = [
         ("tests/test_judge.py::test_a_judge_that_prefers_a_place_decides_nothing_and_is_reported",),
     ),
     # ---- pairs ---------------------------------------------------------------------------------
+    Mutant(
+        "a-penalty-that-decides-nothing",
+        "A recorded --missing_eos_penalty that no pair can show stops make_pairs.py.",
+        "make_pairs.py",
+        "if any(penalties) and not args.keep_truncated:",
+        "if False:",
+        (PAIRS + "test_a_penalty_on_answers_that_take_part_in_no_pair_stops",),
+    ),
+    Mutant(
+        "a-penalty-behind-the-judge",
+        "The penalty is found where judge.py stands between score.py and make_pairs.py.",
+        "make_pairs.py",
+        'recorded.get("candidates", [])',
+        "[]",
+        (PAIRS + "test_a_penalty_is_found_behind_the_judge",),
+    ),
+    Mutant(
+        "lost-prompts-unsaid",
+        "Prompts lost to identical answers count towards the warning.",
+        "make_pairs.py",
+        "share = (tied + identical) / rows.total",
+        "share = tied / rows.total",
+        (PAIRS + "test_many_prompts_lost_to_answers_that_are_alike_are_said",),
+    ),
     Mutant(
         "ties-broken-by-index",
         "Equal scores stand in random order, and no source of answers comes first.",

@@ -74,7 +74,7 @@ from records import (
 )
 from report_curves import draw, panels
 from report_page import EXAMPLES, Example, Page, answer_box, html_of, pair_boxes
-from stage import read_meta, run, seed_of
+from stage import ROWS_OF, read_meta, run, seed_of
 
 PAIR = {
     "id": TEXT,
@@ -154,7 +154,7 @@ def read_run(folder: Path, asked: str | None = None) -> Run:
     gold = choose_gold(asked, folders)
 
     iterations = [read_iteration(f, gold) for f in folders]
-    warnings = compare_settings(iterations)
+    warnings = compare_settings(iterations) + warnings_of_stages(iterations)
 
     initial = iterations[0].heldout if folders[0].name == "iter_00" else {}
     reference = config.get("REF", "prev")
@@ -309,6 +309,16 @@ def compare_settings(iterations: list[Iteration]) -> list[str]:
             if setting in arguments:
                 seen[setting].setdefault(str(arguments[setting]), name)
     return warnings + unlike_settings(seen)
+
+
+def warnings_of_stages(iterations: list[Iteration]) -> list[str]:
+    """What the stages said and the run went on with, as pairs that are too few."""
+    warnings = []
+    for iteration in iterations:
+        for stage, meta in iteration.metas.items():
+            for message in meta.get("warnings", []):
+                warnings.append(f"{iteration.folder.name}, {stage}: {message}.")
+    return warnings
 
 
 def unlike_settings(seen: dict[str, dict[str, str]]) -> list[str]:
@@ -551,6 +561,8 @@ def drops(row: dict) -> list[str]:
         if stage == "prompts":
             continue
         for what, balance in balances.items():
+            if what == "rows" and any(other.startswith(ROWS_OF) for other in balances):
+                continue  # its files are named one by one
             for reason, n in balance["dropped"].items():
                 lines.append(f"iteration {row['iteration']}, {stage}: {n:,} {what} {reason}")
     return lines
@@ -571,6 +583,20 @@ def legend(rows: list[dict], gold: str | None) -> list[str]:
         lines.append(
             f'reward is the proxy that was optimised; gold (the reward "{gold}") was only watched.'
         )
+    return lines + sources_of_pairs(rows)
+
+
+def sources_of_pairs(rows: list[dict]) -> list[str]:
+    """Where an iteration was trained on several files: how many pairs came from which."""
+    lines = []
+    for row in rows:
+        sources = []
+        for what, balance in row.get("counts", {}).get("policy", {}).items():
+            if what.startswith(ROWS_OF):
+                path = Path(what.removeprefix(ROWS_OF))
+                sources.append(f"{balance['out']:,} of {path.parent.name}/{path.name}")
+        if sources:
+            lines.append(f"Iteration {row['iteration']} was trained on {', '.join(sources)}.")
     return lines
 
 

@@ -27,7 +27,7 @@ from records import (
     optional,
     read_jsonl,
 )
-from stage import Stage, say
+from stage import ROWS_OF, Stage, add_counts, say
 
 # What a row must hold: text, or turns. Token ids are optional.
 PREFERENCE = {
@@ -45,17 +45,24 @@ WITH_TOKEN_IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
 def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
-    """Read args.pairs. What cannot be trained on is counted under a reason, in stage.counts.
+    """Read args.pairs. What cannot be trained on is counted under a reason, in stage.counts: over
+    all rows, and where there are several files, over the rows of each.
 
     args: pairs, model, max_length. Raises Stop for bad rows, and where no pair is left.
     """
     reader = Reader(args, tokenizer, config)
     pairs = []
+    of_files: dict[str, dict] = {}  # a file that is given twice counts twice
     for path in args.pairs:
+        pairs_before, dropped_before = len(pairs), reader.dropped.copy()
         for line, row in enumerate(read_jsonl(path, PREFERENCE), 1):
             pair = reader.read(row, f"{path}:{line}")
             if pair is not None:
                 pairs.append(pair)
+        read = len(pairs) - pairs_before
+        dropped = reader.dropped - dropped_before
+        balance = {"in": read + dropped.total(), "out": read, "dropped": dropped}
+        add_counts(of_files, {f"{ROWS_OF}{path}": balance})
     reader.say_what_was_rendered()
 
     total = len(pairs) + reader.dropped.total()
@@ -64,6 +71,9 @@ def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
         reasons = dict(reader.dropped)
         raise Stop(f"{files}: none of {total:,} pairs can be trained on: {reasons}")
     stage.count("rows", total, len(pairs), reader.dropped)
+    if len(of_files) > 1:
+        for what, count in of_files.items():
+            stage.count(what, count["in"], count["out"], count["dropped"])
     return pairs
 
 
