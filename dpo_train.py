@@ -133,12 +133,7 @@ def add_files(add) -> None:
         "--model", required=True, help="the policy to start from: a folder or a hub name[@revision]"
     )
     add("--ref_model", help="the reference; default: --model itself, which costs no second model")
-    add(
-        "--pairs",
-        nargs="+",
-        required=True,
-        help="pairs.jsonl, or anyone's preference data; several are trained on together",
-    )
+    add("--pairs", nargs="+", required=True, help="preference pairs, one file or several")
     add(
         "--output",
         required=True,
@@ -913,9 +908,6 @@ def main():
     longest = max(p + max(c, r) for p, c, r in map(lengths_of, pairs))
     args.packing = network.choose_packing(args.packing, config, longest, args.model)
     plans = plan_all_steps(pairs, args)
-    warning = checks.few_steps(len(pairs), len(plans), args.batch_size)
-    if warning:
-        stage.warn(warning)
 
     # 2. The reference, in the microbatches of the first epoch: so its rounding errors are those of
     # the policy's first pass, and the first loss is ln 2

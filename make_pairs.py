@@ -276,8 +276,8 @@ def check_penalty(args) -> None:
     penalties = missing_eos_penalties(args.scored)
     if any(penalties) and not args.keep_truncated:
         raise Stop(
-            f"{args.scored}: was scored with --missing_eos_penalty {max(penalties):g}, which has no "
-            "effect: answers that were cut off take part in no pair. Give --keep_truncated, or "
+            f"{args.scored}: was scored with --missing_eos_penalty {max(penalties):g}, which has "
+            "no effect: answers that were cut off take part in no pair. Give --keep_truncated, or "
             "score again without the penalty."
         )
     if penalties and not any(penalties) and args.keep_truncated and args.length_penalty <= 0:

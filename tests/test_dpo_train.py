@@ -27,6 +27,7 @@ from small_models import LLAMA4, causal_lm
 from stage import hash_path
 from training import checks, network
 from training.batches import PARTS, collate, cost, microbatches, shortest_and_longest
+from training.pairs import few_steps
 
 
 def make_pairs(folder, model, n=24, seed=0, longest=20):
@@ -1015,7 +1016,7 @@ def test_pitfalls_39_a_small_batch_at_the_default_rate_gets_a_message(run):
     ],
 )
 def test_a_warning_where_the_pairs_make_so_few_steps(pairs, steps, batch_size, says):
-    warning = checks.few_steps(pairs, steps, batch_size)
+    warning = few_steps(pairs, steps, batch_size)
     assert warning is None if says is None else says in warning
 
 
@@ -1026,8 +1027,10 @@ def test_too_few_pairs_are_said_and_recorded(run):
         return json.loads((run.folder / f"{name}.meta.json").read_text())["warnings"]
 
     printed = run("few", "--batch_size", "24")
-    assert warnings("few") == [checks.few_steps(24, 1, 24)]
+    assert warnings("few") == [few_steps(24, 1, 24)]
     assert f"warning: {warnings('few')[0]}." in printed
+    run("twice", "--batch_size", "24", "--num_train_epochs", "2")
+    assert warnings("twice") == [few_steps(24, 2, 24)]
     assert "warning" not in run("enough", "--batch_size", "4") and warnings("enough") == []
 
 

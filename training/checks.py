@@ -1,6 +1,5 @@
 """What must hold before the first update. A check that fails stops the run: it would train wrongly.
 
-    few_steps           a warning only: the pairs make one step, or two
     check_repeat        two forward passes of the same pair agree: nothing random is left on
     check_causal        no log-prob depends on the tokens after it
     check_model         our log-probs of a short pair are those of transformers' own logits
@@ -26,27 +25,6 @@ def gap_per_token(a: torch.Tensor, b: torch.Tensor, pair: dict) -> float:
     """The larger of the two answers' |a - b|, per token."""
     lengths = torch.tensor([len(pair["chosen"]), len(pair["rejected"])])
     return ((a - b).abs() / lengths).max().item()
-
-
-# ---- the plan ----------------------------------------------------------------------------------
-
-
-def few_steps(pair_count: int, steps: int, batch_size: int) -> str | None:
-    """The warning where so few steps cannot teach much; None where there are enough.
-
-    steps: of all epochs. With one or two, the learning rate has hardly a schedule, and AdamW has
-    hardly an average: its first update is the gradient's sign.
-    """
-    made = "1 step is" if steps == 1 else f"{steps} steps are"
-    remedy = "Use more prompts per iteration, or a smaller --batch_size"
-    if pair_count < batch_size:
-        return (
-            f"the {pair_count:,} pairs are fewer than one batch (--batch_size {batch_size:,}): "
-            f"{made} made. {remedy}"
-        )
-    if steps <= 2:
-        return f"only {made} made of {pair_count:,} pairs (--batch_size {batch_size:,}). {remedy}"
-    return None
 
 
 # ---- the forward pass --------------------------------------------------------------------------

@@ -11,6 +11,7 @@ The generator's token ids are taken as they are. A row without any may come from
 set: it is rendered once, with the chat template of the model that is trained (chat.py).
 """
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -48,7 +49,8 @@ def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
     """Read args.pairs. What cannot be trained on is counted under a reason, in stage.counts: over
     all rows, and where there are several files, over the rows of each.
 
-    args: pairs, model, max_length. Raises Stop for bad rows, and where no pair is left.
+    args: pairs, model, max_length, and for a warning batch_size and num_train_epochs. Raises Stop
+    for bad rows, and where no pair is left.
     """
     reader = Reader(args, tokenizer, config)
     pairs = []
@@ -74,7 +76,29 @@ def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
     if len(of_files) > 1:
         for what, count in of_files.items():
             stage.count(what, count["in"], count["out"], count["dropped"])
+    steps = math.ceil(len(pairs) / args.batch_size) * args.num_train_epochs
+    warning = few_steps(len(pairs), steps, args.batch_size)
+    if warning:
+        stage.warn(warning)
     return pairs
+
+
+def few_steps(pair_count: int, steps: int, batch_size: int) -> str | None:
+    """The warning where so few steps cannot teach much; None where there are enough.
+
+    steps: of all epochs. With one or two, the learning rate has hardly a schedule, and AdamW has
+    hardly an average: its first update is the gradient's sign.
+    """
+    made = "1 step is made" if steps == 1 else f"{steps} steps are made"
+    remedy = "Use more prompts per iteration, or a smaller --batch_size"
+    if pair_count < batch_size:
+        return (
+            f"the {pair_count:,} pairs are fewer than one batch (--batch_size {batch_size:,}): "
+            f"{made}. {remedy}"
+        )
+    if steps <= 2:
+        return f"only {made} of {pair_count:,} pairs (--batch_size {batch_size:,}). {remedy}"
+    return None
 
 
 class Reader:
