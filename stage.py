@@ -1,9 +1,9 @@
 """How any stage runs: its place among the ranks, what is done already, and what it leaves behind.
 
-Beside every output X stands X.meta.json: arguments, sha256 of every input, versions, rows in, rows
-out, rows dropped by reason (in = out + dropped, or the stage fails). A stage whose output exists
-with the same arguments and inputs says so and exits 0; with others it stops and names the
-difference.
+Beside every output X stands X.meta.json: arguments, sha256 of every input and of X, versions, rows
+in, rows out, rows dropped by reason (in = out + dropped, or the stage fails). A stage whose output
+exists with the same arguments and inputs says so and exits 0; with others it stops and names the
+difference. It also stops where X is no longer what was written.
 
 A long stage works in parts: rows are cut into parts of a fixed size, part i belongs to rank i %
 world, and each part is a whole file in X.parts/. A restart does the missing parts only, whatever
@@ -40,6 +40,7 @@ from records import (
     UNFINISHED,
     Stop,
     dump,
+    optional,
     read_json,
     remove,
     whole,
@@ -52,7 +53,13 @@ from records import (
 ROWS_PER_PART = 64
 
 KEY = {"arguments": OBJECT, "inputs": OBJECT}  # what a result depends on
-META = {"arguments": OBJECT, "key": OBJECT, "counts": OBJECT, "sha256": TEXT}  # X.meta.json
+META = {  # X.meta.json
+    "arguments": OBJECT,
+    "key": OBJECT,
+    "counts": OBJECT,
+    "output": optional(TEXT),  # hash of X; what an older version made has none
+    "sha256": TEXT,
+}
 
 ROWS_OF = "rows of "  # and a file: the balance of one of several inputs, beside that of all "rows"
 
@@ -160,20 +167,18 @@ class Stage:
 
     def _check_places(self, inputs: dict) -> None:
         """Stop where writing the output would change an input."""
-        ours = [self.output, self.meta_path, self.parts, self.beside(REPLACED)]
-        written = [path.resolve() for path in ours]
-        for name, paths in inputs.items():
-            for path in paths if isinstance(paths, (list, tuple)) else [paths]:
-                if not path or not os.path.exists(path):
-                    continue
-                source = Path(path).resolve()
-                covers = source in written or self.output.resolve() in source.parents
-                inside = source in self.output.resolve().parents
-                if covers or inside:
-                    raise Stop(
-                        f"{self.output}: writing it would change the input --{name} {path}. "
-                        "Use another --output."
-                    )
+        output = self.output.resolve()
+        beside = [self.meta_path.resolve(), self.parts.resolve(), self.beside(REPLACED).resolve()]
+        for name, path in paths_of(inputs):
+            source = path.resolve()
+            is_written = source == output or source in beside
+            lies_in_output = output in source.parents
+            holds_output = source in output.parents
+            if is_written or lies_in_output or holds_output:
+                raise Stop(
+                    f"{self.output}: writing it would change the input --{name} {path}. "
+                    "Use another --output."
+                )
 
     def _make_key(self, inputs: dict, free: Iterable[str]) -> dict:
         hashes = {}
@@ -196,7 +201,9 @@ class Stage:
         if self.output.exists():
             self._check_output_is_ours()
             remedy = f"Remove it and {self.output.name} to make both again"
-            self._compare(read_meta(self.meta_path, remedy)["key"], self.output)
+            meta = read_meta(self.meta_path, remedy)
+            self._compare(meta["key"], self.output)
+            self._check_output_is_whole(meta)
             remove(self.parts)
             self.done = True
             print(f"{self.output}: already done with the same arguments and inputs", flush=True)
@@ -223,6 +230,15 @@ class Stage:
             raise Stop(
                 f"{self.output}: exists, but not {self.meta_path.name}: it was not made by this "
                 "stage, which does not touch it. Move it away, or use another --output."
+            )
+
+    def _check_output_is_whole(self, meta: dict) -> None:
+        """What was damaged after it was written must not become the input of the next stage."""
+        written = meta.get("output")
+        if written and hash_path(self.output) != written:
+            raise Stop(
+                f"{self.output}: is not what the stage wrote: it was damaged or edited. Restore "
+                f"it, or remove it and {self.meta_path.name} to make both again."
             )
 
     def _old_key(self) -> dict:
@@ -310,6 +326,8 @@ class Stage:
         path = self.part(index)
         if not path.exists():
             return False
+        if path.is_dir():
+            raise Stop(f"{path}: is a folder, which no stage has made. Move it away.")
         if read_part(path) is None:
             print(f"{path}: is damaged; its rows are done again", flush=True)
             remove(path)
@@ -377,6 +395,7 @@ class Stage:
             "arguments": self.arguments,
             "inputs": self.hashes,
             "key": self.key,
+            "output": hash_path(self.beside(UNFINISHED)),
             "git": git_state(),
             "versions": versions(),
             "world_size": self.world,
@@ -402,6 +421,16 @@ def meta_path_of(output) -> Path:
     """The metadata of a stage's output: X.jsonl -> X.jsonl.meta.json"""
     path = Path(output)
     return path.with_name(f"{path.name}.meta.json")
+
+
+def paths_of(inputs: dict) -> Iterator[tuple[str, Path]]:
+    """Argument name and path of each input that is on this machine; a name on the hub is not."""
+    for name, paths in inputs.items():
+        if not isinstance(paths, (list, tuple)):
+            paths = [paths]
+        for path in paths:
+            if path and os.path.exists(path):
+                yield name, Path(path)
 
 
 def write_meta(path: Path, meta: dict) -> None:

@@ -193,6 +193,30 @@ MUTANTS = [
         "processes=$NPROC",
         (LOOP + "test_a_stage_runs_in_as_many_processes_as_was_said",),
     ),
+    Mutant(
+        "numbers-not-checked",
+        "The shell calculates with whole numbers alone, and runs nothing that a setting holds.",
+        "tools/loop.sh",
+        "local value=${!1}",
+        "return 0; local value=${!1}",
+        (LOOP + "test_only_whole_numbers_reach_the_shells_arithmetic",),
+    ),
+    Mutant(
+        "star-is-a-pattern",
+        "A * among the arguments of a stage stays as it is.",
+        "tools/loop.sh",
+        "\nset -f\n",
+        "\n",
+        (LOOP + "test_a_star_among_arguments_is_no_pattern_of_files",),
+    ),
+    Mutant(
+        "relative-to-the-script",
+        "A relative path means the folder in which the loop is called.",
+        "iterate.sh",
+        'from_folder "$caller" MODEL PROMPTS HELDOUT RUN',
+        'from_folder "$caller" MODEL',
+        (LOOP + "test_relative_paths_mean_the_folder_of_the_caller",),
+    ),
     # ---- prompts -------------------------------------------------------------------------------
     Mutant(
         "heldout-id-not-checked",
@@ -821,6 +845,14 @@ MUTANTS = [
         "if rows_in != rows_out + sum(dropped.values()):",
         "if False:",
         ("tests/test_records.py::test_pitfalls_12_a_balance_that_does_not_close_fails",),
+    ),
+    Mutant(
+        "damaged-output-is-done",
+        "A finished output that was damaged since is not used.",
+        "stage.py",
+        "if written and hash_path(self.output) != written:",
+        "if False:",
+        ("tests/test_records.py::test_an_output_that_was_damaged_since_is_not_taken_for_done",),
     ),
     Mutant(
         "other-settings-mixed-in",

@@ -160,6 +160,18 @@ def test_an_output_of_unknown_origin_is_not_overwritten(tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "precious\n"
 
 
+def test_an_output_that_was_damaged_since_is_not_taken_for_done(tmp_path):
+    """Fewer rows, each of them as valid as before: no later stage could notice."""
+    path = prompts(tmp_path / "p.jsonl")
+    fill(new_stage(tmp_path, seed=1), path)
+    lines = path.read_text().splitlines(keepends=True)
+    write(tmp_path / "out.jsonl", "".join(lines[1:]))
+    with pytest.raises(Stop, match="is not what the stage wrote"):
+        new_stage(tmp_path, seed=1)
+    write(tmp_path / "out.jsonl", "".join(lines))
+    assert new_stage(tmp_path, seed=1).done
+
+
 def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(tmp_path):
     path = prompts(tmp_path / "p.jsonl")
     fill(new_stage(tmp_path, seed=1), path)

@@ -72,11 +72,13 @@ check_settings() {
     whole_number GENERATE_NPROC 1
     [[ -z $PROMPTS_PER_ITER ]] || whole_number PROMPTS_PER_ITER 1
     [[ -n $RUN && $RUN != / ]] || die "name the run: RUN=runs/NAME"
-    [[ $RUN != -* ]] || RUN=./$RUN # a folder, and no flag of mkdir
+    [[ $RUN == [/.[:alnum:]]* ]] || RUN=./$RUN # a folder, and no flag of mkdir or operator of find
     [[ -n $PROMPTS ]] || die "PROMPTS: prompts.jsonl to train on; tools/prepare_prompts.py makes it"
     [[ -n $HELDOUT ]] || die "HELDOUT: held-out prompts, disjoint from PROMPTS; tools/prepare_prompts.py splits them off"
     [[ $REF == prev || $REF == init ]] || die "REF is \"prev\" or \"init\", not \"$REF\""
     [[ $KEEP == all || $KEEP == last ]] || die "KEEP is \"all\" or \"last\", not \"$KEEP\""
+    [[ -z $TORCHRUN_ARGS || $TORCHRUN_ARGS == -* ]] ||
+        die "TORCHRUN_ARGS are flags of torchrun, as in \"--nnodes 4\", not \"$TORCHRUN_ARGS\""
     [[ $KEEP == all || $ENHANCER != prev ]] ||
         die "ENHANCER=prev needs KEEP=all: it answers with a policy that KEEP=last removes"
     for function in "$REWARD_FN" "$GOLD_FN"; do # or the mistake shows after an hour of sampling
@@ -105,7 +107,7 @@ check_settings() {
 # keeps using that commit.
 pinned() {
     if [[ -z $1 || -e $1 || $1 == init || $1 == prev ]]; then
-        echo "$1"
+        printf '%s\n' "$1" # echo would take a folder called -n for a flag
     else
         "$PYTHON" models.py "$1"
     fi
@@ -122,9 +124,9 @@ begin() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) - 1) / NPROC) + 1))}
     export TOKENIZERS_PARALLELISM=false
 
-    mkdir -p "$RUN"
+    mkdir -p "$RUN" 2>/dev/null || die "RUN=$RUN: this folder cannot be made"
     if ((NODE_RANK == 0)); then # two loops must never share a run; the lock goes with the process
-        exec 9>"$RUN/.lock"
+        { exec 9>"$RUN/.lock"; } 2>/dev/null || die "$RUN/.lock: cannot be written"
         flock --wait 5 9 || # a stage that was just killed may still hold it for a moment
             die "another loop is at work in $RUN (or a stage of a killed one is; see: fuser $RUN/.lock)"
     fi
@@ -134,6 +136,9 @@ begin() {
     if [[ -n ${DEMO:-} ]]; then
         once "$RUN/demo.log" "$DEMO" demo/build.py --output "$DEMO" --seed "$SEED"
     fi
+    for name in PROMPTS HELDOUT; do # or it would be looked for on the hub, like a model
+        [[ -f ${!name} ]] || die "$name: ${!name}: no such file"
+    done
     MODEL=$(pinned "$MODEL")
     REWARD_MODEL=$(pinned "$REWARD_MODEL")
     ENHANCER=$(pinned "$ENHANCER")
@@ -179,13 +184,19 @@ stop() {
     die "stopped; the same command resumes from here" 75
 }
 
+# note LOG COMMAND: print a command, and write it into the log.
+note() {
+    { mkdir -p "$(dirname "$1")" && printf '\n+ %s\n' "$2" | tee -a "$1"; } 2>/dev/null ||
+        die "$1: cannot be written. If no space is left, free some. The same command resumes from here"
+}
+
 # stage LOG COMMAND…: print it, run it, keep its output in LOG, stop the loop when it fails.
 stage() {
     local log=$1 status=0
     shift
-    mkdir -p "$(dirname "$log")"
-    printf '\n+ %s\n' "$*" | tee -a "$log"
-    "$@" > >(trap '' INT TERM; exec tee -a "$log") 2>&1 & # Ctrl-C reaches tee, too, but the stage still prints
+    note "$log" "$*"
+    # Ctrl-C reaches tee, too, but the stage still prints. What no longer fits into the log is printed all the same.
+    "$@" > >(trap '' INT TERM; exec tee -a "$log" 2>/dev/null) 2>&1 &
     child=$!
     wait "$child" || status=$?
     child=
@@ -276,8 +287,7 @@ serve_judge() {
     set -- "$PYTHON" -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --port "$port" \
         --model "$JUDGE" --gpu-memory-utilization 0.6 --max-model-len auto "${copies[@]}" \
         $JUDGE_SERVER_ARGS
-    mkdir -p "$(dirname "$log")"
-    printf '\n+ %s &\n' "$*" | tee -a "$log"
+    note "$log" "$* &"
     # A process group of its own, to be stopped as a whole: while it starts, the server itself may
     # miss a signal.
     set -m

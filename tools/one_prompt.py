@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root
 import models
 from arguments import parse, parser
-from records import PROMPT, SCORED, TEXTS, read_json, read_jsonl, write_whole
+from records import PROMPT, SCORED, TEXT, TEXTS, read_json, read_jsonl, write_whole
 from stage import run
 from training.checks import own_logprob
 
@@ -104,9 +104,8 @@ def page(folder: Path, id: str | None) -> str:
     remedy = "Name the folder of a run that iterate.sh has made"
     config = read_json(folder / "config.json", TEXTS, remedy)
     first = folder / "iter_01"
-    pair = next(
-        row for row in read_jsonl(first / "pairs.jsonl", {"id": str}) if id in (None, row["id"])
-    )
+    pairs = read_jsonl(first / "pairs.jsonl", {"id": TEXT})
+    pair = next(row for row in pairs if id in (None, row["id"]))
     prompt = row_with(first / "prompts.jsonl", pair["id"], PROMPT)
     scored = row_with(first / "scored.jsonl", pair["id"], SCORED)
     tokenizer = models.load_tokenizer(config["MODEL"])
