@@ -70,15 +70,17 @@ LONGEST_NAME = 200  # bytes; file systems take 255, and the names beside the out
 def hash_path(path) -> str:
     """The identity of a file, a folder or a model: it changes exactly when the content does.
 
-    sha256 of a file; of a folder, that of its sorted lines "name sha256"; "hub:NAME@COMMIT" for a
-    model on the hub. Raises Stop where there is no such thing.
+    sha256 of a file; of a folder, that of its sorted lines "name sha256", without its README.md,
+    as a model card changes no model; "hub:NAME@COMMIT" for a model on the hub. Raises Stop where
+    there is no such thing.
     """
     name, path = str(path), Path(path)  # Path("./x") forgets the dot that tells a path from a name
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file())
+        card = path / "README.md"
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f != card)
         # Hashing releases the GIL, so threads help: a sharded 7B model takes seconds.
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(hash_path, files)

@@ -138,6 +138,22 @@ MUTANTS = [
         (LOOP + "test_a_relative_path_among_pairs_of_other_origin_is_the_callers",),
     ),
     Mutant(
+        "a-card-is-another-policy",
+        "A model card in a policy's folder changes neither its identity nor what is done.",
+        "stage.py",
+        "if f.is_file() and f != card",
+        "if f.is_file()",
+        ("tests/test_after_the_loop.py::test_a_card_changes_no_policy_but_any_other_file_does",),
+    ),
+    Mutant(
+        "the-best-answer-for-alpaca-eval",
+        "AlpacaEval gets the first answer that was sampled.",
+        "tools/answers.py",
+        'row["candidates"][0]["text"]',
+        'row["candidates"][-1]["text"]',
+        ("tests/test_after_the_loop.py::test_answers_are_alpaca_evals",),
+    ),
+    Mutant(
         "keep-last-removes-too-early",
         "KEEP=last removes a policy when nothing needs it any more.",
         "iterate.sh",
