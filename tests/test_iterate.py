@@ -503,6 +503,10 @@ def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, j
             {"SCORE_ARGS": "--missing_eos_penalty 1", "PAIRS_ARGS": "--min_margin 0.1"},
             "Give PAIRS_ARGS=--keep_truncated",
         ),
+        (
+            {"SCORE_ARGS": "--missing_eos_penalty 1", "REWARD_FN": "", "JUDGE": "m"},
+            "no effect with JUDGE alone",
+        ),
         ({"EXTRA_PAIRS": "none.jsonl"}, "EXTRA_PAIRS: none.jsonl: no such file"),
         ({"EXTRA_PAIRS_ITERS": "all"}, "no effect without EXTRA_PAIRS"),
         ({"EXTRA_PAIRS_ITERS": "last"}, 'EXTRA_PAIRS_ITERS is "first" or "all"'),

@@ -93,6 +93,8 @@ check_settings() {
         [[ -f $file ]] || die "EXTRA_PAIRS: $file: no such file. It holds preference pairs, one JSON object per line"
     done
     [[ -n $REWARD_MODEL$REWARD_FN$JUDGE ]] || die "no reward: set REWARD_MODEL, REWARD_FN or JUDGE"
+    [[ ${SCORE_ARGS//-/_} != *__missing_eos_penalty* || -n $REWARD_MODEL$REWARD_FN ]] ||
+        die "--missing_eos_penalty in SCORE_ARGS has no effect with JUDGE alone: score.py sees no answer that pairs are made of"
     [[ ${SCORE_ARGS//-/_} != *__missing_eos_penalty* || ${PAIRS_ARGS//-/_} == *__keep_truncated* ]] ||
         die "--missing_eos_penalty in SCORE_ARGS has no effect: answers that were cut off take part in no pair. Give PAIRS_ARGS=--keep_truncated, too"
     [[ -n $JUDGE || -z $JUDGE_URL$JUDGE_ARGS$JUDGE_SERVER_ARGS ]] ||
