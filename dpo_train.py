@@ -951,7 +951,7 @@ def save(weights: dict, tokenizer, stage: Stage, args, **figures) -> None:
         changed = fsdp.export(weights, args.model, save_dtype, tokenizer, folder)
         with whole(stage.beside(".train.jsonl")) as log:
             log.write_bytes((stage.parts / "train.jsonl").read_bytes())
-        stage.write_meta(changed_weights=changed, **figures)
+        stage.write_meta((".train.jsonl",), changed_weights=changed, **figures)
     stage.clean()
     say(f"{args.output}: {changed:.1%} of the weights changed in the saved dtype")
 

@@ -538,7 +538,7 @@ def balances(judge: Judge, requests: dict, verdicts: dict, outcomes: Counter) ->
 
 def judge_part(judge: Judge, rows: list[dict], args) -> dict:
     """Judge the candidates of `rows`, in place; those without a verdict are removed. -> balances"""
-    answers = answers_of(rows, args.strip_reasoning)
+    answers = answers_of(rows, args.strip_reasoning, args.candidates)
     rates, counts = win_rates(judge, answers)
     for answer, rate in zip(answers, rates, strict=True):
         if rate is None:

@@ -424,21 +424,26 @@ class Answer:
     index: int  # in the input's row
     candidate: dict
     text: str  # what the rewards see
+    source: str  # the file, or files, for messages
     dropped: str | None = None  # why it has no reward
 
     def __str__(self):
-        return f'row id "{self.row["id"]}", candidate {self.index}'
+        return f'{self.source}: row id "{self.row["id"]}", candidate {self.index}'
 
 
-def answers_of(rows: list[dict], strip_reasoning: bool) -> list[Answer]:
-    """All candidates of `rows`, row by row. strip_reasoning: rewards see what follows </think>."""
+def answers_of(rows: list[dict], strip_reasoning: bool, files: list[str]) -> list[Answer]:
+    """All candidates of `rows`, row by row. strip_reasoning: rewards see what follows </think>.
+
+    files: where the rows came from, for messages.
+    """
+    source = ", ".join(map(str, files))
     answers = []
     for row in rows:
         for index, candidate in enumerate(row["candidates"]):
             text = candidate["text"]
             if strip_reasoning:
                 text = text.split("</think>", 1)[-1].lstrip()
-            answers.append(Answer(row, index, candidate, text))
+            answers.append(Answer(row, index, candidate, text, source))
     return answers
 
 

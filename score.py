@@ -722,7 +722,7 @@ def device_of_this_rank() -> torch.device:
 
 def score_part(rows: list[dict], scorers: list[Scorer], args) -> dict[str, dict]:
     """Score the candidates of `rows`, in place; those without a score are removed. -> balances"""
-    answers = answers_of(rows, args.strip_reasoning)
+    answers = answers_of(rows, args.strip_reasoning, args.candidates)
     for scorer in scorers:
         left = [answer for answer in answers if not answer.dropped]
         values = scorer.source.score(left)

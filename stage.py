@@ -37,6 +37,7 @@ from tqdm import tqdm
 from records import (
     OBJECT,
     TEXT,
+    TEXTS,
     UNFINISHED,
     Stop,
     dump,
@@ -58,6 +59,7 @@ META = {  # X.meta.json
     "key": OBJECT,
     "counts": OBJECT,
     "output": optional(TEXT),  # hash of X; what an older version made has none
+    "beside": optional(TEXTS),  # suffix -> hash of another file of the stage, beside X
     "sha256": TEXT,
 }
 
@@ -85,7 +87,8 @@ def hash_path(path) -> str:
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(hash_path, files)
             lines = [f"{f.relative_to(path)} {h}" for f, h in zip(files, hashes, strict=True)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        names_and_hashes = "\n".join(lines).encode(errors="surrogateescape")  # any name of a file
+        return hashlib.sha256(names_and_hashes).hexdigest()
     if path.suffix in (".jsonl", ".py") or name.startswith((".", "/")):
         raise Stop(f"{name}: no such file or folder.")
     # imported here, because it imports transformers: make_pairs.py needs neither, and it takes
@@ -242,6 +245,13 @@ class Stage:
                 f"{self.output}: is not what the stage wrote: it was damaged or edited. Restore "
                 f"it, or remove it and {self.meta_path.name} to make both again."
             )
+        for suffix, written in (meta.get("beside") or {}).items():
+            path = self.beside(suffix)
+            if path.exists() and hash_path(path) != written:
+                raise Stop(
+                    f"{path}: is not what the stage wrote: it was damaged or edited. Restore it, "
+                    "or remove it: no stage needs it."
+                )
 
     def _old_key(self) -> dict:
         return read_json(self.key_path, KEY, f"Remove {self.parts} to begin again")
@@ -390,14 +400,18 @@ class Stage:
 
     # -- the end
 
-    def write_meta(self, **extra) -> None:
-        """Rank 0 writes X.meta.json just before X gets its name, so every output has one."""
+    def write_meta(self, beside: tuple[str, ...] = (), **extra) -> None:
+        """Rank 0 writes X.meta.json just before X gets its name, so every output has one.
+
+        beside: suffixes of other files that the stage has written beside X.
+        """
         meta = {
             "argv": sys.argv,
             "arguments": self.arguments,
             "inputs": self.hashes,
             "key": self.key,
             "output": hash_path(self.beside(UNFINISHED)),
+            "beside": {suffix: hash_path(self.beside(suffix)) for suffix in beside},
             "git": git_state(),
             "versions": versions(),
             "world_size": self.world,

@@ -14,8 +14,8 @@ done, the same command ends with the same bytes. One line per case, and a summar
 the rule was broken.
 
 The stages run in forks of a process that has imported torch (bench/warm_python.py), which makes a
-start ten times as fast; --cold runs every stage in a python of its own. --only TEXT runs the cases
-whose names hold TEXT. --demo: kills, on the demo with its defaults.
+start ten times as fast; --cold runs every stage in a python of its own. --only TEXT … runs the
+cases whose names hold one of these texts. --demo: kills, on the demo with its defaults.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from bench.warm_python import WarmPython
 class Report:
     """One line per case, and the counts for the summary."""
 
-    def __init__(self, only: str, save: Path | None):
+    def __init__(self, only: list[str], save: Path | None):
         self.only = only
         self.save = save
         self.lines: list[str] = []
@@ -46,7 +46,7 @@ class Report:
         self.began = time.monotonic()
 
     def wants(self, name: str) -> bool:
-        return self.only in name
+        return any(text in name for text in self.only)
 
     def say(self, line: str) -> None:
         line = line.encode("unicode_escape").decode()
@@ -86,7 +86,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("what", choices=COMMANDS)
     p.add_argument("--seed", type=integer_in("[0, inf)"), default=0)
-    p.add_argument("--only", default="", help="cases whose names hold this text")
+    p.add_argument("--only", nargs="+", default=[""], help="cases whose names hold one of these")
     p.add_argument("--kills", type=integer_in("[1, inf)"), default=100)
     p.add_argument("--demo", action="store_true", help="kills: the demo, with its defaults")
     p.add_argument("--cold", action="store_true", help="a python of its own for every stage")

@@ -41,13 +41,15 @@ def flipped(path: Path, rng: random.Random) -> bool:
 
 
 def letter(path: Path, rng: random.Random) -> bool:
-    """Another letter within a text: what follows is as valid as before."""
+    """Another letter within a text, or digit of a number: what follows is as valid as before."""
     content = bytearray(path.read_bytes())
-    places = [found.end() for found in re.finditer(rb'"(?:text|content)": "(?=[A-Za-z])', content)]
+    pattern = rb'"(?:text|content|reply)": "(?=[A-Za-z])|"loss": 0\.(?=\d)'
+    places = [found.end() for found in re.finditer(pattern, content)]
     if not places:
         return False
     place = rng.choice(places)
-    content[place] = ord("Q") if content[place] != ord("Q") else ord("Z")
+    other = b"12" if chr(content[place]).isdigit() else b"QZ"
+    content[place] = other[0] if content[place] != other[0] else other[1]
     path.write_bytes(content)
     return True
 
@@ -119,7 +121,11 @@ def kinds_of(state: State, path: Path):
     if (state.copy / path).is_dir():
         return OF_FOLDERS
     if path.suffix in (".log", ".png", ".html"):
-        return (emptied, folder, removed)
+        return (folder,)
+    if state.name == "finished" and path.parts[0] in ("iter_00", "iter_02"):
+        return (letter,) if path.suffix == ".jsonl" else (flipped,)
+    if path.parent.name == "policy" and path.name not in ("config.json", "model.safetensors"):
+        return (flipped, removed)
     if path.suffix == ".jsonl":
         return (*OF_FILES, *OF_ROWS)
     if state.name != "judged" and path.name.endswith(".meta.json"):

@@ -14,7 +14,7 @@ from records import remove
 
 INSIDE = "CHAOS_HAS_ITS_OWN_MOUNTS"
 DISK = 24 << 20  # bytes; a run takes some 3 MB
-STEPS = (4, 8, 16, 32, 64)  # KiB that are freed after each stop
+STEPS = (8, 32, 64, 128, 256)  # KiB that are freed after each stop
 LIMITS = (1, 3, 10, 30, 100, 300, 600)  # KB, of a file
 
 

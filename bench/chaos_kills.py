@@ -12,20 +12,22 @@ LONG = 0.8  # seconds of a stage that is killed twice in a round
 
 
 class Demo(World):
-    """The demo, as `bash iterate.sh` runs it, but in a folder of its own."""
+    """The demo, as `bash iterate.sh` runs it, but in a folder of its own.
+
+    Settings of the caller's, such as ITERS=1, reach it.
+    """
 
     def build(self) -> None:
         self.home = ROOT
-        self.theirs = ""
+        self.theirs = []
 
-    def settings(self, **more) -> dict[str, str]:
-        usual = super().settings(**more)
-        of_the_machine = ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
-        unset = self.given().keys() - {"PYTHON", "RUN", *of_the_machine}
-        return {k: v for k, v in usual.items() if k not in unset}
+    def given(self) -> dict:
+        names = ("PYTHON", "RUN", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
+        given = super().given()
+        return {name: given[name] for name in names}
 
-    def hash_of_theirs(self) -> str:
-        return ""
+    def hash_of_theirs(self) -> list[str]:
+        return []
 
 
 def disturb(world: World, report, rng, args) -> None:

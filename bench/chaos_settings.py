@@ -1,9 +1,9 @@
 """bench/chaos.py settings: hostile values of every setting of iterate.sh."""
 
-import os
 import re
 
-from bench.chaos_world import ROOT, World
+from bench.chaos_world import ROOT, THEIRS, World
+from records import remove
 
 # What must never run makes a file of this name, wherever it runs.
 MARK = "X_WAS_RUN"
@@ -27,8 +27,6 @@ VALUES = {
     "flags": "-rf",
     "folder": "/",
     "unicode": "ünï ☃ \u202e",
-    "backslash": "\\",
-    "help": "--help",
 }
 
 MORE = ("NODE_RANK", "CUDA_VISIBLE_DEVICES")  # read by the shell, too
@@ -42,7 +40,7 @@ BESIDE = {
 }
 # These are used in iterations only; the others show what they do without any.
 IN_ITERATIONS = (
-    "PROMPTS PROMPTS_PER_ITER NUM_SAMPLES REF HISTORY ENHANCER KEEP PAIRS_ARGS TRAIN_ARGS".split()
+    "PROMPTS_PER_ITER NUM_SAMPLES REF HISTORY ENHANCER KEEP PAIRS_ARGS TRAIN_ARGS".split()
 )
 
 # Not hostile, but as likely: each must be refused in time.
@@ -137,13 +135,6 @@ def harm_done(world: World, results: dict) -> list[str]:
 
 def tidy(world: World) -> None:
     """Remove the folders that RUN=… has made where the user stands."""
-    known = {"model", "reward.py", "prompts.jsonl", "heldout.jsonl"}
-    for name in os.listdir(os.fsencode(world.home)):
-        if os.fsdecode(name) not in known:
-            remove_tree(os.path.join(os.fsencode(world.home), name))
-
-
-def remove_tree(path: bytes) -> None:
-    import shutil
-
-    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    for path in world.home.iterdir():
+        if path.name not in THEIRS:
+            remove(path)

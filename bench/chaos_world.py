@@ -23,6 +23,7 @@ REWARD = (
 PROMPTS, HELDOUT = 75, 6  # more than stage.ROWS_PER_PART, so that a stage has two parts
 LEAKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VLLM_", "OPENAI_API_KEY")
 
+THEIRS = ("model", "reward.py", "prompts.jsonl", "heldout.jsonl")
 ROWS = ("prompts.jsonl", "candidates.jsonl", "scored.jsonl", "pairs.jsonl")
 EVALUATION = ("eval/candidates.jsonl", "eval/scored.jsonl")
 
@@ -93,8 +94,9 @@ class World:
         loop.wait(timeout)
         return loop
 
-    def hash_of_theirs(self) -> str:
-        return hash_path(self.home)
+    def hash_of_theirs(self) -> list[str]:
+        """Of what the user has brought; a run of theirs may come to stand beside it."""
+        return [hash_path(self.home / name) for name in THEIRS]
 
     def results(self, run: Path | None = None) -> dict[str, str]:
         """Hashes of all that a run is for: rows, weights, evaluations, and the training's log."""
@@ -220,8 +222,7 @@ class Loop:
             last = [line for line in after if line[:1].strip()][:1]
             found.append(f"traceback: {last}")
         found += [f"unforeseen: {line[:150]}" for line in UNFORESEEN.findall(printed)]
-        errors = [line for line in self.lines if line.startswith("error: ")]
-        ours = [line for line in self.lines if line.startswith("iterate.sh: ")]
+        errors, ours = self.errors(), self.errors("iterate.sh")
         if self.code != 0 and (len(errors) > 1 or len(ours) > 1 or not errors + ours):
             found.append(f"{len(errors)} messages of stages and {len(ours)} of the loop")
         if not wait_until(lambda: not self.left_behind(), 5):
@@ -232,11 +233,13 @@ class Loop:
         """What it said at its end, in short."""
         if self.code == 0:
             return "done"
-        errors = [line for line in self.lines if line.startswith("error: ")]
-        ours = [line for line in self.lines if line.startswith("iterate.sh: ")]
-        if errors:
-            return errors[-1].strip()
-        return (ours or self.lines or ["nothing was said"])[-1].strip()
+        if self.errors():
+            return self.errors()[-1]
+        return (self.errors("iterate.sh") or self.lines or ["nothing was said"])[-1].strip()
+
+    def errors(self, whose: str = "error") -> list[str]:
+        """Messages, also those that stand behind a progress bar."""
+        return re.findall(rf"(?:^|[\]\r])({whose}: .*)", self.printed, re.M)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

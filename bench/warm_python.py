@@ -158,10 +158,11 @@ def serve(address: str) -> dict:
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for mine in (listener, client, *waiting.values()):
+            for mine in (listener, *waiting.values()):
                 mine.close()
             os.close(noticed)
             os.close(wake)
+            join_group(request["group"], client)
             become(request, files)
             return request
         waiting[pid] = client
@@ -196,12 +197,21 @@ def answer_the_ended(waiting: dict[int, socket.socket]) -> None:
         client.close()
 
 
+def join_group(group: int, client: socket.socket) -> None:
+    """Be killed with the caller; where it was killed meanwhile, end at once."""
+    try:
+        os.setpgid(0, group)
+    except OSError:  # none of the group is left
+        os._exit(1)
+    poll = select.poll()
+    poll.register(client, select.POLLHUP)
+    if any(event & select.POLLHUP for _, event in poll.poll(0)):
+        os._exit(1)
+    client.close()
+
+
 def become(request: dict, files: list[int]) -> None:
     """Take over what the caller's process has."""
-    try:
-        os.setpgid(0, request["group"])
-    except OSError:  # the whole group was killed meanwhile
-        os._exit(1)
     moved = [os.dup2(file, 100 + file) for file in files]  # out of the way of their new numbers
     for file, number in zip(moved, request["files"], strict=True):
         os.dup2(file, number)

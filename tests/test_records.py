@@ -107,6 +107,8 @@ def test_hash_of_a_folder_sees_names_and_content(tmp_path):
     second = hash_path(tmp_path / "m")
     write(tmp_path / "m/b", "2")
     assert len({first, second, hash_path(tmp_path / "m")}) == 3
+    write(tmp_path / "m/not UTF-8: \udcff", "1")
+    assert hash_path(tmp_path / "m")
 
 
 def test_seeds_depend_on_every_part():

@@ -143,7 +143,7 @@ def loaded(path, load=score.load_reward_model):
 
 
 def answers_of(rows):
-    return records.answers_of(rows, strip_reasoning=False)
+    return records.answers_of(rows, strip_reasoning=False, files=["c.jsonl"])
 
 
 # ---- one score, whatever is in the batch -------------------------------------------------------
@@ -337,7 +337,7 @@ def test_one_bos_and_the_reward_models_own_template(folder, text):
     m = loaded(folder / "rm")
     bos = m.tokenizer.bos_token_id
     for row in rows(3, text=text):
-        a = records.Answer(row, 1, row["candidates"][1], row["candidates"][1]["text"])
+        a = records.Answer(row, 1, row["candidates"][1], row["candidates"][1]["text"], "c.jsonl")
         ids = m.sequence(a).ids
         assert ids[0] == bos and ids.count(bos) == 1
         seen = m.tokenizer.decode(ids)
@@ -897,7 +897,7 @@ def test_flags_that_contradict_or_have_no_effect(
 def test_bad_input_names_file_and_line(tmp_path, run, folder):
     for line, match in (
         ("", "empty"),
-        ("{}\n", r"c.jsonl:1: key .id. is missing"),
+        ("{}\n", r"c.jsonl:1: key .id., .* are missing"),
         ("{\n", "c.jsonl:1: not JSON"),
     ):
         (tmp_path / "c.jsonl").write_text(line)

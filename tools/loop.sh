@@ -194,7 +194,7 @@ note() {
 
 # stage LOG COMMAND…: print it, run it, keep its output in LOG, stop the loop when it fails.
 stage() {
-    local log=$1 status=0
+    local log=$1 status=0 script
     shift
     note "$log" "$*"
     # Ctrl-C reaches tee, too, but the stage still prints. What no longer fits into the log is printed all the same.
@@ -203,7 +203,10 @@ stage() {
     wait "$child" || status=$?
     child=
     ((status != 75)) || die "stopped on request; the same command resumes from here" 75
-    ((status == 0)) || die "$1 ${2:-} failed with exit code $status. Its output is in $log" "$status"
+    for script in "$@"; do # with several processes, torchrun and its arguments come first
+        [[ $script != *.py ]] || break
+    done
+    ((status == 0)) || die "$script failed with exit code $status. Its output is in $log" "$status"
 }
 
 # everywhere LOG STAGE.py ARGS…: on all ranks of all machines.
