@@ -631,7 +631,7 @@ class GroupRewardFunction(RewardFunction):
     def score_group(self, group: list[Answer]) -> list[float]:
         row = group[0].row
         texts = [answer.text for answer in group]
-        where = f'--reward_fn {self.spec} on row id "{row["id"]}"'
+        where = f'--reward_fn {self.spec} on {group[0].source}: row id "{row["id"]}"'
         returned = self.call(row, texts, where)
         try:
             found = list(returned)

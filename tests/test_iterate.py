@@ -525,7 +525,7 @@ def test_settings_that_cannot_work_are_refused_at_once(world, tmp_path, more, sa
 def test_a_penalty_on_answers_that_take_part_is_accepted(world, tmp_path, keep):
     more = {"SCORE_ARGS": "--missing_eos_penalty 1", "PAIRS_ARGS": keep}
     done = iterate(world, tmp_path / "run", PYTHON="/no/such/python", **more)
-    assert "keep_truncated" not in done.stderr and "/no/such/python" in done.stderr
+    assert "keep_truncated" not in done.stderr and "+ /no/such/python" in done.stdout
 
 
 NUMBERS = (
@@ -734,7 +734,7 @@ def test_a_relative_path_among_pairs_of_other_origin_is_the_callers(world, tmp_p
     (tmp_path / "here.jsonl").touch()
     more = {"EXTRA_PAIRS": f"here.jsonl {tmp_path}/here.jsonl", "PYTHON": "/no/such/python"}
     done = iterate(world, tmp_path / "run", cwd=tmp_path, **more)
-    assert "EXTRA_PAIRS" not in done.stderr and "/no/such/python" in done.stderr
+    assert "EXTRA_PAIRS" not in done.stderr and "+ /no/such/python" in done.stdout
 
 
 def test_a_run_trains_on_pairs_of_other_origin_and_its_report_says_so(world, tmp_path):

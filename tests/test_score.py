@@ -684,9 +684,15 @@ def refused(run, tmp_path, match, *arguments, data=None):
 @pytest.mark.parametrize(
     "function, match",
     [
-        ("nan", r'f.py:nan on row id "p1", candidate 2: the value is nan'),  # PITFALLS 9
-        ("none", r"f.py:none on row id \"p0\", candidate 0: returned 'None'; a reward is a number"),
-        ("word", r"f.py:word on row id \"p0\", candidate 0: returned '1.5'; a reward is a number"),
+        ("nan", r'f.py:nan on .*c.jsonl: row id "p1", candidate 2: the value is nan'),  # PITFALLS 9
+        (
+            "none",
+            r"f.py:none on .*c.jsonl: row id \"p0\", candidate 0: returned 'None'; a reward is",
+        ),
+        (
+            "word",
+            r"f.py:word on .*c.jsonl: row id \"p0\", candidate 0: returned '1.5'; a reward is",
+        ),
         ("missing", "has no function missing"),
     ],
 )
@@ -770,12 +776,24 @@ def test_a_function_of_responses_sees_what_the_rewards_see(tmp_path, run, folder
 @pytest.mark.parametrize(
     ("function", "match"),
     [
-        ("few", 'f.py:few on row id "p0": returned 3 values for 4 answers; it must return one for'),
-        ("one", 'f.py:one on row id "p0": returned float; it must return a list of 4 numbers'),
-        ("named", 'f.py:named on row id "p0": returned dict; it must return a list of 4 numbers'),
-        ("some_nan", 'f.py:some_nan on row id "p1", candidate 2: the value is nan'),
-        ("some_none", "f.py:some_none on row id \"p1\", candidate 2: returned 'None'; a reward is"),
-        ("leaves", r'f.py:leaves on row id "p0": the function called exit\(3\)'),
+        (
+            "few",
+            'f.py:few on .*c.jsonl: row id "p0": returned 3 values for 4 answers; it must',
+        ),
+        (
+            "one",
+            'f.py:one on .*c.jsonl: row id "p0": returned float; it must return a list of 4',
+        ),
+        (
+            "named",
+            'f.py:named on .*c.jsonl: row id "p0": returned dict; it must return a list of 4',
+        ),
+        ("some_nan", 'f.py:some_nan on .*c.jsonl: row id "p1", candidate 2: the value is nan'),
+        (
+            "some_none",
+            "f.py:some_none on .*c.jsonl: row id \"p1\", candidate 2: returned 'None'; a reward is",
+        ),
+        ("leaves", r'f.py:leaves on .*c.jsonl: row id "p0": the function called exit\(3\)'),
     ],
 )
 def test_a_function_of_responses_that_fails_is_named_with_its_row(
