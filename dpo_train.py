@@ -139,7 +139,7 @@ def add_files(add) -> None:
         "--model", required=True, help="the policy to start from: a folder or a hub name[@revision]"
     )
     add("--ref_model", help="the reference; default: --model itself, which costs no second model")
-    add("--pairs", nargs="+", required=True, help="pairs.jsonl; several are trained on together")
+    add("--pairs", nargs="+", required=True, help="preference pairs, one file or several")
     add(
         "--output",
         required=True,

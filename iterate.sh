@@ -22,6 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 . tools/loop.sh        # setting, stage, everywhere, once, score: how the lines below run
 from_folder "$caller" MODEL PROMPTS HELDOUT RUN REWARD_MODEL REWARD_FN GOLD_FN JUDGE OPPONENT \
     ENHANCER
+files_from_folder "$caller" EXTRA_PAIRS
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -51,6 +52,8 @@ setting NUM_SAMPLES 8    # answers to each prompt
 setting EVAL_SAMPLES 4   # answers to each held-out prompt
 setting REF prev         # the reference: "prev", the policy that wrote the answers, or "init", the first
 setting HISTORY 0        # also train on the pairs of this many earlier iterations
+setting EXTRA_PAIRS      # preference pairs of other origin, one or more files: trained on as well,
+setting EXTRA_PAIRS_ITERS first # in the "first" iteration, or in "all"
 setting ENHANCER         # "prev", "init" or a model: a second policy that answers the same prompts
 setting KEEP all         # "last" removes a policy when nothing needs it any more
 setting EVAL_PAIRS_SHARE # 0.05: hold out the pairs of so many prompts, and evaluate training on them
@@ -130,11 +133,12 @@ for ((i = 1; i <= ITERS; i++)); do
         make_pairs.py --scored "$now/scored.jsonl" --output "$now/pairs.jsonl" \
         --iteration "$i" --seed "$SEED" "${hold_out[@]}" $PAIRS_ARGS
 
-    # DPO trains on the fresh pairs, and on those of HISTORY iterations before.
+    # DPO trains on the fresh pairs, on those of HISTORY iterations before, and on EXTRA_PAIRS.
     pairs=("$now/pairs.jsonl")
     for ((j = i - 1; j >= 1 && j >= i - HISTORY; j--)); do
         pairs+=("$(folder_of "$j")/pairs.jsonl")
     done
+    ((i > 1)) && [[ $EXTRA_PAIRS_ITERS == first ]] || pairs+=($EXTRA_PAIRS)
     reference=()
     [[ $REF == prev ]] || reference=(--ref_model "$MODEL")
     steps=()

@@ -33,6 +33,9 @@ What makes no pair is counted by reason, and never dropped silently:
 dpo_train.py --eval_pairs. Which prompts these are follows from (seed, iteration, id), so all pairs
 of a prompt are on the same side. FILE.meta.json holds the same as that of --output.
 
+So a penalty on answers that were cut off (score.py --missing_eos_penalty) decides nothing here,
+unless --keep_truncated lets them take part: the one without the other stops.
+
 Rows stream through, so memory does not grow with the file. A prompt's random choices depend on
 (seed, iteration, id) alone: shuffle the rows and the same pairs come out.
 """
@@ -47,9 +50,14 @@ from typing import NamedTuple
 
 from arguments import integer_in, number_in, parse, parser
 from records import TO_PAIR, Stop, count_rows, dump, finite, read_jsonl, whole, write_whole
-from stage import Stage, run, seed_of
+from stage import Stage, meta_path_of, read_meta, run, say, seed_of
 
 STRATEGIES = ("max_min", "max_random", "max_second", "random")
+
+# The share of prompts lost to ties and identical answers at which the metadata holds a warning.
+# With a third lost, a pair costs 1.5 times as many answers as it could, and the prompts that are
+# left, those on which the policy disagrees with itself, are no longer a sample of what was asked.
+MANY_LOST = 1 / 3
 
 
 def arguments():
@@ -85,7 +93,8 @@ def arguments():
     add(
         "--keep_truncated",
         action="store_true",
-        help='let answers with finish_reason "length" take part',
+        help='let answers with finish_reason "length" take part; for score.py '
+        "--missing_eos_penalty, or they are ranked as if they were finished",
     )
 
     # Which are not for training
@@ -322,6 +331,51 @@ def write_pairs(args, path, eval_path) -> dict[str, Balance]:
     return {"rows": rows, "candidates": candidates, "pairs": pairs}
 
 
+def check_penalty(args) -> None:
+    """Stop where the rewards hold a penalty that can decide nothing; say where one is missing.
+
+    A scored file without metadata is not of this project, and says nothing about penalties.
+    """
+    penalties = missing_eos_penalties(args.scored)
+    if any(penalties) and not args.keep_truncated:
+        raise Stop(
+            f"{args.scored}: was scored with --missing_eos_penalty {max(penalties):g}, which has "
+            "no effect: answers that were cut off take part in no pair. Give --keep_truncated, or "
+            "score again without the penalty."
+        )
+    if penalties and not any(penalties) and args.keep_truncated and args.length_penalty <= 0:
+        say(
+            "note: --keep_truncated without a penalty: answers that were cut off are ranked as if "
+            "they were finished. score.py --missing_eos_penalty takes something from them"
+        )
+
+
+def missing_eos_penalties(scored: str) -> list[float]:
+    """What score.py recorded for this file, or for those whose rewards judge.py has added to."""
+    path = meta_path_of(scored)
+    if not path.exists():
+        return []
+    recorded = read_meta(path, f"Remove it and {Path(scored).name} to make both again")["arguments"]
+    if "missing_eos_penalty" in recorded:
+        return [recorded["missing_eos_penalty"]]
+    penalties = []
+    for source in recorded.get("candidates", []):
+        penalties += missing_eos_penalties(source)
+    return penalties
+
+
+def warn_of_lost_prompts(stage: Stage, rows: Balance) -> None:
+    """Say what to do where many prompts were lost to answers that are too much alike."""
+    tied, identical = rows.dropped["tie"], rows.dropped["identical"]
+    share = (tied + identical) / rows.total
+    if share >= MANY_LOST:
+        stage.warn(
+            f"{share:.0%} of the prompts made no pair, as their best and worst answers tie "
+            f"({tied:,}) or are identical ({identical:,}). Raise --temperature or --num_samples of "
+            "generate.py, or use a reward that tells more answers apart"
+        )
+
+
 def stop_without_pairs(scored: str, rows: Balance) -> None:
     reasons = [f"  {n:>8,}  {reason}" for reason, n in rows.dropped.items()]
     why = "\n".join(reasons)
@@ -341,6 +395,7 @@ def main():
             raise Stop(f"{args.eval_output}: is gone. --overwrite makes both files again.")
         return
     count_rows(args.scored, TO_PAIR)
+    check_penalty(args)
 
     # The held-out pairs get their name first: the other file says that the stage is done.
     held_out = whole(args.eval_output) if args.eval_output else nullcontext(os.devnull)
@@ -351,6 +406,7 @@ def main():
         check_share(args, balances["pairs"])
         if balances["pairs"].out == 0:
             stop_without_pairs(args.scored, balances["rows"])
+        warn_of_lost_prompts(stage, balances["rows"])
         stage.write_meta()
         if args.eval_output:
             write_whole(eval_meta(args), stage.meta_path.read_text(encoding="utf-8"))

@@ -16,6 +16,9 @@ watched: it is recorded and decides nothing. With --ref_model, "ref_logprobs" ho
 log p_ref(y | x), the log-prob of the answer at temperature 1, from which the KL to that model is
 estimated. Rows keep their order and everything else that is in them.
 
+A Python function sees one answer at a time, or, if its second parameter is called `responses`, all
+answers to a prompt at once (docs/usage.md has an example of each).
+
 A language model that compares answers is a stage of its own, judge.py: it adds its reward to those
 in scored.jsonl. If only the judge decides and you want a reference, give --ref_model here without
 any reward. Then rewards that the input has are kept; if it has none, "rewards" is empty and
@@ -38,6 +41,7 @@ beside the new ones, and "reward" is the sum over the last run's.
 """
 
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -117,7 +121,8 @@ def add_reward_arguments(p) -> None:
         **several,
         default=[],
         metavar="[NAME=]FILE.py:FUNCTION",
-        help="function(prompt, response, meta) -> float; prompt as in the file, response a string",
+        help="NAME(prompt, response, meta) -> float, prompt as in the file, response a string; or "
+        "NAME(prompt, responses, meta) -> list[float], called once per prompt with all its answers",
     )
     add(
         "--ref_model",
@@ -585,23 +590,76 @@ def load_reference(path: str, args, device) -> Reference:
 
 @dataclass
 class RewardFunction:
+    """name(prompt, response, meta) -> float, called once per answer."""
+
     spec: str  # FILE.py:FUNCTION
-    function: Callable[[str | list[dict], str, dict], float]
+    function: Callable
 
     def score(self, answers: list[Answer]) -> list[float]:
         values = []
         for answer in answers:
-            prompt, meta = answer.row["prompt"], answer.row.get("meta") or {}
-            try:
-                value = float(self.function(prompt, answer.text, meta))
-            except SystemExit as e:
-                raise Stop(f"--reward_fn {self.spec} called exit({e.code}) on {answer}.") from None
-            except Exception as e:
-                rule = "it must return one number for every answer"
-                e.add_note(f"in --reward_fn {self.spec} on {answer}; {rule}")
-                raise
-            values.append(value)
+            where = f"--reward_fn {self.spec} on {answer}"
+            value = self.call(answer.row, answer.text, where)
+            values.append(number_of(value, where))
         return values
+
+    def call(self, row: dict, text: str | list[str], where: str):
+        try:
+            return self.function(row["prompt"], text, row.get("meta") or {})
+        except SystemExit as e:
+            raise Stop(f"{where}: the function called exit({e.code}).") from None
+        except Exception as e:
+            e.add_note(f"in {where}")
+            raise
+
+
+@dataclass
+class GroupRewardFunction(RewardFunction):
+    """name(prompt, responses, meta) -> list[float], called once per prompt with all its answers.
+
+    All: of all candidate files, in the file's order, equal texts included. Only an answer that was
+    too long for a model that scored before is not among them: it is dropped.
+    """
+
+    def score(self, answers: list[Answer]) -> list[float]:
+        values = []
+        for _, of_one_row in groupby(answers, lambda answer: answer.row["id"]):
+            group = list(of_one_row)
+            values += self.score_group(group)
+        return values
+
+    def score_group(self, group: list[Answer]) -> list[float]:
+        row = group[0].row
+        texts = [answer.text for answer in group]
+        where = f'--reward_fn {self.spec} on {group[0].source}: row id "{row["id"]}"'
+        returned = self.call(row, texts, where)
+        try:
+            found = list(returned)
+        except TypeError:
+            found = None
+        if found is None or isinstance(returned, (str, dict, set)):
+            wanted = f"a list of {len(group)} numbers, one for each answer"
+            raise Stop(f"{where}: returned {type(returned).__name__}; it must return {wanted}.")
+        if len(found) != len(group):
+            raise Stop(
+                f"{where}: returned {len(found)} values for {len(group)} answers; it must return "
+                "one for each, in their order."
+            )
+        values = []
+        for answer, value in zip(group, found, strict=True):
+            values.append(number_of(value, f"--reward_fn {self.spec} on {answer}"))
+        return values
+
+
+def number_of(value, where: str) -> float:
+    """The finite float that a function returned; Stop, naming `where`, for anything else."""
+    try:
+        number = None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: torch's tensors
+        number = None
+    if number is None:
+        raise Stop(f"{where}: returned {str(value)[:60]!r}; a reward is a number.")
+    return finite(number, where)
 
 
 def load_function(spec: str) -> RewardFunction:
@@ -619,7 +677,18 @@ def load_function(spec: str) -> RewardFunction:
     if not callable(function):
         example = f"{name}(prompt, response, meta) -> float"
         raise Stop(f"{file}: has no function {name}. Write one: {example}.")
+    if second_parameter(function) == "responses":
+        return GroupRewardFunction(spec, function)
     return RewardFunction(spec, function)
+
+
+def second_parameter(function: Callable) -> str | None:
+    """The name of a function's second parameter; None where it has none, or hides them."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some functions written in C
+        return None
+    return names[1] if len(names) > 1 else None
 
 
 # ---- the weighted sum --------------------------------------------------------------------------

@@ -63,6 +63,8 @@ META = {  # X.meta.json
     "sha256": TEXT,
 }
 
+ROWS_OF = "rows of "  # and a file: the balance of one of several inputs, beside that of all "rows"
+
 REPLACED = ".iterdpo-replaced"  # the old output, until the new one is whole
 LONGEST_NAME = 200  # bytes; file systems take 255, and the names beside the output are longer
 
@@ -70,15 +72,17 @@ LONGEST_NAME = 200  # bytes; file systems take 255, and the names beside the out
 def hash_path(path) -> str:
     """The identity of a file, a folder or a model: it changes exactly when the content does.
 
-    sha256 of a file; of a folder, that of its sorted lines "name sha256"; "hub:NAME@COMMIT" for a
-    model on the hub. Raises Stop where there is no such thing.
+    sha256 of a file; of a folder, that of its sorted lines "name sha256", without its README.md,
+    as a model card changes no model; "hub:NAME@COMMIT" for a model on the hub. Raises Stop where
+    there is no such thing.
     """
     name, path = str(path), Path(path)  # Path("./x") forgets the dot that tells a path from a name
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file())
+        card = path / "README.md"
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f != card)
         # Hashing releases the GIL, so threads help: a sharded 7B model takes seconds.
         with ThreadPoolExecutor() as pool:
             hashes = pool.map(hash_path, files)
@@ -144,10 +148,11 @@ class Stage:
         self.rank, self.world = ranks()
         self.output = output_path(output)
         self.parts = self.beside(".parts")
-        self.meta_path = self.beside(".meta.json")
+        self.meta_path = meta_path_of(self.output)
         self.key_path = self.parts / "key.json"
         self.arguments = vars(args)
         self.counts: dict[str, dict] = {}
+        self.warnings: list[str] = []
         self.done = False  # the output exists, and is the one that was asked for
         self.key: dict = {}  # what the result depends on: arguments, and hashes of inputs
 
@@ -302,6 +307,14 @@ class Stage:
             raise AssertionError(f"{self.output}: {what}: {balance}")
         self.counts[what] = {"in": rows_in, "out": rows_out, "dropped": dropped}
 
+    def warn(self, message: str) -> None:
+        """Say what a person should know, though the stage goes on; the metadata keeps it, too.
+
+        message: a sentence without its full stop.
+        """
+        self.warnings.append(message)
+        say(f"warning: {message}.")
+
     # -- parts: what a long stage does one at a time
 
     def part(self, index: int) -> Path:
@@ -404,6 +417,7 @@ class Stage:
             "world_size": self.world,
             "seconds": round(seconds_since(self.started), 2),
             "counts": self.counts,
+            "warnings": self.warnings,
             **extra,
         }
         write_meta(self.meta_path, meta)
@@ -417,6 +431,12 @@ class Stage:
         """Remove what is not needed once the output exists."""
         remove(self.parts)
         remove(self.beside(REPLACED))
+
+
+def meta_path_of(output) -> Path:
+    """The metadata of a stage's output: X.jsonl -> X.jsonl.meta.json"""
+    path = Path(output)
+    return path.with_name(f"{path.name}.meta.json")
 
 
 def paths_of(inputs: dict) -> Iterator[tuple[str, Path]]:

@@ -13,6 +13,7 @@ import records
 from conftest import ROOT
 from demo.gold import CATEGORIES, gold
 from demo.task import make_prompts
+from demo.verifiable import correct
 from stage import hash_path
 
 TINY = ["--policy_steps", "2", "--comparisons", "32"]
@@ -53,6 +54,64 @@ def test_gold(answer, expected):
     assert gold(
         [{"role": "user", "content": "three fruits"}], answer, THREE_FRUITS
     ) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["plum, fig, pear", "kiwi, lime, date"],
+)
+def test_the_verifiable_reward_is_1_where_all_is_right(answer):
+    assert correct("three fruits", answer, THREE_FRUITS) == gold("", answer, THREE_FRUITS) == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "plum, fig",  # one is missing
+        "plum, fig, pear, apple",  # one too many
+        "plum, fig, plum",  # a repeat
+        "plum, fig, wolf",  # another category
+        "plum, fig and pear",  # another form
+        "Plum, fig, pear",
+        "plum, fig, pear.",
+        "plum,fig,pear",
+        "",
+    ],
+)
+def test_the_verifiable_reward_is_0_where_anything_is_wrong(answer):
+    assert correct("three fruits", answer, THREE_FRUITS) == 0.0
+
+
+def scored_with(stage, folder, function):
+    """Three rows of four answers, of which two are right and one of these twice -> their rewards"""
+    texts = ["plum, fig, pear", "kiwi, lime, date", "plum, fig", "plum, fig, pear"]
+    candidates = [
+        {
+            "text": text,
+            "token_ids": [1, 2],
+            "logprob": -1.0,
+            "finish_reason": "stop",
+            "temperature": 1.0,
+            "model": "m",
+        }
+        for text in texts
+    ]
+    row = {"prompt": "three fruits", "meta": THREE_FRUITS, "prompt_token_ids": [1]}
+    rows = [row | {"id": f"p{i}", "candidates": candidates} for i in range(3)]
+    (folder / "c.jsonl").write_text("".join(map(records.dump, rows)))
+    flags = ["--candidates", folder / "c.jsonl", "--output", folder / "s.jsonl"]
+    stage("score.py", *flags, "--reward_fn", f"demo/verifiable.py:{function}")
+    scored = records.read_jsonl(folder / "s.jsonl", records.SCORED)
+    return [[candidate["reward"] for candidate in row["candidates"]] for row in scored]
+
+
+def test_the_verifiable_rewards_in_score_py(stage, tmp_path):
+    """One function is called per answer, the other per prompt: it takes from the answer that was
+    written twice.
+    """
+    assert scored_with(stage, tmp_path, "correct") == [[1.0, 1.0, 0.0, 1.0]] * 3
+    (tmp_path / "s.jsonl").unlink()
+    assert scored_with(stage, tmp_path, "correct_and_rare") == [[0.5, 1.0, 0.0, 0.5]] * 3
 
 
 def test_gold_refuses_a_prompt_of_another_game():

@@ -27,6 +27,7 @@ from small_models import LLAMA4, causal_lm
 from stage import hash_path
 from training import checks, network
 from training.batches import PARTS, collate, cost, microbatches, shortest_and_longest
+from training.pairs import few_steps
 
 
 def make_pairs(folder, model, n=24, seed=0, longest=20):
@@ -1035,6 +1036,35 @@ def test_pitfalls_39_a_small_batch_at_the_default_rate_gets_a_message(run):
     assert "the rate was tuned for 128 pairs per step" in run(
         "policy", "--learning_rate", "5e-7", "--batch_size", "32"
     )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "steps", "batch_size", "says"),
+    [
+        (5, 1, 8, "the 5 pairs are fewer than one batch (--batch_size 8): 1 step is made"),
+        (5, 3, 8, "fewer than one batch (--batch_size 8): 3 steps are made"),  # of three epochs
+        (8, 1, 8, "only 1 step is made of 8 pairs (--batch_size 8)"),
+        (9, 2, 8, "only 2 steps are made of 9 pairs"),
+        (17, 3, 8, None),
+    ],
+)
+def test_a_warning_where_the_pairs_make_so_few_steps(pairs, steps, batch_size, says):
+    warning = few_steps(pairs, steps, batch_size)
+    assert warning is None if says is None else says in warning
+
+
+def test_too_few_pairs_are_said_and_recorded(run):
+    """24 pairs, in one batch of 24 and in six of 4."""
+
+    def warnings(name):
+        return json.loads((run.folder / f"{name}.meta.json").read_text())["warnings"]
+
+    printed = run("few", "--batch_size", "24")
+    assert warnings("few") == [few_steps(24, 1, 24)]
+    assert f"warning: {warnings('few')[0]}." in printed
+    run("twice", "--batch_size", "24", "--num_train_epochs", "2")
+    assert warnings("twice") == [few_steps(24, 2, 24)]
+    assert "warning" not in run("enough", "--batch_size", "4") and warnings("enough") == []
 
 
 def test_pitfalls_38_the_share_of_fallen_chosen_logprobs_is_reported(run):

@@ -539,11 +539,33 @@ def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, j
         ({"HELDOUT": "none.jsonl"}, "HELDOUT: none.jsonl: no such file"),
         ({"PROMPTS": "none"}, "PROMPTS: none: no such file"),
         ({"PYTHON": "/no/such/python"}, "/no/such/python"),
+        (
+            {"SCORE_ARGS": "--missing_eos_penalty 1", "PAIRS_ARGS": "--min_margin 0.1"},
+            "Give PAIRS_ARGS=--keep_truncated",
+        ),
+        (
+            {"SCORE_ARGS": "--missing_eos_penalty 1", "REWARD_FN": "", "JUDGE": "m"},
+            "no effect with JUDGE alone",
+        ),
+        ({"EXTRA_PAIRS": "none.jsonl"}, "EXTRA_PAIRS: none.jsonl: no such file"),
+        ({"EXTRA_PAIRS_ITERS": "all"}, "no effect without EXTRA_PAIRS"),
+        ({"EXTRA_PAIRS_ITERS": "last"}, 'EXTRA_PAIRS_ITERS is "first" or "all"'),
+        (
+            {"SCORE_ARGS": "--missing-eos-penalty=1", "PAIRS_ARGS": ""},
+            "Give PAIRS_ARGS=--keep_truncated",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(world, tmp_path, more, says):
     done = iterate(world, tmp_path / "run", **more)
     assert done.returncode != 0 and says in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("keep", ["--keep_truncated", "--min_margin 0.1 --keep-truncated"])
+def test_a_penalty_on_answers_that_take_part_is_accepted(world, tmp_path, keep):
+    more = {"SCORE_ARGS": "--missing_eos_penalty 1", "PAIRS_ARGS": keep}
+    done = iterate(world, tmp_path / "run", PYTHON="/no/such/python", **more)
+    assert "keep_truncated" not in done.stderr and "+ /no/such/python" in done.stdout
 
 
 NUMBERS = (
@@ -831,6 +853,58 @@ def test_history_adds_the_pairs_of_so_many_earlier_iterations(asked):
         ["iter_02/pairs.jsonl", "iter_01/pairs.jsonl"],
         ["iter_03/pairs.jsonl", "iter_02/pairs.jsonl"],
     ]
+
+
+@pytest.mark.parametrize("when", ["first", "all"])
+def test_pairs_of_other_origin_stand_beside_the_fresh_ones(asked, tmp_path, when):
+    """EXTRA_PAIRS: in the first iteration alone, or in all."""
+    extra = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    for path in extra:
+        Path(path).touch()
+    more = {"EXTRA_PAIRS": " ".join(extra), "EXTRA_PAIRS_ITERS": when, "HISTORY": 1}
+    first, second = each(asked("dpo_train.py", ITERS=2, **more), "--pairs")
+    assert first == ["iter_01/pairs.jsonl", *extra]
+    assert second[:2] == ["iter_02/pairs.jsonl", "iter_01/pairs.jsonl"]
+    assert len(second) == (4 if when == "all" else 2)
+
+
+def test_a_relative_path_among_pairs_of_other_origin_is_the_callers(world, tmp_path):
+    (tmp_path / "here.jsonl").touch()
+    more = {"EXTRA_PAIRS": f"here.jsonl {tmp_path}/here.jsonl", "PYTHON": "/no/such/python"}
+    done = iterate(world, tmp_path / "run", cwd=tmp_path, **more)
+    assert "EXTRA_PAIRS" not in done.stderr and "+ /no/such/python" in done.stdout
+
+
+def test_a_run_trains_on_pairs_of_other_origin_and_its_report_says_so(world, tmp_path):
+    """Rows without token ids beside fresh ones, one of them too long: counted by file. The first
+    loss is ln 2, as the reference of either kind is the policy itself.
+    """
+    turns = [{"role": "user", "content": "name two trees"}]
+    row = {"prompt": turns, "chosen": [{"role": "assistant", "content": "oak, elm"}]}
+    rows = [row | {"rejected": [{"role": "assistant", "content": f"plum {i}"}]} for i in range(3)]
+    rows.append(row | {"rejected": [{"role": "assistant", "content": "plum " * 500}]})
+    (tmp_path / "offline.jsonl").write_text("".join(map(dump, rows)))
+    more = {"EXTRA_PAIRS": tmp_path / "offline.jsonl", "PROMPTS_PER_ITER": 16}
+    done = iterate(world, tmp_path / "run", **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    folder = tmp_path / "run/iter_01"
+    counts = json.loads((folder / "policy.meta.json").read_text())["counts"]
+    fresh = counts[f"rows of {folder}/pairs.jsonl"]
+    assert counts[f"rows of {tmp_path}/offline.jsonl"] == {
+        "in": 4,
+        "out": 3,
+        "dropped": {"too_long": 1},
+    }
+    assert counts["rows"] == {"in": fresh["in"] + 4, "out": fresh["out"] + 3} | {
+        "dropped": {"too_long": 1}
+    }
+    losses = [json.loads(line)["loss"] for line in open(folder / "policy.train.jsonl")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    says = f"Iteration 1 was trained on {fresh['out']} of iter_01/pairs.jsonl, 3 of "
+    assert says in done.stdout and says in (tmp_path / "run/report.html").read_text()
+    assert "1 rows of" in done.stdout and "policy: 1 rows too_long" not in done.stdout
+    assert json.loads((tmp_path / "run/config.json").read_text())["EXTRA_PAIRS"]
 
 
 def test_a_star_among_arguments_is_no_pattern_of_files(asked):

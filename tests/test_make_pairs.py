@@ -6,6 +6,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from arguments import parse
 from conftest import ROOT
 from make_pairs import STRATEGIES, arguments, rank_pairs
 from records import dump
+from stage import meta_path_of, write_meta
 
 
 def candidate(reward, text=None, tokens=3, finish="stop", logprob=-1.5, model="m"):
@@ -148,6 +150,93 @@ def test_pitfalls_10_the_length_penalty_decides_and_is_not_undone(pairs_of):
     assert pair["score_chosen"] == pytest.approx(0.7) and pair["score_rejected"] == pytest.approx(
         0.0
     )
+
+
+# ---- what no pair can show ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(tmp_path, stage):
+    """scored(penalty) -> a file that score.py wrote, with an answer that was cut off in each row"""
+
+    def write(penalty):
+        rows = [row(f"p{i}", candidate(1.0, "aa"), candidate(0.0, "b")) for i in range(3)]
+        for given in rows:
+            given["candidates"].append(candidate(0.0, "cccc", finish="length"))
+        (tmp_path / "c.jsonl").write_text("".join(map(dump, rows)))
+        (tmp_path / "f.py").write_text("def f(prompt, response, meta): return len(response)\n")
+        flags = ["--candidates", tmp_path / "c.jsonl", "--output", tmp_path / "s.jsonl"]
+        flags += ["--reward_fn", f"{tmp_path / 'f.py'}:f"]
+        stage("score.py", *flags, *(["--missing_eos_penalty", penalty] if penalty else []))
+        return tmp_path / "s.jsonl"
+
+    return write
+
+
+def pair_up(stage, source, *flags):
+    output = source.with_name("p.jsonl")
+    flags = ["--scored", source, "--output", output, "--overwrite", *flags]
+    return stage("make_pairs.py", *flags, check=False), output
+
+
+def test_a_penalty_on_answers_that_take_part_in_no_pair_stops(stage, scored):
+    """What score.py recorded is read: the flag of one stage that another makes void is an error."""
+    source = scored(2.5)
+    done, output = pair_up(stage, source)
+    assert done.returncode == 1 and not output.exists()
+    assert done.stderr.startswith(f"error: {source}: was scored with --missing_eos_penalty 2.5,")
+    assert "Give --keep_truncated" in done.stderr and done.stderr.count("\n") == 1
+
+    done, output = pair_up(stage, source, "--keep_truncated")
+    assert done.returncode == 0 and "note" not in done.stdout
+    pairs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [pair["score_chosen"] for pair in pairs] == [2.0] * 3  # aa; cccc has 4 - 2.5
+
+
+def test_a_penalty_is_found_behind_the_judge(stage, scored, tmp_path):
+    """judge.py adds its reward to those of score.py, and keeps what the penalty took."""
+    source = scored(2.5)
+    judged = tmp_path / "judged.jsonl"
+    shutil.copy(source, judged)
+    recorded = {"arguments": {"candidates": [str(source)]}, "key": {}, "counts": {}}
+    write_meta(meta_path_of(judged), recorded)
+    done, _ = pair_up(stage, judged)
+    assert done.returncode == 1 and "--missing_eos_penalty 2.5" in done.stderr
+
+
+def test_answers_that_were_cut_off_and_pay_nothing_get_a_note(stage, scored):
+    source = scored(None)
+    done, _ = pair_up(stage, source)
+    assert done.returncode == 0 and "note" not in done.stdout
+    done, _ = pair_up(stage, source, "--keep_truncated", "--length_penalty", "0.1")
+    assert done.returncode == 0 and "note" not in done.stdout
+    done, _ = pair_up(stage, source, "--keep_truncated")
+    assert done.returncode == 0 and "note: --keep_truncated without a penalty" in done.stdout
+
+    # without metadata nothing is known about the rewards
+    meta_path_of(source).unlink()
+    done, _ = pair_up(stage, source, "--keep_truncated")
+    assert done.returncode == 0 and "note" not in done.stdout
+
+
+@pytest.mark.parametrize(("tied", "identical", "warned"), [(1, 1, True), (1, 0, False)])
+def test_many_prompts_lost_to_answers_that_are_alike_are_said(
+    tmp_path, stage, tied, identical, warned
+):
+    """A third or more of the prompts, of six: the share, and what to do."""
+    rows = [row(f"t{i}", candidate(1.0, "a"), candidate(1.0, "b")) for i in range(tied)]
+    rows += [row(f"i{i}", candidate(1.0, "a"), candidate(0.0, "a")) for i in range(identical)]
+    rows += [row("one", candidate(1.0))]  # lost as well, but for another reason
+    rows += [row(f"p{i}", candidate(1.0), candidate(0.0)) for i in range(6 - len(rows))]
+    source = tmp_path / "s.jsonl"
+    source.write_text("".join(map(dump, rows)))
+    done, output = pair_up(stage, source)
+    warnings = json.loads(meta_path_of(output).read_text())["warnings"]
+    assert len(warnings) == warned and ("warning: " in done.stdout) == warned
+    if warned:
+        (message,) = warnings
+        assert message.startswith("33% of the prompts made no pair") and message in done.stdout
+        assert "tie (1) or are identical (1). Raise --temperature or --num_samples" in message
 
 
 def many(n=60):

@@ -627,6 +627,33 @@ def test_prompt_whose_answers_were_all_dropped(tmp_path, monkeypatch):
     assert last["prompts"] == 1 and last["reward_diff"] == 2.0 and "reward_diff_se" not in last
 
 
+def test_what_the_stages_warned_of_is_repeated(tmp_path, monkeypatch, capsys):
+    """On the terminal and on the page, with the iteration and the stage."""
+    run = small_run(tmp_path / "run")
+    write_meta_of(run / "iter_01/pairs.jsonl", warnings=["40% of the prompts made no pair"])
+    call(run, monkeypatch)
+    says = "iter_01, pairs: 40% of the prompts made no pair."
+    assert says in capsys.readouterr().out
+    assert says in (run / "report.html").read_text()
+
+
+def test_pairs_of_several_files_are_told_apart(tmp_path, monkeypatch, capsys):
+    """And what was dropped is said once, for its file."""
+    run = small_run(tmp_path / "run")
+    counts = {
+        "rows": {"in": 9, "out": 7, "dropped": {"too_long": 2}},
+        "rows of /r/iter_01/pairs.jsonl": {"in": 2, "out": 2, "dropped": {}},
+        "rows of /data/old.jsonl": {"in": 7, "out": 5, "dropped": {"too_long": 2}},
+    }
+    arguments = {"beta": [0.1]}
+    write_meta_of(run / "iter_01/policy", counts=counts, arguments=arguments)
+    call(run, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "Iteration 1 was trained on 2 of iter_01/pairs.jsonl, 5 of data/old.jsonl." in printed
+    assert printed.count("too_long") == 1
+    assert "iteration 1, policy: 2 rows of /data/old.jsonl too_long" in printed
+
+
 def test_unlike_sampling_is_said(tmp_path):
     run = small_run(tmp_path / "run")
     write_meta_of(

@@ -103,6 +103,17 @@ def folder(tmp_path_factory):
         "def breaks(prompt, response, meta):\n"
         "    return meta['no such key']\n"
         "def none(prompt, response, meta): pass\n"
+        "def word(prompt, response, meta): return '1.5'\n"
+        "def rank(prompt, responses, meta):\n"
+        "    return [sorted(responses).index(response) for response in responses]\n"
+        "def few(prompt, responses, meta): return [1.0] * (len(responses) - 1)\n"
+        "def one(prompt, responses, meta): return 1.0\n"
+        "def named(prompt, responses, meta): return {r: 1.0 for r in responses}\n"
+        "def some_nan(prompt, responses, meta):\n"
+        "    return [math.nan if 'fig' in response else 1 for response in responses]\n"
+        "def some_none(prompt, responses, meta):\n"
+        "    return [None if 'fig' in response else 1 for response in responses]\n"
+        "def leaves(prompt, responses, meta): raise SystemExit(3)\n"
     )
     return d
 
@@ -673,7 +684,15 @@ def refused(run, tmp_path, match, *arguments, data=None):
 @pytest.mark.parametrize(
     "function, match",
     [
-        ("nan", 'row id "p1", candidate 2, rewards "nan": the value is nan'),  # PITFALLS 9
+        ("nan", r'f.py:nan on .*c.jsonl: row id "p1", candidate 2: the value is nan'),  # PITFALLS 9
+        (
+            "none",
+            r"f.py:none on .*c.jsonl: row id \"p0\", candidate 0: returned 'None'; a reward is",
+        ),
+        (
+            "word",
+            r"f.py:word on .*c.jsonl: row id \"p0\", candidate 0: returned '1.5'; a reward is",
+        ),
         ("missing", "has no function missing"),
     ],
 )
@@ -686,19 +705,106 @@ def test_reward_functions_that_fail(tmp_path, run, folder, function, match):
     refused(run, tmp_path, match, "--reward_fn", f"{folder / 'f.py'}:{function}", data=data)
 
 
-@pytest.mark.parametrize("function, error", [("breaks", KeyError), ("none", TypeError)])
-def test_a_reward_function_that_raises_shows_its_traceback_and_the_answer(
-    tmp_path, run, folder, function, error
-):
+def test_a_reward_function_that_raises_shows_its_traceback_and_the_answer(tmp_path, run, folder):
     write(tmp_path / "c.jsonl", rows(2))
-    with pytest.raises(error) as raised:
-        run(
-            tmp_path / "c.jsonl",
-            tmp_path / "s.jsonl",
-            "--reward_fn",
-            f"{folder / 'f.py'}:{function}",
-        )
+    breaks = f"{folder / 'f.py'}:breaks"
+    with pytest.raises(KeyError) as raised:
+        run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", "--reward_fn", breaks)
     assert 'row id "p0", candidate 0' in raised.value.__notes__[0]
+
+
+def test_a_function_of_responses_sees_all_answers_of_a_prompt_at_once(tmp_path, run, folder):
+    """One call per prompt, with the answers of all files in the file's order, equal ones as often
+    as they were written; in the same run as a function of one answer.
+    """
+    first, second = rows(70, candidates=3), rows(70, candidates=2, seed=1)
+    for row, more in zip(first, second, strict=True):
+        more |= {key: row[key] for key in ("prompt", "prompt_token_ids")}
+        more["candidates"][1]["text"] = row["candidates"][0]["text"]
+    paths = [write(tmp_path / "a.jsonl", first), write(tmp_path / "b.jsonl", second)]
+    calls = tmp_path / "calls.jsonl"
+    (tmp_path / "g.py").write_text(
+        "import json\n"
+        "def share(prompt, responses, meta):\n"
+        f"    open({str(calls)!r}, 'a').write(json.dumps([prompt, responses, meta]) + chr(10))\n"
+        "    return [responses.count(response) / len(responses) for response in responses]\n"
+    )
+    functions = [f"{tmp_path / 'g.py'}:share", f"{folder / 'f.py'}:length"]
+    run(paths, tmp_path / "s.jsonl", "--reward_fn", *functions)
+
+    scored, seen = read(tmp_path / "s.jsonl"), read(calls)
+    assert len(seen) == len(scored) == 70
+    for row, (prompt, responses, given_meta) in zip(scored, seen, strict=True):
+        texts = [candidate["text"] for candidate in row["candidates"]]
+        assert len(texts) == 5 and responses == texts
+        assert prompt == row["prompt"] and given_meta == {}
+        for candidate in row["candidates"]:
+            share, length = candidate["rewards"]["share"], candidate["rewards"]["length"]
+            assert share == texts.count(candidate["text"]) / 5 and length == len(candidate["text"])
+            assert candidate["reward"] == share + length
+    assert {c["rewards"]["share"] for row in scored for c in row["candidates"]} >= {0.2, 0.4}
+
+
+def test_a_function_of_responses_may_return_numpys_or_torchs_numbers(tmp_path, run, folder):
+    (tmp_path / "g.py").write_text(
+        "import numpy, torch\n"
+        "def n(prompt, responses, meta): return numpy.arange(len(responses)) / 2\n"
+        "def t(prompt, responses, meta): return torch.arange(len(responses)) > 1\n"
+    )
+    write(tmp_path / "c.jsonl", rows(3))
+    functions = [f"{tmp_path / 'g.py'}:{name}" for name in "nt"]
+    run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", "--reward_fn", *functions)
+    for row in read(tmp_path / "s.jsonl"):
+        assert [c["rewards"]["n"] for c in row["candidates"]] == [0.0, 0.5, 1.0, 1.5]
+        assert [c["rewards"]["t"] for c in row["candidates"]] == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_function_of_responses_sees_what_the_rewards_see(tmp_path, run, folder):
+    """--strip_reasoning holds for it, too; an answer that a model has refused is not shown."""
+    data = rows(1, candidates=3)
+    for candidate, text in zip(data[0]["candidates"], ("plum", "plum " * 60, "fig"), strict=True):
+        candidate["text"] = f"<think>pear</think>{text}"
+    write(tmp_path / "c.jsonl", data)
+    flags = ["--reward_model", folder / "rm", "--max_length", 80, "--strip_reasoning"]
+    run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", *flags, "--reward_fn", folder / "f.py:rank")
+    (row,) = read(tmp_path / "s.jsonl")
+    assert [c["rewards"]["rank"] for c in row["candidates"]] == [1.0, 0.0]
+    dropped = {"too_long_for_reward_model": 1}
+    assert meta(tmp_path / "s.jsonl")["counts"]["candidates"]["dropped"] == dropped
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (
+            "few",
+            'f.py:few on .*c.jsonl: row id "p0": returned 3 values for 4 answers; it must',
+        ),
+        (
+            "one",
+            'f.py:one on .*c.jsonl: row id "p0": returned float; it must return a list of 4',
+        ),
+        (
+            "named",
+            'f.py:named on .*c.jsonl: row id "p0": returned dict; it must return a list of 4',
+        ),
+        ("some_nan", 'f.py:some_nan on .*c.jsonl: row id "p1", candidate 2: the value is nan'),
+        (
+            "some_none",
+            "f.py:some_none on .*c.jsonl: row id \"p1\", candidate 2: returned 'None'; a reward is",
+        ),
+        ("leaves", r'f.py:leaves on .*c.jsonl: row id "p0": the function called exit\(3\)'),
+    ],
+)
+def test_a_function_of_responses_that_fails_is_named_with_its_row(
+    tmp_path, run, folder, function, match
+):
+    data = rows(2)
+    for row in data:
+        for c in row["candidates"]:
+            c["text"] = "plum"
+    data[1]["candidates"][2]["text"] = "fig"
+    refused(run, tmp_path, match, "--reward_fn", f"{folder / 'f.py'}:{function}", data=data)
 
 
 def test_reward_function_files_that_fail(tmp_path, run):

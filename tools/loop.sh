@@ -37,6 +37,16 @@ from_folder() {
     done
 }
 
+# files_from_folder FOLDER SETTING: the same for a setting that holds several files.
+files_from_folder() {
+    local file files=()
+    for file in ${!2:-}; do
+        [[ $file == /* || ! -e $1/$file ]] || file=$1/$file
+        files+=("$file")
+    done
+    printf -v "$2" %s "${files[*]}"
+}
+
 gpus=$(count_gpus)
 NODE_RANK=${NODE_RANK:-0}
 
@@ -81,7 +91,18 @@ check_settings() {
         [[ -z $function || -f ${function%:*} ]] ||
             die "$function: no such file. It is written FILE.py:FUNCTION; give FILE.py with its whole path"
     done
+    [[ $EXTRA_PAIRS_ITERS == first || $EXTRA_PAIRS_ITERS == all ]] ||
+        die "EXTRA_PAIRS_ITERS is \"first\" or \"all\", not \"$EXTRA_PAIRS_ITERS\""
+    [[ -n $EXTRA_PAIRS || $EXTRA_PAIRS_ITERS == first ]] ||
+        die "EXTRA_PAIRS_ITERS has no effect without EXTRA_PAIRS, files of preference pairs"
+    for file in $EXTRA_PAIRS; do
+        [[ -f $file ]] || die "EXTRA_PAIRS: $file: no such file. It holds preference pairs, one JSON object per line"
+    done
     [[ -n $REWARD_MODEL$REWARD_FN$JUDGE ]] || die "no reward: set REWARD_MODEL, REWARD_FN or JUDGE"
+    [[ ${SCORE_ARGS//-/_} != *__missing_eos_penalty* || -n $REWARD_MODEL$REWARD_FN ]] ||
+        die "--missing_eos_penalty in SCORE_ARGS has no effect with JUDGE alone: score.py sees no answer that pairs are made of"
+    [[ ${SCORE_ARGS//-/_} != *__missing_eos_penalty* || ${PAIRS_ARGS//-/_} == *__keep_truncated* ]] ||
+        die "--missing_eos_penalty in SCORE_ARGS has no effect: answers that were cut off take part in no pair. Give PAIRS_ARGS=--keep_truncated, too"
     [[ -n $JUDGE || -z $JUDGE_URL$JUDGE_ARGS$JUDGE_SERVER_ARGS ]] ||
         die "JUDGE_URL, JUDGE_ARGS and JUDGE_SERVER_ARGS have no effect without JUDGE, the model's name"
     [[ $JUDGE_URL != *[@?#]* && "$JUDGE_ARGS $JUDGE_SERVER_ARGS" != *--api[-_]key* ]] ||

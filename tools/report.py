@@ -89,7 +89,7 @@ from records import (
 )
 from report_curves import draw, panels
 from report_page import EXAMPLES, Example, Page, answer_box, html_of, pair_boxes
-from stage import read_meta, run, seed_of
+from stage import ROWS_OF, read_meta, run, seed_of
 from training import tracker
 from training.log import is_evaluation
 
@@ -228,7 +228,7 @@ def read_run(folder: Path, asked: str | None = None) -> Run:
     )
 
     iterations = [read_iteration(f, rewards) for f in folders]
-    warnings = compare_settings(iterations)
+    warnings = compare_settings(iterations) + warnings_of_stages(iterations)
 
     initial = iterations[0] if folders[0].name == "iter_00" else None
     reference = config.get("REF", "prev")
@@ -421,6 +421,16 @@ def opponent_identity(metas: dict[str, dict]) -> str | None:
     judging = metas.get("eval/scored", {})
     of_file = judging.get("inputs", {}).get("opponent")
     return of_file or judging.get("arguments", {}).get("opponent")
+
+
+def warnings_of_stages(iterations: list[Iteration]) -> list[str]:
+    """What the stages said and the run went on with, as pairs that are too few."""
+    warnings = []
+    for iteration in iterations:
+        for stage, meta in iteration.metas.items():
+            for message in meta.get("warnings", []):
+                warnings.append(f"{iteration.folder.name}, {stage}: {message}.")
+    return warnings
 
 
 def unlike_settings(seen: dict[str, dict[str, str]]) -> list[str]:
@@ -760,6 +770,8 @@ def drops(row: dict) -> list[str]:
         if stage == "prompts":
             continue
         for what, balance in balances.items():
+            if what == "rows" and any(other.startswith(ROWS_OF) for other in balances):
+                continue  # its files are named one by one
             for reason, n in balance["dropped"].items():
                 lines.append(f"iteration {row['iteration']}, {stage}: {n:,} {what} {reason}")
     return lines
@@ -799,6 +811,20 @@ def legend(rows: list[dict], rewards: Rewards) -> list[str]:
             f"{proxy} is the proxy that was optimised; "
             f'gold (the reward "{rewards.gold}") was only watched.'
         )
+    return lines + sources_of_pairs(rows)
+
+
+def sources_of_pairs(rows: list[dict]) -> list[str]:
+    """Where an iteration was trained on several files: how many pairs came from which."""
+    lines = []
+    for row in rows:
+        sources = []
+        for what, balance in row.get("counts", {}).get("policy", {}).items():
+            if what.startswith(ROWS_OF):
+                path = Path(what.removeprefix(ROWS_OF))
+                sources.append(f"{balance['out']:,} of {path.parent.name}/{path.name}")
+        if sources:
+            lines.append(f"Iteration {row['iteration']} was trained on {', '.join(sources)}.")
     return lines
 
 

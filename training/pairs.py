@@ -12,6 +12,7 @@ The generator's token ids are taken as they are. A row without any may come from
 set: it is rendered once, with the chat template of the model that is trained (chat.py).
 """
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -28,7 +29,7 @@ from records import (
     optional,
     read_jsonl,
 )
-from stage import Stage, say
+from stage import ROWS_OF, Stage, add_counts, say
 
 # What a row must hold: text, or turns. Token ids are optional.
 PREFERENCE = {
@@ -46,11 +47,20 @@ WITH_TOKEN_IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
 def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
-    """The pairs of args.pairs. What cannot be trained on is counted by reason, in stage.counts.
+    """The pairs of args.pairs.
 
-    args: pairs, model, max_length. Raises Stop for bad rows, and where no pair is left.
+    What cannot be trained on is counted by reason, in stage.counts: over all rows, and where there
+    are several files, over the rows of each.
+
+    args: pairs, model, max_length, and for a warning batch_size and num_train_epochs. Raises Stop
+    for bad rows, and where no pair is left.
     """
-    return read_pairs(args.pairs, "rows", Reader(args, tokenizer, config), stage)
+    pairs = read_pairs(args.pairs, "rows", Reader(args, tokenizer, config), stage)
+    steps = math.ceil(len(pairs) / args.batch_size) * args.num_train_epochs
+    warning = few_steps(len(pairs), steps, args.batch_size)
+    if warning:
+        stage.warn(warning)
+    return pairs
 
 
 def load_held_out(args, tokenizer, config, stage: Stage, trained: list[dict]) -> list[dict]:
@@ -81,11 +91,17 @@ def identity(pair: dict) -> tuple:
 def read_pairs(paths: list[str], name: str, reader: "Reader", stage: Stage) -> list[dict]:
     """name: of the rows, in stage.counts."""
     pairs = []
+    of_files: dict[str, dict] = {}  # a file that is given twice counts twice
     for path in paths:
+        pairs_before, dropped_before = len(pairs), reader.dropped.copy()
         for line, row in enumerate(read_jsonl(path, PREFERENCE), 1):
             pair = reader.read(row, f"{path}:{line}")
             if pair is not None:
                 pairs.append(pair)
+        read = len(pairs) - pairs_before
+        dropped = reader.dropped - dropped_before
+        balance = {"in": read + dropped.total(), "out": read, "dropped": dropped}
+        add_counts(of_files, {f"{ROWS_OF}{path}": balance})
     reader.say_what_was_rendered()
 
     total = len(pairs) + reader.dropped.total()
@@ -94,7 +110,28 @@ def read_pairs(paths: list[str], name: str, reader: "Reader", stage: Stage) -> l
         reasons = dict(reader.dropped)
         raise Stop(f"{files}: none of {total:,} pairs can be trained on: {reasons}")
     stage.count(name, total, len(pairs), reader.dropped)
+    if len(of_files) > 1:
+        for what, count in of_files.items():
+            stage.count(what, count["in"], count["out"], count["dropped"])
     return pairs
+
+
+def few_steps(pair_count: int, steps: int, batch_size: int) -> str | None:
+    """The warning where so few steps cannot teach much; None where there are enough.
+
+    steps: of all epochs. With one or two, the learning rate has hardly a schedule, and AdamW has
+    hardly an average: its first update is the gradient's sign.
+    """
+    made = "1 step is made" if steps == 1 else f"{steps} steps are made"
+    remedy = "Use more prompts per iteration, or a smaller --batch_size"
+    if pair_count < batch_size:
+        return (
+            f"the {pair_count:,} pairs are fewer than one batch (--batch_size {batch_size:,}): "
+            f"{made}. {remedy}"
+        )
+    if steps <= 2:
+        return f"only {made} of {pair_count:,} pairs (--batch_size {batch_size:,}). {remedy}"
+    return None
 
 
 class Reader:
