@@ -573,7 +573,8 @@ def run(main: Callable[[], None]) -> None:
         die_with_parent()
     # A terminal that is not UTF-8 shows an escape where it lacks a letter.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:

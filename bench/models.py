@@ -60,6 +60,7 @@ from transformers.utils import logging as transformers_logging
 import dpo_train
 import generate
 import stage
+from arguments import parse
 from kernels.logprob import logprob_from_logits
 from records import dump, read_jsonl
 
@@ -554,7 +555,7 @@ def main() -> None:
     p.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help="default: all")
     p.add_argument("--save", type=Path, help="the table; rows of models not asked for stay")
     p.add_argument("--timeout", type=float, default=120, help="seconds per model")
-    args = stage.parse(p)
+    args = parse(p)
     if not args.only:  # nobody reads the warnings of hundreds of models
         warnings.simplefilter("ignore")
         transformers_logging.set_verbosity_error()

@@ -92,15 +92,15 @@ def test_all_numbers_come_back(saved):
 
 
 def test_the_last_one_is_kept_and_nothing_else(saved):
-    (saved / "step_000013.tmp").mkdir()  # what a kill leaves
-    (saved / "step_000013.tmp/x").write_text("")
+    (saved / "step_000013.iterdpo-unfinished").mkdir()  # what a kill leaves
+    (saved / "step_000013.iterdpo-unfinished/x").write_text("")
     (saved / "step_by_step").mkdir()  # somebody's
     assert checkpoints(saved) == [saved / "step_000012"]
     for step in (13, 1_000_000):
         save_checkpoint(saved, *training(4, 4), step)
         assert [path.name for path in checkpoints(saved)] == [f"step_{step:06d}"]
     assert load_checkpoint(saved, *training(4, 4), 10**6) == 10**6
-    assert not list(saved.glob("*.tmp"))
+    assert not list(saved.glob("*.iterdpo-unfinished"))
     folder = saved / "step_1000000"
     assert {path.name for path in folder.iterdir()} == {METADATA, SUMS, "__0_0.distcp"}
 
@@ -252,7 +252,7 @@ def test_a_full_disk_ends_in_the_kernels_own_error_and_leaves_the_checkpoint_bef
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match="File too large: .*step_000013.tmp"):
+        with pytest.raises(OSError, match="File too large: .*step_000013.iterdpo-unfinished"):
             save_checkpoint(saved, *large, 13)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -271,7 +271,7 @@ def test_a_full_disk_is_said_in_one_line_and_training_goes_on_when_there_is_room
     command = [sys.executable, ROOT / "dpo_train.py", *run.argv("policy", "--save_every", "1")]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "step_000001.tmp: no space left (File too large)" in done.stderr
+    assert "step_000001.iterdpo-unfinished: no space left" in done.stderr
     assert not list(tmp_path.glob("policy.parts/step_*"))
     subprocess.run(command, check=True)
     assert (tmp_path / "policy").is_dir()

@@ -108,7 +108,7 @@ def kill_and_resume(folder):
         os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, (folder / "log").read_text()
     assert len(engine) > 1 and gone(engine, 10), "engine processes outlived the stage"
-    before = first.read_bytes().splitlines(keepends=True)[1:]
+    before = first.read_bytes().splitlines(keepends=True)[2:]
 
     done = subprocess.run(command(folder, output, *FLAGS, nproc=2), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

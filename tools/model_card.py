@@ -172,8 +172,8 @@ def card(run: Run, rows: list[dict]) -> str:
         "## Settings",
         settings(folder_of(run, rows), run.config, last),
         "## Held-out figures",
-        "\n".join(["```", plain(table(rows)), "```"]),
-        "\n".join(legend(rows, run.gold)),
+        "\n".join(["```", plain(table(rows, run.rewards)), "```"]),
+        "\n".join(legend(rows, run.rewards)),
         "KL is in nats per answer; cut is the share of answers at the token limit. Iteration 0 is "
         "the base model.",
         "## Limits",
