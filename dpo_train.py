@@ -155,7 +155,7 @@ def add_files(add) -> None:
 def add_loss(add) -> None:
     add(
         "--beta",
-        type=number_in("(0, inf)"),
+        type=number_in("[0, inf)"),
         nargs="+",
         default=[0.1],
         help="0.1, as in the DPO paper. Several: one per epoch, counted over all iterations of a "
@@ -368,6 +368,10 @@ def check_loss_arguments(args) -> None:
         raise Stop("--loss_type robust needs --label_smoothing between 0 and 0.5")
     if args.loss_type == "ipo" and args.length_coef is not None:
         raise Stop("--length_coef has no effect with --loss_type ipo")
+    if args.loss_type == "ipo" and 0 in args.beta:
+        raise Stop("--beta 0 with --loss_type ipo: its target is 1 / (2 beta)")
+    if not any(args.beta) and args.nll_coef == 0:
+        raise Stop("--beta 0 trains nothing, unless --nll_coef is above 0")
 
 
 # ---- the loss ----------------------------------------------------------------------------------
