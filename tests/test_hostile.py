@@ -25,6 +25,7 @@ from test_dpo_train import make_pairs as pair_rows_of
 from test_fuzz import PROMPTS, candidate, pair_rows, scored_rows
 from test_records import fill, new_stage, prompts, write
 from training import fsdp
+from training.log import rows_of_steps
 
 sys.path.insert(0, str(ROOT / "tools"))
 import prepare_prompts
@@ -242,6 +243,19 @@ def test_a_damaged_generation_config_does_not_count_as_absent(tmp_path, call, co
     pairs = write(tmp_path / "pairs.jsonl", *pair_rows())
     with pytest.raises(Stop, match="model: (its generation_config.json|eos_token_id)"):
         train(call, tmp_path / "model", pairs, tmp_path / "policy")
+
+
+def test_a_log_that_lost_steps_names_a_remedy_that_works(tmp_path):
+    """--overwrite would be none: the parts of a run with the same settings are kept."""
+    path = write(tmp_path / "policy.parts/train.jsonl", {"step": 1, "loss": 0.5})
+    with pytest.raises(Stop, match="1 of the 2 steps.* remove .*policy.parts to begin again"):
+        rows_of_steps(path, 2)
+    path.write_text("")
+    with pytest.raises(Stop, match="0 of the 2 steps.* remove .*policy.parts to begin again"):
+        rows_of_steps(path, 2)
+    path.unlink()
+    with pytest.raises(Stop, match="0 of the 2 steps.* remove .*policy.parts to begin again"):
+        rows_of_steps(path, 2)
 
 
 # ---- numbers -----------------------------------------------------------------------------------

@@ -41,14 +41,16 @@ def rows_of_steps(path: Path, steps: int) -> list[str]:
     """
     if steps == 0:
         return []
+    is_lost = not path.exists() or path.stat().st_size == 0
+    logged = [] if is_lost else read_jsonl(path, NUMBERS)
     rows = []
     found = 0
-    for row in read_jsonl(path, NUMBERS):
+    for row in logged:
         rows.append(dump(row))
         found += not is_evaluation(row)
         if found == steps:
             return rows
     raise Stop(
         f"{path}: holds {found} of the {steps} steps that the checkpoint beside it has "
-        "done. Restore it, or begin again with --overwrite."
+        f"done. Restore it, or remove {path.parent} to begin again."
     )
