@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bench.all_settings import ByUrl, Served
 from bench.warm_python import WarmPython
 from conftest import ROOT
 from records import dump
@@ -1002,3 +1003,14 @@ def test_a_stage_runs_in_as_many_processes_as_was_said(asked, script, processes)
     for command in asked(script, NPROC=3, GENERATE_NPROC=2):
         at = command.launcher.index("--nproc_per_node")
         assert command.launcher[at + 1] == processes and "--standalone" in command.launcher
+
+
+def test_the_bench_of_all_settings_has_every_setting(tmp_path):
+    """And none with its default, but the number of iterations."""
+    script = (ROOT / "iterate.sh").read_text()
+    default_of = dict(re.findall(r"^setting ([A-Z_]+) *([^#\s]*)", script, re.M))
+    runs = [kind(tmp_path, python="python") for kind in (Served, ByUrl)]
+    runs[1].url = "http://localhost:1/v1"
+    for name, default in default_of.items():
+        values = {str(run.given().get(name, "")) for run in runs}
+        assert values - {""} - ({default} if name != "ITERS" else set()), name

@@ -268,7 +268,8 @@ def plot(ax, panel: Panel) -> None:
     for curve in shown(panel):
         plot_curve(ax, panel, curve)
     if panel.x == "iteration":
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        last = panel.rows[-1]["iteration"]
+        ax.set_xticks(range(0, last + 1, max(1, math.ceil(last / 8))))
     if panel.x == "kl/init":  # room for the names of the points
         ax.margins(0.1)
     ax.set_xlabel(panel.x_label, color=INK)

@@ -104,7 +104,7 @@ def figures(curves: list[Drawing]) -> str:
     for curve in curves:
         legend = ""
         for label, color in curve.legend:
-            legend += f'<span><i style="background: {color}"></i>{label}</span>'
+            legend += f'<span><i style="color: {color}"></i>{label}</span>'
         legend = f'<div class="legend">{legend}</div>' if legend else ""
         caption = f"<b>{curve.title}</b><p>{curve.note}</p>{legend}"
         shown += f"<figure><figcaption>{caption}</figcaption>{curve.svg}</figure>"
