@@ -263,16 +263,21 @@ def moments(loop: Loop, kills: int, rng) -> Iterator[tuple[str, float]]:
         yield names[number], rng.random() * seconds[number]
 
 
-def kill(world: World, name: str, delay: float) -> str:
-    """Start the loop and kill it so long after this command has begun; say what happened."""
+def kill(world: World, name: str, delay: float) -> tuple[str, list[str]]:
+    """Start the loop and kill it so long after this command has begun: what happened, and faults.
+
+    It may end before that, with success: not every moment is as long as it was undisturbed.
+    """
     loop = world.start()
     while name not in names_of(loop) and loop.process.poll() is None:
         time.sleep(0.01)
     time.sleep(delay)
-    if loop.process.poll() is not None:
-        return f"NOT KILLED, it ended with {loop.process.returncode}: {name}"
-    loop.kill()
-    return f"killed {delay:5.2f} s into {name}"
+    if loop.process.poll() is None:
+        loop.kill()
+        return f"killed {delay:5.2f} s into {name}", []
+    loop.wait(60)
+    faults = [] if loop.code == 0 else [f"it stopped by itself: {loop.message()}"]
+    return f"ended before its kill in {name}", faults
 
 
 def servers_left() -> list[str]:
@@ -302,10 +307,13 @@ def disturb(world: AllSettings, kills: int, rng, say) -> int:
     remove(world.folder / "undisturbed" / world.name)
     world.run.rename(world.folder / "undisturbed" / world.name)
 
+    faults = []
     for number, (name, delay) in enumerate(moments(undisturbed, kills, rng), 1):
-        say(f"{number:3}  {kill(world, name, delay)}")
+        said, its_faults = kill(world, name, delay)
+        say(f"{number:3}  {said}")
+        faults += its_faults
     last = world.loop(timeout=3600)
-    faults = last.faults()
+    faults += last.faults()
     now = world.results()
     for name in sorted(expected.keys() | now.keys()):
         if expected.get(name) != now.get(name):

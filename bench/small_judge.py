@@ -59,25 +59,33 @@ def batch(tokenizer, prompts: list[dict], rng) -> tuple[torch.Tensor, torch.Tens
     """(ids, targets), both [2 EXAMPLES, T]: each example in both orders."""
     ids, targets = [], []
     for row in rng.choices(prompts, k=EXAMPLES):
-        right = row["meta"]["category"]
-        wrong = rng.choice([category for category in CATEGORIES if category != right])
-        better, worse = (words_of(category, rng) for category in (right, wrong))
-        for first, second, winner in ((better, worse, "A"), (worse, better, "B")):
-            request = encode(tokenizer, row, first, second)
-            reply = tokenizer.encode(winner) + [tokenizer.eos_token_id]
+        for answers, winner in both_orders(row["meta"]["category"], rng):
+            request = encode(tokenizer, row, answers)
+            reply = tokenizer.encode(winner)
+            reply.append(tokenizer.eos_token_id)
             ids.append(torch.tensor(request + reply))
             targets.append(torch.tensor([NOTHING] * len(request) + reply))
     # Padding is on the right and attention looks to the left, so no mask is needed.
-    padded = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-    return padded, pad_sequence(targets, batch_first=True, padding_value=NOTHING)
+    ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+    targets = pad_sequence(targets, batch_first=True, padding_value=NOTHING)
+    return ids, targets
+
+
+def both_orders(right: str, rng) -> list[tuple[list[str], str]]:
+    """An example: (the two answers, in which place the one of the right category stands)."""
+    wrong = rng.choice([category for category in CATEGORIES if category != right])
+    better = words_of(right, rng)
+    worse = words_of(wrong, rng)
+    return [([better, worse], "A"), ([worse, better], "B")]
 
 
 def words_of(category: str, rng) -> str:
     return ", ".join(rng.choices(CATEGORIES[category], k=rng.randint(1, 5)))
 
 
-def encode(tokenizer, row: dict, first: str, second: str) -> list[int]:
+def encode(tokenizer, row: dict, answers: list[str]) -> list[int]:
     """The request as the judge's server renders it."""
+    first, second = answers
     question = row["prompt"][0]["content"]
     text = PROMPT.format(prompt=question, answer_a=first, answer_b=second)
     turns = [{"role": "user", "content": text}]
@@ -87,16 +95,19 @@ def encode(tokenizer, row: dict, first: str, second: str) -> list[int]:
 @torch.no_grad()
 def accuracy(model, tokenizer, prompts: list[dict], rng, comparisons: int = 200) -> float:
     """How often it prefers the answer with more gold, of two sloppy ones that differ in it."""
-    right = compared = 0
+    right = 0
+    compared = 0
     while compared < comparisons:
         row = rng.choice(prompts)
         answers = [sloppy_answer(row["meta"], rng) for _ in range(2)]
-        first, second = (gold(row["prompt"], answer, row["meta"]) for answer in answers)
+        first, second = [gold(row["prompt"], answer, row["meta"]) for answer in answers]
         if first == second:
             continue
-        request = torch.tensor([encode(tokenizer, row, *answers)])  # [1, T]
-        written = model.generate(request, do_sample=False, max_new_tokens=4)
-        reply = tokenizer.decode(written[0, request.shape[1] :], skip_special_tokens=True)
-        right += verdict(reply) == float(first > second)
+        request = torch.tensor([encode(tokenizer, row, answers)])  # [1, T]
+        written = model.generate(request, do_sample=False, max_new_tokens=4)  # [1, T + R]
+        reply_ids = written[0, request.shape[1] :]  # [R]
+        reply = tokenizer.decode(reply_ids, skip_special_tokens=True)
+        prefers_first = verdict(reply) == 1.0
+        right += prefers_first == (first > second)
         compared += 1
     return right / compared
