@@ -352,6 +352,29 @@ def all_gone(session, seconds):
         time.sleep(0.1)
 
 
+def without_parent(command, **env):
+    """(who is its parent when it begins, what it says) of a command whose parent has ended."""
+    script = f"(sleep 0.3; cut -d ' ' -f 4 /proc/$BASHPID/stat; exec {command}) &"
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | env, capture_output=True, text=True, timeout=60
+    )
+    parent, _, printed = done.stdout.partition("\n")
+    return parent, printed + done.stderr
+
+
+def test_a_rank_that_torchrun_has_left_alone_before_it_began_does_nothing(tmp_path):
+    """Killed while its ranks import torch, torchrun can send them no signal. They would write at
+    the same time as those of the next start.
+    """
+    command = f"{sys.executable} {ROOT}/make_pairs.py --scored {tmp_path}/s --output {tmp_path}/p"
+    parent, said = without_parent(command, TORCHELASTIC_RUN_ID="none")
+    if parent != "1":
+        pytest.skip("not init but another process takes orphans over here")
+    assert said.strip().endswith("was killed. Nothing was done.")
+    _, said = without_parent(command)  # by hand, a stage may go on in the background
+    assert "no such file" in said.lower()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_it_cleanly_and_it_goes_on(world, tmp_path, sent):
     """Sent to the script alone; it passes the signal on, waits, and leaves no child running."""
