@@ -811,7 +811,7 @@ def legend(rows: list[dict], rewards: Rewards) -> list[str]:
             f"{proxy} is the proxy that was optimised; "
             f'gold (the reward "{rewards.gold}") was only watched.'
         )
-    return lines + sources_of_pairs(rows)
+    return lines
 
 
 def sources_of_pairs(rows: list[dict]) -> list[str]:
@@ -926,6 +926,7 @@ def page_of(run: Run, curves: list[Drawing]) -> Page:
         examples=heldout_examples(first_and_last) if evaluated else None,
         pairs_from=paired[-1].name if paired else "",
         pairs=extreme_pairs(paired[-1] / "pairs.jsonl") if paired else {},
+        sources=sources_of_pairs(run.rows),
         dropped=dropped,
         figures=every_figure(run.rows),
         config=run.config,
@@ -1000,7 +1001,7 @@ def main():
     write_whole(args.run / "summary.jsonl", "".join(map(dump, report.rows)))
     print(plain(table(report.rows, report.rewards)))
     dropped = [f"dropped in {line}" for line in drops(report.rows[-1])]
-    for text in dropped + report.legend + report.warnings:
+    for text in dropped + report.legend + sources_of_pairs(report.rows) + report.warnings:
         print(textwrap.fill(text, WIDTH))
 
     # the curves

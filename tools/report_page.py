@@ -44,6 +44,7 @@ class Page:
     examples: list[Example] | None  # None: nothing has been evaluated
     pairs_from: str  # the iteration that the pairs are from
     pairs: dict[str, list[Example]]  # "Strongest" and "Weakest"; empty: there are no pairs
+    sources: list[str]  # of the pairs, where an iteration was trained on several files
     dropped: list[str]
     figures: list[list[str]]  # every one, headings first
     config: dict
@@ -133,12 +134,14 @@ def pairs(page: Page) -> list[str]:
 
 
 def details(page: Page) -> list[str]:
-    """Drops, every figure, settings and versions."""
+    """Sources of pairs, drops, every figure, settings and versions."""
+    sources = ["<h2>Sources of the pairs</h2>", *paragraphs(page.sources)] if page.sources else []
     dropped = paragraphs(page.dropped) or ["<p>Nothing.</p>"]
     settings = [[name, value] for name, value in page.config.items() if value != ""]
     versions = [[package, "; then ".join(known)] for package, known in page.versions.items()]
     summary = "<summary>summary.jsonl; tools/report.py defines each</summary>"
     return [
+        *sources,
         "<h2>Dropped, by reason</h2>",
         "".join(dropped),
         f"<h2>Every figure</h2><details>{summary}",
