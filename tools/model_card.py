@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from arguments import integer_in, parse, parser
 from records import Stop, write_whole
-from report import Run, legend, plain, read_run, table
+from report import Run, legend, plain, read_run, sources_of_pairs, table
 from stage import meta_path_of, read_meta, run
 
 DPO = "https://arxiv.org/abs/2305.18290"
@@ -173,7 +173,7 @@ def card(run: Run, rows: list[dict]) -> str:
         settings(folder_of(run, rows), run.config, last),
         "## Held-out figures",
         "\n".join(["```", plain(table(rows, run.rewards)), "```"]),
-        "\n".join(legend(rows, run.rewards)),
+        "\n".join(legend(rows, run.rewards) + sources_of_pairs(rows)),
         "KL is in nats per answer; cut is the share of answers at the token limit. Iteration 0 is "
         "the base model.",
         "## Limits",
