@@ -561,6 +561,16 @@ def test_settings_that_cannot_work_are_refused_at_once(world, tmp_path, more, sa
     assert done.returncode != 0 and says in done.stdout + done.stderr
 
 
+def test_a_mistake_in_torchruns_arguments_ends_in_two_lines(world, tmp_path):
+    """One of the launcher's, and one of the loop's that names the stage."""
+    done = iterate(world, tmp_path / "run", TORCHRUN_ARGS="-rf")
+    assert done.returncode == 1
+    (message,) = re.findall("^error: .*", done.stdout, re.M)
+    assert message.startswith("error: torchrun: f does not match")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith("iterate.sh: generate.py failed with exit code 1. Its output")
+
+
 @pytest.mark.parametrize("keep", ["--keep_truncated", "--min_margin 0.1 --keep-truncated"])
 def test_a_penalty_on_answers_that_take_part_is_accepted(world, tmp_path, keep):
     more = {"SCORE_ARGS": "--missing_eos_penalty 1", "PAIRS_ARGS": keep}
@@ -684,7 +694,8 @@ import json, os, sys
 from pathlib import Path
 
 words = sys.argv[1:]
-at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+at = scripts[words[scripts[0]] == "tools/torchrun.py"]
 launcher, script, words = words[:at], words[at], words[at + 1 :]
 if script == "tools/start_run.py":
     os.execv(sys.executable, [sys.executable, script, *words])

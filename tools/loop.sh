@@ -200,6 +200,8 @@ steps_before() {
 
 # ---- Processes -----------------------------------------------------------------------------------
 
+LAUNCHER=tools/torchrun.py # of several processes
+
 # Ctrl-C and SIGTERM reach the stage as SIGTERM: training saves a checkpoint, the others keep their
 # finished parts.
 child=
@@ -226,8 +228,8 @@ stage() {
     wait "$child" || status=$?
     child=
     ((status != 75)) || die "stopped on request; the same command resumes from here" 75
-    for script in "$@"; do # with several processes, torchrun and its arguments come first
-        [[ $script != *.py ]] || break
+    for script in "$@"; do # with several processes, the launcher and its arguments come first
+        [[ $script != *.py || $script == "$LAUNCHER" ]] || break
     done
     ((status == 0)) || die "$script failed with exit code $status. Its output is in $log" "$status"
 }
@@ -240,7 +242,7 @@ everywhere() {
     if ((processes == 1)) && [[ -z $TORCHRUN_ARGS ]]; then
         stage "$log" "$PYTHON" "$@"
     else
-        stage "$log" "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" \
+        stage "$log" "$PYTHON" "$LAUNCHER" --nproc_per_node "$processes" \
             ${TORCHRUN_ARGS:---standalone} "$@"
     fi
 }

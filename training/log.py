@@ -10,7 +10,7 @@ the logs of Hugging Face's trainers. A tracker (tracker.py) shows the same rows.
 
 from pathlib import Path
 
-from records import NUMBERS, Stop, dump, read_jsonl
+from records import NUMBERS, Stop, dump, read_jsonl, writing
 from training.tracker import TrainingTracker
 
 
@@ -25,10 +25,11 @@ class TrainLog:
         self.path = path
         self.tracker = tracker
         rows = rows_of_steps(path, steps_done)
-        path.write_text("".join(rows))
+        with writing(path):
+            path.write_text("".join(rows))
 
     def write(self, row: dict) -> None:
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(dump(row))
         if self.tracker:
             self.tracker.show(row)
