@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -564,12 +565,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDY = "Check the path and its permissions"
 
 # What gloo and NCCL say on a rank when another one has ended.
-LOST_RANK = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "ncclRemoteError",
-)
+LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|ncclRemoteError")
 
 
 def die_with_parent() -> None:
@@ -598,7 +594,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         run_or_stop(main)
     except Stop as stop:
-        if error_file:  # torchrun then prints the message once more, below its own traceback
+        if error_file:  # torchrun then shows the message once more, below its own traceback
             tell_torchrun(str(stop), error_file)
         raise
 
@@ -624,17 +620,24 @@ def run_or_stop(main: Callable[[], None]) -> None:
 
 
 def tell_torchrun(message: str, error_file: str) -> None:
-    """What torch.distributed.elastic reads when a rank has failed."""
-    reply = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
-    reply["extraInfo"]["py_callstack"] = message  # torchrun shows this, under "traceback"
-    Path(error_file).write_text(json.dumps({"message": reply}))
+    """What torch.distributed.elastic reads when a rank has failed: it shows the "py_callstack"."""
+    shown = {"timestamp": int(time.time()), "py_callstack": message}
+    reply = {"message": {"message": message, "extraInfo": shown}}
+    try:
+        Path(error_file).write_text(json.dumps(reply), encoding="utf-8")
+    except OSError:  # the disk is full, perhaps; the message has been printed all the same
+        remove(error_file)
 
 
 def has_lost_a_rank(error: Exception) -> bool:
     """Whether this is but the echo of another rank's end: the connection to it has gone."""
     _, world = ranks()
-    echoes = [cause for cause in causes(error) if isinstance(cause, RuntimeError)]
-    return world > 1 and any(words in str(echo) for words in LOST_RANK for echo in echoes)
+    if world == 1:  # then it was a server, a judge perhaps
+        return False
+    for cause in causes(error):
+        if isinstance(cause, RuntimeError) and LOST_RANK.search(str(cause)):
+            return True
+    return False
 
 
 def wait_for_torchrun() -> None:
