@@ -625,7 +625,7 @@ def tell_torchrun(message: str, error_file: str) -> None:
     reply = {"message": {"message": message, "extraInfo": shown}}
     try:
         Path(error_file).write_text(json.dumps(reply), encoding="utf-8")
-    except OSError:  # the disk is full, perhaps; the message has been printed all the same
+    except OSError:  # the disk is full, perhaps; the rank prints the message all the same
         remove(error_file)
 
 

@@ -971,6 +971,22 @@ def test_report_to_is_one_run_on_one_axis_of_steps(asked, keep):
     assert each(trainings, "--logging_dir") == [["tracker"]] * 3
 
 
+def test_steps_are_not_counted_in_a_log_that_is_gone(tmp_path):
+    """The shell would calculate with nothing."""
+    lines = f'set -euo pipefail; . tools/environment.sh; . tools/loop.sh; RUN="{tmp_path}"'
+    command = ["bash", "-c", f"{lines}; steps_before 2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    log = tmp_path / "iter_01/policy.train.jsonl"
+    assert done.stderr.startswith(f"iterate.sh: {log}: is gone, and REPORT_TO needs")
+    assert done.stderr.count("\n") == 1
+
+    log.parent.mkdir()
+    log.write_text(dump({"step": 1, "loss": 1}) + dump({"step": 1, "eval_loss": 1}))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n"
+
+
 def test_report_to_reaches_the_report(asked):
     pytest.importorskip("tensorboard")
     reports = asked("tools/report.py", ITERS=1, REPORT_TO="tensorboard")

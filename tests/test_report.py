@@ -210,6 +210,14 @@ def test_a_file_that_was_damaged_since_is_named_with_a_remedy(tmp_path, name, of
         report.read_run(tmp_path / "run")
 
 
+def test_a_training_log_that_is_gone_is_missed(tmp_path):
+    run = small_run(tmp_path / "run")
+    assert not any("is gone" in warning for warning in report.read_run(run).warnings)
+    (run / "iter_01/policy.train.jsonl").unlink()
+    missed = "iter_01: policy.train.jsonl is gone, and with it what training has logged."
+    assert missed in report.read_run(run).warnings
+
+
 def test_figures_equal_those_on_paper(tmp_path, monkeypatch):
     """Standard errors cluster by prompt; differences and wins are paired by prompt; KL per answer
     and per token.

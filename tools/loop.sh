@@ -191,9 +191,12 @@ report() {
 
 # steps_before ITERATION: the training steps of all earlier ones; each left a row with a loss.
 steps_before() {
-    local j steps=0
+    local j log steps=0
     for ((j = 1; j < $1; j++)); do
-        steps=$((steps + $(grep -c '"loss":' "$(folder_of "$j")/policy.train.jsonl")))
+        log=$(folder_of "$j")/policy.train.jsonl
+        [[ -f $log ]] ||
+            die "$log: is gone, and REPORT_TO needs its number of steps. Restore it, or set REPORT_TO=none"
+        steps=$((steps + $(grep -c '"loss":' "$log")))
     done
     echo "$steps"
 }

@@ -443,6 +443,11 @@ def warnings_of_stages(iterations: list[Iteration]) -> list[str]:
         for stage, meta in iteration.metas.items():
             for message in meta.get("warnings", []):
                 warnings.append(f"{iteration.folder.name}, {stage}: {message}.")
+        if "policy" in iteration.metas and not iteration.steps:
+            warnings.append(
+                f"{iteration.folder.name}: policy.train.jsonl is gone, and with it what training "
+                "has logged."
+            )
     return warnings
 
 
