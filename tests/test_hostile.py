@@ -256,6 +256,9 @@ def test_a_log_that_lost_steps_names_a_remedy_that_works(tmp_path):
     path.unlink()
     with pytest.raises(Stop, match="0 of the 2 steps.* remove .*policy.parts to begin again"):
         rows_of_steps(path, 2)
+    path.mkdir()
+    with pytest.raises(Stop, match="0 of the 2 steps.* remove .*policy.parts to begin again"):
+        rows_of_steps(path, 2)
 
 
 # ---- numbers -----------------------------------------------------------------------------------

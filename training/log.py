@@ -42,7 +42,7 @@ def rows_of_steps(path: Path, steps: int) -> list[str]:
     """
     if steps == 0:
         return []
-    is_lost = not path.exists() or path.stat().st_size == 0
+    is_lost = not path.is_file() or path.stat().st_size == 0
     logged = [] if is_lost else read_jsonl(path, NUMBERS)
     rows = []
     found = 0
