@@ -1004,6 +1004,17 @@ MUTANTS = [
         ("tests/test_records.py::test_a_full_disk_is_said_and_nothing_is_lost",),
     ),
     Mutant(
+        "a-damaged-log-is-resumed",
+        "The rows of a training log that was damaged are not taken over.",
+        "training/log.py",
+        'if f"{hash.hexdigest()}\\n".encode() != expected:',
+        "if False:",
+        (
+            "tests/test_hostile.py::"
+            "test_a_damaged_log_is_not_resumed_and_the_remedy_works[train.jsonl-a digit]",
+        ),
+    ),
+    Mutant(
         "other-settings-mixed-in",
         "A part that was made with other settings is not used.",
         "stage.py",
