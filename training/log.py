@@ -73,7 +73,8 @@ def lines_of_steps(path: Path, steps: int) -> list[str]:
         if f"{hash.hexdigest()}\n".encode() != expected:
             break
         kept.append(line.decode())
-        found += not is_evaluation(json.loads(line))
+        row = json.loads(line)
+        found += not is_evaluation(row)
         if found == steps:
             return kept
     raise Stop(
