@@ -75,6 +75,7 @@ from records import (
     merge_by_id,
     optional,
     read_jsonl,
+    writing,
 )
 from stage import Stage, run, seed_of
 
@@ -563,7 +564,8 @@ class Judge:
                 return
         reply = without_key(reply)
         self.last_said = reply
-        self.file.write(dump({"key": key, "reply": reply}))
+        with writing(self.file.name):
+            self.file.write(dump({"key": key, "reply": reply}))
         self.verdicts[key] = verdict(reply)
 
     async def wait_for_turn(self, _) -> None:

@@ -473,6 +473,7 @@ def dump(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+WRITING = "writing "  # and a path: the note of an error
 UNFINISHED = ".iterdpo-unfinished"  # no file of a user's ends so: what does, may be removed
 
 
@@ -483,20 +484,31 @@ def whole(path) -> Iterator[Path]:
     On success it is flushed to the disk and renamed to `path`; on failure it is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + UNFINISHED)
-    remove(temporary)
-    try:
-        yield temporary
-    except BaseException:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
+        try:
+            yield temporary
+        except BaseException:
+            remove(temporary)
+            raise
+        content = sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]
+        for file in content:
+            if file.is_file():
+                flush(file)
+        os.replace(temporary, path)
+        flush(path.parent)  # the rename itself must survive a power cut, too
+
+
+@contextmanager
+def writing(path) -> Iterator[None]:
+    """An error within gets a note that names the file: of a full disk the system says no more."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{WRITING}{path}")
         raise
-    content = sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]
-    for file in content:
-        if file.is_file():
-            flush(file)
-    os.replace(temporary, path)
-    flush(path.parent)  # the rename itself must survive a power cut, too
 
 
 def flush(path: Path) -> None:

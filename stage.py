@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from records import (
     TEXT,
     TEXTS,
     UNFINISHED,
+    WRITING,
     Stop,
     dump,
     optional,
@@ -208,7 +210,8 @@ class Stage:
             remedy = f"Remove it and {self.output.name} to make both again"
             meta = read_meta(self.meta_path, remedy)
             self._compare(meta["key"], self.output)
-            self._check_output_is_whole(meta)
+            check_output(self.output, meta)
+            check_beside(self.output, meta)
             remove(self.parts)
             self.done = True
             print(f"{self.output}: already done with the same arguments and inputs", flush=True)
@@ -236,22 +239,6 @@ class Stage:
                 f"{self.output}: exists, but not {self.meta_path.name}: it was not made by this "
                 "stage, which does not touch it. Move it away, or use another --output."
             )
-
-    def _check_output_is_whole(self, meta: dict) -> None:
-        """What was damaged after it was written must not become the input of the next stage."""
-        written = meta.get("output")
-        if written and hash_path(self.output) != written:
-            raise Stop(
-                f"{self.output}: is not what the stage wrote: it was damaged or edited. Restore "
-                f"it, or remove it and {self.meta_path.name} to make both again."
-            )
-        for suffix, written in (meta.get("beside") or {}).items():
-            path = self.beside(suffix)
-            if path.exists() and hash_path(path) != written:
-                raise Stop(
-                    f"{path}: is not what the stage wrote: it was damaged or edited. Restore it, "
-                    "or remove it: no stage needs it."
-                )
 
     def _old_key(self) -> dict:
         return read_json(self.key_path, KEY, f"Remove {self.parts} to begin again")
@@ -465,6 +452,27 @@ def read_meta(path: Path, remedy: str) -> dict:
     return meta
 
 
+def check_output(output: Path, meta: dict) -> None:
+    """What was damaged after it was written must not become the input of the next stage."""
+    written = meta.get("output")
+    if written and hash_path(output) != written:
+        raise Stop(
+            f"{output}: is not what the stage wrote: it was damaged or edited. Restore it, or "
+            f"remove it and {meta_path_of(output).name} to make both again."
+        )
+
+
+def check_beside(output: Path, meta: dict) -> None:
+    """The same for what a stage has written beside its output."""
+    for suffix, written in (meta.get("beside") or {}).items():
+        path = output.with_name(output.name + suffix)
+        if path.exists() and hash_path(path) != written:
+            raise Stop(
+                f"{path}: is not what the stage wrote: it was damaged or edited. Restore it, or "
+                "remove it: no stage needs it."
+            )
+
+
 def output_path(output) -> Path:
     """--output as a path. Raises Stop where nothing can have this name."""
     path = Path(output)
@@ -556,6 +564,9 @@ def versions() -> dict:
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDY = "Check the path and its permissions"
 
+# What gloo and NCCL say on a rank when another one has ended.
+LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|ncclRemoteError")
+
 
 def is_orphan() -> bool:
     """Whether init has taken this process over. In a container, init may be torchrun itself."""
@@ -576,10 +587,14 @@ def die_with_parent() -> None:
             raise Stop("the process that started this one was killed. Nothing was done.")
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM unwinds the stack, so that engines and child processes end, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage's main(): an error that a user can fix ends in a message and a non-zero exit."""
-    # SIGTERM unwinds the stack, so that engines and child processes end, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_sigterm()
     # Ranks that outlive torchrun would write at the same time as those of the next start.
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -587,16 +602,62 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace")
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # generate.py hides it from vLLM
+    try:
+        run_or_stop(main)
+    except Stop as stop:
+        if error_file:  # torchrun then shows the message once more, below its own traceback
+            tell_torchrun(str(stop), error_file)
+        raise
+
+
+def run_or_stop(main: Callable[[], None]) -> None:
+    """Run main(). Raises Stop where the machine is at fault; a bug keeps its traceback."""
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; the same command resumes it", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
+        if has_lost_a_rank(e):
+            wait_for_torchrun()
+            raise Stop(
+                "this rank has lost another one, which has ended. Its message, here or in the log "
+                "of its machine, says why."
+            ) from None
         message = fault_of_the_machine(e)
         if message is None:
             raise
         raise Stop(message) from None
+
+
+def tell_torchrun(message: str, error_file: str) -> None:
+    """What torch.distributed.elastic reads when a rank has failed: it shows the "py_callstack"."""
+    shown = {"timestamp": int(time.time()), "py_callstack": message}
+    reply = {"message": {"message": message, "extraInfo": shown}}
+    try:
+        Path(error_file).write_text(json.dumps(reply), encoding="utf-8")
+    except OSError:  # the disk is full, perhaps; the rank prints the message all the same
+        remove(error_file)
+
+
+def has_lost_a_rank(error: Exception) -> bool:
+    """Whether this is but the echo of another rank's end: the connection to it has gone."""
+    _, world = ranks()
+    if world == 1:  # then it was a server, a judge perhaps
+        return False
+    for cause in causes(error):
+        if isinstance(cause, RuntimeError) and LOST_RANK.search(str(cause)):
+            return True
+    return False
+
+
+def wait_for_torchrun() -> None:
+    """torchrun ends all ranks of a machine when one has failed, within a second: nothing need be
+    said here then. On another machine nobody comes.
+    """
+    end_on_sigterm()  # the trainer may have put another action in its place
+    time.sleep(5)
 
 
 def fault_of_the_machine(error: Exception) -> str | None:
@@ -610,7 +671,7 @@ def fault_of_the_machine(error: Exception) -> str | None:
         for number in NO_SPACE:
             is_full = is_full or os.strerror(number) in str(cause)
         if is_full:
-            where = getattr(cause, "filename", None) or "writing"
+            where = getattr(cause, "filename", None) or file_being_written(error)
             return (
                 f"{where}: no space left. Free some and run the same command again: finished work "
                 "is kept."
@@ -618,6 +679,15 @@ def fault_of_the_machine(error: Exception) -> str | None:
         if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
             return f"{cause.filename}: {cause.strerror}. {REMEDY}."
     return None
+
+
+def file_being_written(error: Exception) -> str:
+    """The innermost file that records.writing has noted."""
+    for cause in causes(error):
+        for note in getattr(cause, "__notes__", []):
+            if note.startswith(WRITING):
+                return note.removeprefix(WRITING)
+    return "writing"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from bench.chaos_damage import State, differences
@@ -9,6 +10,9 @@ from bench.chaos_world import ROOT, World
 from records import UNFINISHED, remove
 
 LONG = 0.8  # seconds of a stage that is killed twice in a round
+
+# The settings that do not say what is run.
+OF_ANY_RUN = ("PYTHON", "RUN", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
 
 
 class Demo(World):
@@ -22,9 +26,8 @@ class Demo(World):
         self.theirs = []
 
     def given(self) -> dict:
-        names = ("PYTHON", "RUN", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
         given = super().given()
-        return {name: given[name] for name in names}
+        return {name: given[name] for name in OF_ANY_RUN}
 
     def hash_of_theirs(self) -> list[str]:
         return []
@@ -41,67 +44,88 @@ def disturb(world: World, report, rng, args) -> None:
     seconds = seconds_of(undisturbed)
     report.say(f"undisturbed: {sum(seconds):.1f} s, {len(seconds)} commands")
 
-    kills, hits = 0, Counter()
-    while kills < args.kills:
+    hits: Counter = Counter()  # stage -> kills in it
+    while hits.total() < args.kills:
         remove(world.run)
-        for number, fraction in moments(seconds, rng):
-            if kills == args.kills:
-                break
-            kills += kill(world, report, number, fraction * seconds[number], hits, kills)
-        last = world.loop(timeout=3600)
-        faults = last.faults() + differences(world, state)
-        if last.code != 0:
-            faults.append("the end was not reached")
-        report.case(f"after {kills} kills", "same bytes", last.message(), faults)
+        for number, delay in moments(seconds, rng):
+            if hits.total() < args.kills:
+                kill(world, report, number, delay, hits)
+        reach_the_end(world, report, state, hits.total())
     for name, count in sorted(hits.items()):
         report.say(f"{count:4} kills in {name}")
 
 
 def seconds_of(loop) -> list[float]:
     """How long each command took."""
-    began = [when for when, _ in loop.stages]
-    return [b - a for a, b in zip(began, [*began[1:], loop.ended], strict=True)]
+    moments = [when for when, _ in loop.stages]
+    moments.append(loop.ended)
+    return [after - before for before, after in pairwise(moments)]
 
 
 def moments(seconds: list[float], rng):
-    """(number of a command, fraction of its seconds), in the order of the loop."""
+    """(number of a command, seconds after its start), in the order of the loop."""
     for number, length in enumerate(seconds):
         times = 2 if length > LONG else 1
-        for fraction in sorted(rng.random() for _ in range(times)):
-            yield number, fraction
+        fractions = sorted(rng.random() for _ in range(times))
+        for fraction in fractions:
+            yield number, fraction * length
 
 
-def kill(world: World, report, number: int, delay: float, hits: Counter, kills: int) -> bool:
+def kill(world: World, report, number: int, delay: float, hits: Counter) -> None:
     """Start the loop, and kill all of it so many seconds after a command has begun."""
     loop = world.start()
     while len(loop.stages) <= number and loop.process.poll() is None:
         time.sleep(0.002)
-    if loop.stages and len(loop.stages) > number:
-        time.sleep(max(0, loop.stages[number][0] + delay - time.monotonic()))
+    if len(loop.stages) > number:
+        began, _ = loop.stages[number]
+        time.sleep(max(0, began + delay - time.monotonic()))
     if loop.process.poll() is not None:
-        faults = loop.faults()
-        if loop.code != 0:
-            faults.append("it stopped by itself")
-        report.case("ended before its kill", "not killed", loop.message(), faults)
-        return False
+        ended_before(loop, report)
+        return
+
     loop.kill()
-    stage = stage_of(loop.stages[-1][1]) if loop.stages else "the start"
+    stage = stage_of(loop)
     hits[stage] += 1
+    said = f"command {number + 1} and {delay:.2f} s"
     torn = len(list(world.run.rglob("*" + UNFINISHED)))
+    if torn:
+        said += f"; {torn} torn"
     faults = [f"left behind: {name}" for name in loop.left_behind()]
-    said = f"command {number + 1} and {delay:.2f} s" + f"; {torn} torn" * (torn > 0)
-    report.case(f"kill {kills + 1} in {stage}", "killed", said, faults)
-    return True
+    report.case(f"kill {hits.total()} in {stage}", "killed", said, faults)
 
 
-def stage_of(command: str) -> str:
-    """A command as "iter_01 generate.py"."""
+def ended_before(loop, report) -> None:
+    """The loop was faster than its kill; that is no fault, and no kill."""
+    faults = loop.faults()
+    if loop.code != 0:
+        faults.append("it stopped by itself")
+    report.case("ended before its kill", "not killed", loop.message(), faults)
+
+
+def reach_the_end(world: World, report, state: State, kills: int) -> None:
+    """The same command once more, and no kill: the bytes of an undisturbed run."""
+    last = world.loop(timeout=3600)
+    faults = last.faults() + differences(world, state)
+    if last.code != 0:
+        faults.append("the end was not reached")
+    report.case(f"after {kills} kills", "same bytes", last.message(), faults)
+
+
+def stage_of(loop) -> str:
+    """Its last command, as "generate.py (evaluation) iter_01"."""
+    if not loop.stages:
+        return "the start"
+    _, command = loop.stages[-1]
     words = command.split()
-    script = next(Path(word).name for word in words if word.endswith(".py"))
+    scripts = [word for word in words if word.endswith(".py")]
+    name = Path(scripts[0]).name
     output = words[words.index("--output") + 1] if "--output" in words else ""
-    folder = next((part for part in Path(output).parts if part.startswith("iter_")), "")
-    what = " (evaluation)" if "/eval/" in output else ""
-    return f"{script}{what} {folder}".strip()
+    if "/eval/" in output:
+        name += " (evaluation)"
+    for part in Path(output).parts:
+        if part.startswith("iter_"):
+            name += f" {part}"
+    return name
 
 
 # ---- two loops ---------------------------------------------------------------------------------
@@ -112,8 +136,8 @@ def two_loops(world: World, report, rng, args) -> None:
     world.build()
     undisturbed = world.loop()
     state = State("", Path(), world.results(), bool, {})
-    seconds = seconds_of(undisturbed)
-    for number in (None, 0, 1, *range(4, len(seconds) // 2, 3)):
+    commands = len(undisturbed.stages)
+    for number in (None, 0, 1, *range(4, commands // 2, 3)):
         if not report.wants(f"at {number}"):
             continue
         remove(world.run)
@@ -121,25 +145,25 @@ def two_loops(world: World, report, rng, args) -> None:
         while number is not None and len(first.stages) <= number:
             time.sleep(0.002)
         second = world.start()
-        first.wait(600)
-        second.wait(600)
-        faults = first.faults() + second.faults() + differences(world, state)
-        codes = sorted([first.code, second.code])
-        if codes != [0, 1]:
-            faults.append(f"exit codes {codes}")
+        faults = faults_of_all([first, second], world, state)
         refused = second if second.code else first
         report.case(f"two loops, at {number}", "one refused", refused.message(), faults)
-    many_loops(world, report, state)
 
-
-def many_loops(world: World, report, state: State) -> None:
-    """Five at once on a new run: one works."""
+    # five at once on a new run
     remove(world.run)
     loops = [world.start() for _ in range(5)]
+    faults = faults_of_all(loops, world, state)
+    codes = [loop.code for loop in loops]
+    report.case("five loops at once", "one worked", f"exit codes {codes}", faults)
+
+
+def faults_of_all(loops: list, world: World, state: State) -> list[str]:
+    """One of them works, and the others refuse."""
+    faults = []
     for loop in loops:
         loop.wait(600)
-    faults = [fault for loop in loops for fault in loop.faults()] + differences(world, state)
+        faults += loop.faults()
     codes = sorted(loop.code for loop in loops)
-    if codes != [0, 1, 1, 1, 1]:
+    if codes != [0] + [1] * (len(loops) - 1):
         faults.append(f"exit codes {codes}")
-    report.case("five loops at once", "one worked", f"exit codes {codes}", faults)
+    return faults + differences(world, state)

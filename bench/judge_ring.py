@@ -20,9 +20,12 @@ prompts the standard errors are below 0.4 points.
 import argparse
 import random
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 from arguments import parse
 from judge import comparisons
@@ -34,13 +37,19 @@ def dealt_ring(n: int, prompt: str) -> list[tuple[int, int]]:
 
 
 def ring_in_file_order(n: int, prompt: str) -> list[tuple[int, int]]:
-    return [(k, (k + step) % n) for k in range(n) for step in (1, 2)]
+    neighbours = []
+    for k in range(n):
+        neighbours.append((k, (k + 1) % n))
+        neighbours.append((k, (k + 2) % n))
+    return neighbours
 
 
 def round_robin(n: int, prompt: str) -> list[tuple[int, int]]:
     return list(combinations(range(n), 2))
 
 
+COLUMNS = ("best", "worst", "apart", "against")
+SETTINGS = ((1, 8), (1, 16), (2, 4), (2, 8))  # sources, answers of each
 MEETINGS = {
     "dealt ring": dealt_ring,
     "in file order": ring_in_file_order,
@@ -52,28 +61,52 @@ def win_rates(worth: list[float], pairs: list[tuple[int, int]]) -> list[float]:
     """The scores that judge.py computes from the verdicts of a judge that never errs."""
     points = defaultdict(list)
     for i, j in pairs:
-        points[i].append(float(worth[i] > worth[j]))
-        points[j].append(float(worth[j] > worth[i]))
-    return [sum(points[i]) / len(points[i]) for i in range(len(worth))]
+        first_wins = worth[i] > worth[j]
+        points[i].append(float(first_wins))
+        points[j].append(float(not first_wins))
+    return [fmean(points[i]) for i in range(len(worth))]
 
 
-def shares(sources: int, each: int, gap: float, meet, prompts: int) -> dict[str, float]:
-    """The table's columns as shares of the prompts; each has `each` answers of every source."""
-    n = sources * each
-    found = dict.fromkeys(("best", "worst", "apart", "against"), 0)
-    for p in range(prompts):
-        rng = random.Random(p)
-        worth = [rng.gauss(gap * (k // each), 1) for k in range(n)]
-        pairs = meet(n, str(p))
+class Prompts(NamedTuple):
+    """Prompts whose answers come from several sources."""
+
+    count: int
+    sources: int
+    each: int  # answers of each source to a prompt
+    gap: float  # of the means of two sources, in standard deviations
+
+    @property
+    def answers(self) -> int:
+        """N, to one prompt."""
+        return self.sources * self.each
+
+    def source_of(self, answer: int) -> int:
+        return answer // self.each
+
+    def draw(self, rng: random.Random) -> list[float]:
+        """What each answer to one prompt is worth."""
+        means = [self.gap * self.source_of(k) for k in range(self.answers)]
+        return [rng.gauss(mean, 1) for mean in means]
+
+
+def shares(prompts: Prompts, meet: Callable) -> dict[str, float]:
+    """The table's columns, as shares of the prompts."""
+    best_source = prompts.sources - 1
+    found = Counter()
+    for number in range(prompts.count):
+        rng = random.Random(number)
+        worth = prompts.draw(rng)
+        pairs = meet(prompts.answers, str(number))
         rates = win_rates(worth, pairs)
         ((chosen, rejected),) = rank_pairs(rates, "max_min", 1, rng)
-        from_best_source = chosen // each == sources - 1
-        from_another = rejected // each < sources - 1
+
+        from_best_source = prompts.source_of(chosen) == best_source
+        from_another = prompts.source_of(rejected) < best_source
         found["best"] += worth[chosen] == max(worth)
         found["worst"] += worth[rejected] == min(worth)
         found["apart"] += from_best_source and from_another
         found["against"] += worth[chosen] < worth[rejected]
-    return {name: count / prompts for name, count in found.items()}
+    return {name: found[name] / prompts.count for name in COLUMNS}
 
 
 def arguments():
@@ -85,23 +118,32 @@ def arguments():
     return p
 
 
-def line(sources: int, each: int, name: str, gap: float, prompts: int) -> str:
+def line(prompts: Prompts, name: str) -> str:
     """One line of the table."""
-    n, meet = sources * each, MEETINGS[name]
-    requests = 2 * len(meet(n, ""))
-    s = shares(sources, each, gap, meet, prompts)
-    setting = f"{sources:7} {n:2}  {name:13} {requests:9}"
-    apart = f"{s['apart']:6.1%}" if sources > 1 else "     -"
-    return f"{setting} {s['best']:6.1%} {s['worst']:6.1%} {apart} {s['against']:7.2%}"
+    meet = MEETINGS[name]
+    both_orders = 2 * len(meet(prompts.answers, ""))
+    share = shares(prompts, meet)
+    cells = [
+        f"{prompts.sources:7}",
+        f"{prompts.answers:2} ",
+        f"{name:13}",
+        f"{both_orders:9}",
+        f"{share['best']:6.1%}",
+        f"{share['worst']:6.1%}",
+        f"{share['apart']:6.1%}" if prompts.sources > 1 else "     -",
+        f"{share['against']:7.2%}",
+    ]
+    return " ".join(cells)
 
 
 def main():
     args = parse(arguments())
     lines = [" ".join(["python -m bench.judge_ring", *sys.argv[1:]])]
     lines.append("sources  N  meetings       requests   best  worst  apart against")
-    for sources, each in ((1, 8), (1, 16), (2, 4), (2, 8)):
+    for sources, each in SETTINGS:
+        prompts = Prompts(args.prompts, sources, each, args.gap)
         for name in MEETINGS:
-            lines.append(line(sources, each, name, args.gap, args.prompts))
+            lines.append(line(prompts, name))
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if args.save:

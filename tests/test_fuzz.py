@@ -191,8 +191,11 @@ def lines(content: bytes) -> int:
     return content.count(b"\n") + (not content.endswith(b"\n"))
 
 
-def of_a_file(tmp_path, main, flag: str, *arguments):
-    """once(bytes): the stage on a file of these bytes, given by --flag."""
+def of_a_file(tmp_path, main, flag: str, *arguments, rows_in: int | None = None):
+    """once(bytes): the stage on a file of these bytes, given by --flag.
+
+    rows_in: of another file that the stage counts; default: the lines of this one.
+    """
     path, output = tmp_path / "in.jsonl", tmp_path / "out"
     argv = ["stage.py", f"--{flag}", path, "--output", output, *arguments]
 
@@ -202,7 +205,7 @@ def of_a_file(tmp_path, main, flag: str, *arguments):
         path.write_bytes(content)
         outcome = run_once(main, argv, path)
         if outcome == "accepted":
-            check_balance(output, lines(content))
+            check_balance(output, rows_in or lines(content))
         elif output.exists():
             raise Broken("refused, and there is an output")
         return outcome
@@ -259,20 +262,7 @@ def test_judges_opponent(request, tmp_path, world):
     (tmp_path / "ours.jsonl").write_text("".join(map(dump, scored_rows())))
     flags = ["--judge_url", world.url, "--judge_model", "m"]
     flags += ["--candidates", tmp_path / "ours.jsonl"]
-    path, output = tmp_path / "in.jsonl", tmp_path / "out"
-    argv = ["judge.py", "--opponent", path, "--output", output, *flags]
-
-    def once(content: bytes) -> str:
-        for left in tmp_path.glob("out*"):
-            remove(left)
-        path.write_bytes(content)
-        outcome = run_once(judge.main, argv, path)
-        if outcome == "accepted":
-            check_balance(output, len(PROMPTS))
-        elif output.exists():
-            raise Broken("refused, and there is an output")
-        return outcome
-
+    once = of_a_file(tmp_path, judge.main, "opponent", *flags, rows_in=len(PROMPTS))
     fuzz(request, "judge's opponent", damaged(scored_rows()), once)
 
 

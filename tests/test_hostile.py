@@ -25,7 +25,7 @@ from test_dpo_train import make_pairs as pair_rows_of
 from test_fuzz import PROMPTS, candidate, pair_rows, scored_rows
 from test_records import fill, new_stage, prompts, write
 from training import fsdp
-from training.log import rows_of_steps
+from training.log import TrainLog, lines_of_steps
 
 sys.path.insert(0, str(ROOT / "tools"))
 import prepare_prompts
@@ -245,17 +245,34 @@ def test_a_damaged_generation_config_does_not_count_as_absent(tmp_path, call, co
         train(call, tmp_path / "model", pairs, tmp_path / "policy")
 
 
-def test_a_log_that_lost_steps_names_a_remedy_that_works(tmp_path):
+@pytest.mark.parametrize(
+    "damage", ["a row removed", "a row doubled", "a digit", "a byte", "emptied", "lost", "a folder"]
+)
+@pytest.mark.parametrize("name", ["train.jsonl", "train.sums"])
+def test_a_damaged_log_is_not_resumed_and_the_remedy_works(tmp_path, name, damage):
     """--overwrite would be none: the parts of a run with the same settings are kept."""
-    path = write(tmp_path / "policy.parts/train.jsonl", {"step": 1, "loss": 0.5})
-    with pytest.raises(Stop, match="1 of the 2 steps.* remove .*policy.parts to begin again"):
-        rows_of_steps(path, 2)
-    path.write_text("")
-    with pytest.raises(Stop, match="0 of the 2 steps.* remove .*policy.parts to begin again"):
-        rows_of_steps(path, 2)
+    log = TrainLog(tmp_path / "policy.parts/train.jsonl", 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.5})
+    assert len(lines_of_steps(log.path, 2)) == 2
+
+    path = log.path.with_name(name)
+    lines = path.read_bytes().splitlines(keepends=True)
     path.unlink()
-    with pytest.raises(Stop, match="0 of the 2 steps.* remove .*policy.parts to begin again"):
-        rows_of_steps(path, 2)
+    if damage == "a row removed":
+        path.write_bytes(lines[0] + lines[2])
+    elif damage == "a row doubled":
+        path.write_bytes(lines[0] + b"".join(lines))
+    elif damage == "a digit":
+        path.write_bytes(lines[0] + lines[1].translate(bytes.maketrans(b"56", b"65")))
+    elif damage == "a byte":
+        path.write_bytes(lines[0] + b"\xff" + lines[1])
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    elif damage == "a folder":
+        path.mkdir()
+    with pytest.raises(Stop, match="[01] of the 2 steps.* remove .*policy.parts to begin again"):
+        TrainLog(log.path, 2)
 
 
 # ---- numbers -----------------------------------------------------------------------------------
@@ -350,7 +367,8 @@ def test_a_full_disk_during_the_export_is_one_line(tmp_path, model):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
-    assert done.returncode == 1 and "no space left" in done.stderr, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert f"error: {tmp_path}/policy: no space left" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "policy").exists()
     subprocess.run(command, check=True, capture_output=True)
     assert (tmp_path / "policy/model.safetensors").exists()

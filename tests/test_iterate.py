@@ -585,6 +585,16 @@ def test_settings_that_cannot_work_are_refused_at_once(world, tmp_path, more, sa
     assert done.returncode != 0 and says in done.stdout + done.stderr
 
 
+def test_a_mistake_in_torchruns_arguments_ends_in_two_lines(world, tmp_path):
+    """One of the launcher's, and one of the loop's that names the stage."""
+    done = iterate(world, tmp_path / "run", TORCHRUN_ARGS="-rf")
+    assert done.returncode == 1
+    (message,) = re.findall("^error: .*", done.stdout, re.M)
+    assert message.startswith("error: torchrun: f does not match")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith("iterate.sh: generate.py failed with exit code 1. Its output")
+
+
 @pytest.mark.parametrize("keep", ["--keep_truncated", "--min_margin 0.1 --keep-truncated"])
 def test_a_penalty_on_answers_that_take_part_is_accepted(world, tmp_path, keep):
     more = {"SCORE_ARGS": "--missing_eos_penalty 1", "PAIRS_ARGS": keep}
@@ -708,7 +718,8 @@ import json, os, sys
 from pathlib import Path
 
 words = sys.argv[1:]
-at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+at = scripts[words[scripts[0]] == "tools/torchrun.py"]
 launcher, script, words = words[:at], words[at], words[at + 1 :]
 if script == "tools/start_run.py":
     os.execv(sys.executable, [sys.executable, script, *words])
@@ -982,6 +993,22 @@ def test_report_to_is_one_run_on_one_axis_of_steps(asked, keep):
     for flag, value in (("report_to", "tensorboard"), ("run_name", "run")):
         assert each(trainings, f"--{flag}") == [[value]] * 3
     assert each(trainings, "--logging_dir") == [["tracker"]] * 3
+
+
+def test_steps_are_not_counted_in_a_log_that_is_gone(tmp_path):
+    """The shell would calculate with nothing."""
+    lines = f'set -euo pipefail; . tools/environment.sh; . tools/loop.sh; RUN="{tmp_path}"'
+    command = ["bash", "-c", f"{lines}; steps_before 2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    log = tmp_path / "iter_01/policy.train.jsonl"
+    assert done.stderr.startswith(f"iterate.sh: {log}: is gone, and REPORT_TO needs")
+    assert done.stderr.count("\n") == 1
+
+    log.parent.mkdir()
+    log.write_text(dump({"step": 1, "loss": 1}) + dump({"step": 1, "eval_loss": 1}))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n"
 
 
 def test_report_to_reaches_the_report(asked):

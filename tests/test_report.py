@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from records import dump
-from stage import write_meta
+from records import Stop, dump
+from stage import hash_path, write_meta
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import report
@@ -187,6 +187,35 @@ def call(run: Path, monkeypatch, *flags) -> list[dict]:
 def figures(run: Path, gold: str | None = None) -> list[dict]:
     """The rows of summary.jsonl, without the page."""
     return report.read_run(run, gold).rows
+
+
+@pytest.mark.parametrize(
+    ("name", "of_stage", "remedy"),
+    [
+        ("eval/scored.jsonl", "eval/scored.jsonl", "remove it and scored.jsonl.meta.json to make"),
+        ("pairs.jsonl", "pairs.jsonl", "remove it and pairs.jsonl.meta.json to make both again"),
+        ("policy.train.jsonl", "policy", "remove it: no stage needs it"),
+    ],
+)
+def test_a_file_that_was_damaged_since_is_named_with_a_remedy(tmp_path, name, of_stage, remedy):
+    """The report of iteration 0 reads the files of all iterations that are there."""
+    folder = small_run(tmp_path / "run") / "iter_01"
+    hash = hash_path(folder / name)
+    kept = {"output": hash} if name == of_stage else {"beside": {".train.jsonl": hash}}
+    write_meta_of(folder / of_stage, **kept)
+    report.check_files(folder)
+    with open(folder / name, "a") as file:
+        file.write("\n")
+    with pytest.raises(Stop, match=f"iter_01/{name}: is not what the stage wrote.*{remedy}"):
+        report.read_run(tmp_path / "run")
+
+
+def test_a_training_log_that_is_gone_is_missed(tmp_path):
+    run = small_run(tmp_path / "run")
+    assert not any("is gone" in warning for warning in report.read_run(run).warnings)
+    (run / "iter_01/policy.train.jsonl").unlink()
+    missed = "iter_01: policy.train.jsonl is gone, and with it what training has logged."
+    assert missed in report.read_run(run).warnings
 
 
 def test_figures_equal_those_on_paper(tmp_path, monkeypatch):

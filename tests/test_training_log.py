@@ -101,7 +101,10 @@ def test_tensorboard_is_sent_every_number_and_at_once(tmp_path, monkeypatch):
 def test_rows_after_the_checkpoint_are_cut_off(tmp_path):
     """Steps that a kill has undone are done again, and stand in the log once."""
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(dump({"step": step}) for step in (1, 2, 3)) + '{"st')
+    log = TrainLog(path, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step})
+    path.write_text(path.read_text() + '{"st')
     log = TrainLog(path, 2)
     log.write({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
@@ -110,11 +113,12 @@ def test_rows_after_the_checkpoint_are_cut_off(tmp_path):
 def test_an_evaluation_is_no_step_and_is_done_again_behind_the_checkpoint(tmp_path):
     path = tmp_path / "train.jsonl"
     written = [("eval_loss", 0), ("loss", 1), ("eval_loss", 1), ("loss", 2), ("eval_loss", 2)]
-    lines = [dump({"step": step, name: 0.5}) for name, step in written]
+    rows = [{"step": step, name: 0.5} for name, step in written]
     for steps, kept in ((2, 4), (1, 2), (0, 0)):
-        path.write_text("".join(lines))
+        log = TrainLog(path, 0)
+        for row in rows:
+            log.write(row)
         TrainLog(path, steps)
-        assert path.read_text() == "".join(lines[:kept])
-    path.write_text("".join(lines))
-    with pytest.raises(SystemExit, match="holds 2 of the 3 steps"):
-        TrainLog(path, 3)
+        assert path.read_text() == "".join(map(dump, rows[:kept]))
+        with pytest.raises(SystemExit, match=f"holds {steps} of the 3 steps"):
+            TrainLog(path, 3)

@@ -191,14 +191,19 @@ report() {
 
 # steps_before ITERATION: the training steps of all earlier ones; each left a row with a loss.
 steps_before() {
-    local j steps=0
+    local j log steps=0
     for ((j = 1; j < $1; j++)); do
-        steps=$((steps + $(grep -c '"loss":' "$(folder_of "$j")/policy.train.jsonl")))
+        log=$(folder_of "$j")/policy.train.jsonl
+        [[ -f $log ]] ||
+            die "$log: is gone, and REPORT_TO needs its number of steps. Restore it, or set REPORT_TO=none"
+        steps=$((steps + $(grep -c '"loss":' "$log")))
     done
     echo "$steps"
 }
 
 # ---- Processes -----------------------------------------------------------------------------------
+
+LAUNCHER=tools/torchrun.py # of several processes
 
 # Ctrl-C and SIGTERM reach the stage as SIGTERM: training saves a checkpoint, the others keep their
 # finished parts.
@@ -226,8 +231,8 @@ stage() {
     wait "$child" || status=$?
     child=
     ((status != 75)) || die "stopped on request; the same command resumes from here" 75
-    for script in "$@"; do # with several processes, torchrun and its arguments come first
-        [[ $script != *.py ]] || break
+    for script in "$@"; do # with several processes, the launcher and its arguments come first
+        [[ $script != *.py || $script == "$LAUNCHER" ]] || break
     done
     ((status == 0)) || die "$script failed with exit code $status. Its output is in $log" "$status"
 }
@@ -240,7 +245,7 @@ everywhere() {
     if ((processes == 1)) && [[ -z $TORCHRUN_ARGS ]]; then
         stage "$log" "$PYTHON" "$@"
     else
-        stage "$log" "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" \
+        stage "$log" "$PYTHON" "$LAUNCHER" --nproc_per_node "$processes" \
             ${TORCHRUN_ARGS:---standalone} "$@"
     fi
 }

@@ -89,7 +89,7 @@ from records import (
 )
 from report_curves import Drawing, draw, panels
 from report_page import EXAMPLES, Example, Page, answer_box, html_of, pair_boxes
-from stage import ROWS_OF, read_meta, run, seed_of
+from stage import ROWS_OF, check_beside, check_output, read_meta, run, seed_of
 from training import tracker
 from training.log import is_evaluation
 
@@ -220,6 +220,8 @@ def read_run(folder: Path, asked: str | None = None) -> Run:
         remedy = "Run iterate.sh again with the settings of this run: it writes the file anew"
         config = read_json(folder / "config.json", TEXTS, remedy)
     folders = iteration_folders(folder)
+    for iteration in folders:
+        check_files(iteration)
     rewards = Rewards(
         gold=choose_gold(asked, folders),
         optimised=frozenset(optimised_rewards(folders)),
@@ -276,6 +278,17 @@ def read_metas(folder: Path) -> dict[str, dict]:
             remedy = f"Remove it and {folder.name}/{output} to make both again"
             metas[output.removesuffix(".jsonl")] = read_meta(path, remedy)
     return metas
+
+
+def check_files(folder: Path) -> None:
+    """Stop where a file that is read here is no longer what its stage wrote, and say what to do."""
+    metas = read_metas(folder)
+    for stage in ("scored", "pairs", "eval/scored"):
+        output = folder / f"{stage}.jsonl"
+        if stage in metas and output.exists():
+            check_output(output, metas[stage])
+    if "policy" in metas:
+        check_beside(folder / "policy", metas["policy"])  # the log; the weights are not read
 
 
 def choose_gold(asked: str | None, folders: list[Path]) -> str | None:
@@ -430,6 +443,11 @@ def warnings_of_stages(iterations: list[Iteration]) -> list[str]:
         for stage, meta in iteration.metas.items():
             for message in meta.get("warnings", []):
                 warnings.append(f"{iteration.folder.name}, {stage}: {message}.")
+        if "policy" in iteration.metas and not iteration.steps:
+            warnings.append(
+                f"{iteration.folder.name}: policy.train.jsonl is gone, and with it what training "
+                "has logged."
+            )
     return warnings
 
 

@@ -6,11 +6,16 @@
 
 An evaluation stands behind the step that it follows, and has keys that begin with "eval_", as in
 the logs of Hugging Face's trainers. A tracker (tracker.py) shows the same rows.
+
+Beside it train.sums has one line per row: the sha256 of all rows up to this one. So a log that was
+damaged on the disk is not resumed.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
-from records import NUMBERS, Stop, dump, read_jsonl
+from records import Stop, dump, write_whole, writing
 from training.tracker import TrainingTracker
 
 
@@ -23,34 +28,61 @@ class TrainLog:
 
     def __init__(self, path: Path, steps_done: int, tracker: TrainingTracker | None = None):
         self.path = path
+        self.sums = sums_of(path)
         self.tracker = tracker
-        rows = rows_of_steps(path, steps_done)
-        path.write_text("".join(rows))
+        self.hash = hashlib.sha256()  # of all rows so far
+        lines = lines_of_steps(path, steps_done)
+        sums = [self.next_sum(line) for line in lines]
+        write_whole(self.path, "".join(lines))
+        write_whole(self.sums, "".join(sums))
 
     def write(self, row: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(dump(row))
+        line = dump(row)
+        append(self.path, line)
+        append(self.sums, self.next_sum(line))
         if self.tracker:
             self.tracker.show(row)
 
+    def next_sum(self, line: str) -> str:
+        self.hash.update(line.encode())
+        return f"{self.hash.hexdigest()}\n"
 
-def rows_of_steps(path: Path, steps: int) -> list[str]:
+
+def sums_of(path: Path) -> Path:
+    """train.jsonl -> train.sums"""
+    return path.with_suffix(".sums")
+
+
+def append(path: Path, line: str) -> None:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def lines_of_steps(path: Path, steps: int) -> list[str]:
     """The lines up to the last of `steps` steps. Raises Stop where some are lost or damaged.
 
     The evaluation behind that step is done again: a kill may have come before it.
     """
     if steps == 0:
         return []
-    is_lost = not path.exists() or path.stat().st_size == 0
-    logged = [] if is_lost else read_jsonl(path, NUMBERS)
-    rows = []
-    found = 0
-    for row in logged:
-        rows.append(dump(row))
+    kept = []
+    found = 0  # steps
+    hash = hashlib.sha256()
+    for line, expected in zip(read_lines(path), read_lines(sums_of(path)), strict=False):
+        hash.update(line)
+        if f"{hash.hexdigest()}\n".encode() != expected:
+            break
+        kept.append(line.decode())
+        row = json.loads(line)
         found += not is_evaluation(row)
         if found == steps:
-            return rows
+            return kept
     raise Stop(
-        f"{path}: holds {found} of the {steps} steps that the checkpoint beside it has "
-        f"done. Restore it, or remove {path.parent} to begin again."
+        f"{path}: holds {found} of the {steps} steps that the checkpoint beside it has done; what "
+        f"follows is lost or damaged. Restore it, or remove {path.parent} to begin again."
     )
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a file; none where there is no file."""
+    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
