@@ -366,8 +366,19 @@ def check_arguments(args, device_type: str, world: int) -> None:
     if args.eval_every and not args.eval_pairs:
         raise Stop("--eval_every has no effect without --eval_pairs")
     tracker.check_arguments(args)
-    lora.check_arguments(args)
-    if args.batch_size < 128 and args.learning_rate <= 5e-7 and not args.lora_rank:
+    lora.settle_arguments(args)
+    comment_on_rate(args)
+
+
+def comment_on_rate(args) -> None:
+    if args.learning_rate > 5e-7:
+        return
+    if args.lora_rank:
+        say(
+            f"note: --learning_rate {args.learning_rate:g} is one of full training, and LoRA wants "
+            f"ten times as much or more: begin with {lora.RATE:g}"
+        )
+    elif args.batch_size < 128:
         say(
             f"note: --batch_size {args.batch_size} at --learning_rate {args.learning_rate:g}: the "
             "rate was tuned for 128 pairs per step, and smaller batches have given worse results "
@@ -526,23 +537,30 @@ class Policy(torch.nn.Module):
         return torch.stack([chosen, rejected], dim=1)  # [n, 2]
 
 
-def build_policy(
-    path: str, config, args, device_type: str, world: int, with_factors: bool
-) -> Policy:
-    """A sharded Policy on the meta device: its tensors have shapes, but no memory.
+def whole_policy(path: str, config, args, with_factors: bool, dtype=None) -> Policy:
+    """A Policy on torch's default device, without its weights.
 
-    Weights are fp32, or with --lora_rank frozen in their files' dtype. path: of the policy or the
-    reference, for messages. with_factors: of LoRA, which a reference has not.
+    path: of the policy or the reference, for messages. with_factors: of LoRA, which a reference has
+    not. dtype: of all weights; None: as they are in training, fp32, or frozen as in the files.
     """
+    dtype_of_files = config.dtype  # transformers overwrites it when it builds the model
+    trained_dtype = dtype or torch.float32
+    model = network.build_model(
+        config, trained_dtype, args.packing, args.gradient_checkpointing, path
+    )
+    if args.lora_rank:
+        lora.freeze(model, dtype or dtype_of_files)
+    if with_factors:
+        lora.adapt(model, args, trained_dtype, path)
+    return Policy(model)
+
+
+def build_policy(
+    path: str, config, args, with_factors: bool, device_type: str, world: int
+) -> Policy:
+    """A sharded Policy on the meta device: its tensors have shapes, but no memory."""
     with torch.device("meta"):
-        model = network.build_model(
-            config, torch.float32, args.packing, args.gradient_checkpointing, path
-        )
-        if args.lora_rank:
-            lora.freeze(model, config.dtype)
-        if with_factors:
-            lora.adapt(model, args, path)
-        policy = Policy(model)
+        policy = whole_policy(path, config, args, with_factors)
     dtype = DTYPES[args.dtype]
     return fsdp.shard(policy, dtype, args.shard_size, args.cpu_offload, device_type, world)
 
@@ -561,7 +579,7 @@ def load_policy(
         say(f"{path}: switched off in training: {network.listed(noise)}")
 
     with_factors = factor_seed is not None
-    policy = build_policy(path, config, args, device.type, world, with_factors)
+    policy = build_policy(path, config, args, with_factors, device.type, world)
     source, factors = None, {}
     if rank == 0:
         # `source` is copied into the weights of `policy` and compared with it below. For bf16 the
@@ -570,6 +588,7 @@ def load_policy(
         attention = attention_implementation(config)
         source = models.load_model(AutoModelForCausalLM, path, dtype, attention)
         if with_factors:
+            lora.describe(policy.model, args, path)
             factors = lora.first_factors(policy.model, factor_seed)
     fsdp.load_weights(policy, source, factors, device, args.cpu_offload)
 
@@ -1065,8 +1084,6 @@ def main():
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
     args.beta = betas_of_epochs(args)
-    if args.lora_rank and args.lora_alpha is None:
-        args.lora_alpha = 2.0 * args.lora_rank
     # The stage hashes its inputs. If the output exists and was made from the same inputs and flags,
     # it is done; if from others, this stops.
     inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
@@ -1075,8 +1092,7 @@ def main():
     if stage.done:
         fsdp.leave()
         return
-    if args.lora_rank and rank == 0:
-        lora.check_place(stage.beside(lora.ADAPTER))
+    lora.check_place(args, stage)
     model_hash = stage.hashes["model"]
     if stage.hashes.get("ref_model") == model_hash:
         args.ref_model = None  # the same weights under another name: no second model
@@ -1101,9 +1117,7 @@ def main():
     reference = load_reference(reference_file, len(pairs))
     if args.ref_model and reference is None:
         reference = reference_of_another_model(args, config, pairs, first_epoch, device)
-    # The seed of LoRA's factors: another one in each iteration, whose model is another one
-    factor_seed = seed_of("factors", args.seed, model_hash) if args.lora_rank else None
-    policy = load_policy(args.model, args, device, pairs, factor_seed)
+    policy = load_policy(args.model, args, device, pairs, lora.factor_seed(args, model_hash))
     if reference is None:
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
     save_reference(reference_file, reference, pairs)

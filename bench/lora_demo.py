@@ -9,7 +9,7 @@ run on the other seeds, each beside full training: those rows did not choose it.
     gold      the game's own truth on held-out prompts, after the last iteration, less that of the
               initial policy; ± one standard error, clustered by prompt
     of full   the same as a share of full training's, of the same seed
-    rounding  rounding_error of the last iteration's export (0: it is saved in fp32)
+    KL init   from the initial policy, nats per answer
 
 Runs that are done are read, not made again: they stand in runs/lora_demo/.
 """

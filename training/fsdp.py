@@ -80,9 +80,10 @@ def shard(policy, dtype, size: int | None, offload: bool, device_type: str, worl
     """`policy` as the FSDP root: parameters become shards, layers work in `dtype`.
 
     A parameter's own dtype may be another: fp32 masters, or frozen weights as the files have them.
-    All that have a gradient must share one. Gradients are summed in fp32. size: ranks that share one copy of the weights, None for all
-    `world` of them; else each group of so many has a copy, and their gradients are added up (HSDP).
-    offload: shards and the optimizer's step in host memory.
+    All that have a gradient must share one. Gradients are summed in fp32. size: ranks that share
+    one copy of the weights, None for all `world` of them; else each group of so many has a copy,
+    and their gradients are added up (HSDP). offload: shards and the optimizer's step in host
+    memory.
     """
     options = {
         "mesh": mesh_of(device_type, world, size),

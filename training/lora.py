@@ -9,12 +9,12 @@ as it always did. The factors are saved as well, beside it, in peft's format.
 
 In the order of their use:
 
-    check_arguments    flags without effect, and a learning rate of full training
-    freeze, adapt      the network on the meta device: which layers have factors
-    first_factors      the values that they begin with
-    check_called       factors that no forward pass reads would be trained for nothing
-    export             the sum, rounded to the saved dtype, and what the rounding has cost
-    save_adapter       the factors alone
+    settle_arguments    a default, and flags without effect
+    freeze, adapt       the network on the meta device: which layers have factors
+    first_factors       the values that they begin with
+    check_called        factors that no forward pass reads would be trained for nothing
+    export              the sum, rounded to the saved dtype, and what the rounding has cost
+    save_adapter        the factors alone
 """
 
 import json
@@ -33,9 +33,9 @@ from records import Stop, remove, whole
 from stage import Stage, say, seed_of
 from training.fsdp import layers_of, write_folder
 
-# TRL's example of DPO has 5e-7 in full and 5e-6 with LoRA; "LoRA Without Regret" (Schulman et al.,
-# 2025) found ten times the rate of full training to be best, whatever the rank.
-RATE_OF_FULL_TRAINING = 5e-7
+# A first --learning_rate. TRL's example of DPO has 5e-7 in full and 5e-6 with LoRA; "LoRA Without
+# Regret" (Schulman et al., 2025) found ten times the best rate of full training to be best.
+RATE = 5e-6
 MOST_ROUNDING = 0.1  # of the update's norm
 
 ADAPTER = ".adapter"  # OUTPUT.adapter/, with these two files, whose names are peft's
@@ -43,18 +43,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def check_arguments(args) -> None:
+def settle_arguments(args) -> None:
+    """Fill in --lora_alpha. Raises Stop where a flag has no effect."""
     if args.lora_rank is None:
         for flag in ("lora_alpha", "lora_targets"):
             if getattr(args, flag) is not None:
                 raise Stop(f"--{flag} has no effect without --lora_rank")
-        return
-    if args.learning_rate <= RATE_OF_FULL_TRAINING:
-        say(
-            f"note: --learning_rate {args.learning_rate:g} with --lora_rank: that is a rate of "
-            "full training, and LoRA wants about ten times as much. Begin with 5e-6, and look at "
-            "the KL of the first iteration"
-        )
+    elif args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
 
 
 # ---- the network -------------------------------------------------------------------------------
@@ -63,12 +59,12 @@ def check_arguments(args) -> None:
 class LoraLinear(torch.nn.Module):
     """A torch.nn.Linear, frozen, with factors beside it. Its weight keeps its name."""
 
-    def __init__(self, linear: torch.nn.Linear, rank: int, alpha: float):
+    def __init__(self, linear: torch.nn.Linear, rank: int, alpha: float, dtype: torch.dtype):
         super().__init__()
         self.weight = linear.weight  # [out, in]
         self.bias = linear.bias  # [out], or None
         outputs, inputs = linear.weight.shape
-        factor = {"dtype": torch.float32, "device": linear.weight.device}
+        factor = {"dtype": dtype, "device": linear.weight.device}
         self.lora_A = torch.nn.Parameter(torch.empty(rank, inputs, **factor))
         self.lora_B = torch.nn.Parameter(torch.empty(outputs, rank, **factor))
         self.scale = alpha / rank
@@ -92,16 +88,20 @@ def freeze(model, dtype: torch.dtype | None) -> None:
         parameter.data = parameter.data.to(dtype or torch.float32)
 
 
-def adapt(model, args, name: str) -> None:
+def adapt(model, args, dtype: torch.dtype, name: str) -> None:
     """Give the chosen linear layers of a frozen model their factors. name: for messages."""
     found = linear_layers(model)
     chosen = choose(found, args.lora_targets, others_with_weights(model), name)
     for path in chosen:
-        adapted = LoraLinear(found[path], args.lora_rank, args.lora_alpha)
+        adapted = LoraLinear(found[path], args.lora_rank, args.lora_alpha, dtype)
         model.set_submodule(path, adapted)
 
-    kinds = ", ".join(last_names(chosen))
-    say(f"{name}: LoRA of rank {args.lora_rank} beside {len(chosen)} linear layers: {kinds}")
+
+def describe(model, args, name: str) -> None:
+    """Say which layers have factors, and which other weights of the decoder layers have none."""
+    adapted = adapted_layers(model)
+    kinds = ", ".join(last_names(adapted))
+    say(f"{name}: LoRA of rank {args.lora_rank} beside {len(adapted)} linear layers: {kinds}")
     others = others_with_weights(model)
     if others:
         say(
@@ -154,6 +154,10 @@ def is_named(path: str, target: str) -> bool:
     return path == target or path.endswith("." + target)
 
 
+def is_one_of(path: str, targets: list[str]) -> bool:
+    return any(is_named(path, target) for target in targets)
+
+
 def choose(found, targets: list[str] | None, others: list[str], name: str) -> list[str]:
     """The layers that --lora_targets names, all where it is None.
 
@@ -181,10 +185,19 @@ def choose(found, targets: list[str] | None, others: list[str], name: str) -> li
         )
     if targets is None:
         return list(found)
-    return [path for path in found if any(is_named(path, target) for target in targets)]
+    return [path for path in found if is_one_of(path, targets)]
 
 
 # ---- the factors -------------------------------------------------------------------------------
+
+
+def factor_seed(args, model_hash: str) -> int | None:
+    """The seed of the first factors; None for full training.
+
+    The model of each iteration of a loop is another one, and so are its factors. The same A every
+    time would add one more update within the same r directions.
+    """
+    return seed_of("factors", args.seed, model_hash) if args.lora_rank else None
 
 
 def first_factors(model, seed: int) -> dict[str, Tensor]:
@@ -314,9 +327,10 @@ def save_adapter(factors: dict, args, folder: Path) -> None:
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
-def check_place(folder: Path) -> None:
+def check_place(args, stage: Stage) -> None:
     """Stop where something that is no adapter has the name of ours."""
-    if not folder.exists():
+    folder = stage.beside(ADAPTER)
+    if not args.lora_rank or stage.rank > 0 or not folder.exists():
         return
     found = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
     if not {ADAPTER_CONFIG, ADAPTER_WEIGHTS}.issuperset(found):
