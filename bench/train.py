@@ -4,7 +4,9 @@ MFU, peak memory.
     OMP_NUM_THREADS=1 python -m bench.train --rounds 2 --steps 4 --save bench/results/train_cpu.txt
     python -m bench.train --shapes Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-7B --save bench/results/gpu.txt
 
-The first command uses a small model on a CPU; the second needs a GPU.
+The first command uses a small model on a CPU; the second needs a GPU. With --lora_rank 16 both
+sides train factors of that rank beside all linear layers, TRL through peft; the first factors are
+the same, and so the losses must be.
 
 Without trl in the environment it measures only our side. What is compared, and how it is kept fair:
 
@@ -61,6 +63,7 @@ from arguments import parse
 from bench.headline import headline
 from bench.trl_dpo import trl_trainer
 from records import dump
+from stage import hash_path
 from training import speed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,12 +285,39 @@ def run_ours(task: dict, folder: Path, meter=None) -> dict:
         0,
     ]
     flags += ["--gradient_checkpointing"] * task["checkpointing"] + task["ours_args"]
+    if task.get("lora_rank"):
+        flags += ["--lora_rank", task["lora_rank"]]
     sys.argv = ["dpo_train.py", *map(str, flags)]
     try:
         dpo_train.main()
     except Done:
         torch.distributed.destroy_process_group()
     return meter.result()
+
+
+def lora_of_peft(rank: int):
+    """peft's settings for what `dpo_train.py --lora_rank` does."""
+    import peft
+
+    return peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def use_our_first_factors(model, task: dict) -> None:
+    """Give a peft model the A that dpo_train.py draws; B is zero on both sides."""
+    from training import lora
+
+    settings = argparse.Namespace(lora_rank=task["lora_rank"], lora_alpha=1.0, lora_targets=None)
+    settings.seed = 0  # of dpo_train.py, by default
+    ours = AutoModelForCausalLM.from_pretrained(task["model"])
+    lora.adapt(ours, settings, torch.float32, "model")
+    factors = lora.first_factors(ours, lora.factor_seed(settings, hash_path(task["model"])))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            parameter.data.copy_(factors.pop(name))
+    assert not factors, f"peft has no factors for {sorted(factors)}"
 
 
 def run_trl(task: dict, folder: Path) -> dict:
@@ -325,7 +355,10 @@ def run_trl(task: dict, folder: Path) -> dict:
         callbacks=[Clock()],
         # AutoTokenizer makes any of a Qwen2 Qwen's
         tokenizer=PreTrainedTokenizerFast.from_pretrained(task["model"]),
+        peft_config=lora_of_peft(task["lora_rank"]) if task.get("lora_rank") else None,
     )
+    if task.get("lora_rank"):
+        use_our_first_factors(trainer.model, task)
     for row, line in zip(trainer.train_dataset, open(task["pairs"]), strict=True):
         pair = json.loads(line)
         for k in ("prompt", "chosen", "rejected"):
@@ -516,6 +549,7 @@ def main():
         default="",
         help="more flags for dpo_train.py, as one string: '--cpu_offload'",
     )
+    p.add_argument("--lora_rank", type=int, help="LoRA on both sides; default: full training")
     p.add_argument(
         "--trl_batch_sizes",
         type=int,
@@ -549,9 +583,8 @@ def main():
     lengths = draw_lengths(args.pairs, args.scale)
     p_, c_, r_ = (statistics.mean(x) for x in zip(*lengths, strict=True))
     longest = max(p + max(c, r) for p, c, r in lengths)
-    names = [
-        n for n in ("torch", "transformers", "trl", "liger_kernel") if importlib.util.find_spec(n)
-    ]
+    packages = ("torch", "transformers", "trl", "peft", "liger_kernel")
+    names = [n for n in packages if importlib.util.find_spec(n)]
     out = [
         "python -m bench.train " + " ".join(sys.argv[1:]),
         ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
@@ -576,7 +609,8 @@ def main():
                     "steps": args.steps,
                     "dtype": dtype,
                     "beta": 0.1,
-                    "learning_rate": 1e-5,
+                    "learning_rate": 1e-4 if args.lora_rank else 1e-5,
+                    "lora_rank": args.lora_rank,
                 },
             )
             for round in range(args.rounds):
