@@ -55,6 +55,7 @@ RANDOM = TRAINER + "test_pitfalls_44_nothing_random_is_left_on"
 HELDOUT = "tests/test_prompts.py::test_heldout_prompts_are_never_dealt_out"
 KERNEL = "tests/test_logprob.py::"
 HELD_OUT = "tests/test_held_out_pairs.py::"
+LORA = "tests/test_lora.py::"
 
 MUTANTS = [
     # ---- the loop ------------------------------------------------------------------------------
@@ -1013,6 +1014,39 @@ MUTANTS = [
         "rewards.length_penalty * length",
         "rewards.length_penalty",
         ("tests/test_report.py::test_a_length_penalty_is_in_the_score_that_decided_the_pairs",),
+    ),
+    # ---- LoRA ----------------------------------------------------------------------------------
+    Mutant(
+        "lora-without-its-scale",
+        "The product of the factors is multiplied by alpha / rank.",
+        "training/lora.py",
+        "F.linear(x, self.lora_A) * self.scale",
+        "F.linear(x, self.lora_A)",
+        (LORA + "test_what_is_saved_is_what_was_trained_and_peft_loads_the_factors[llama]",),
+    ),
+    Mutant(
+        "lora-begins-elsewhere",
+        "B is zero, so the policy begins as its reference.",
+        "training/lora.py",
+        "torch.zeros(layer.lora_B.shape)",
+        "torch.ones(layer.lora_B.shape)",
+        (LORA + "test_the_first_factors_are_drawn_as_pefts",),
+    ),
+    Mutant(
+        "lora-merged-in-bf16",
+        "The sum of weight and update is formed in fp32, and rounded once.",
+        "training/lora.py",
+        "exact = before.float() + update",
+        "exact = (before + update.to(before.dtype)).float()",
+        (LORA + "test_the_sum_is_formed_in_fp32_and_its_rounding_is_reported",),
+    ),
+    Mutant(
+        "lora-saves-frozen-weights",
+        "A checkpoint of LoRA holds the factors and their Adam states alone.",
+        "training/checkpoints.py",
+        "if not parameter.requires_grad:",
+        "if False:",
+        (LORA + "test_an_interrupted_training_goes_on_from_its_factors",),
     ),
 ]
 

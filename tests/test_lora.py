@@ -2,6 +2,7 @@
 and a merged policy that is the trained one.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -225,6 +226,23 @@ def test_what_is_saved_is_what_was_trained_and_peft_loads_the_factors(run, arch)
     for loaded in (merged, beside):
         gap = (logprobs_of(loaded, rows) - trained["logprobs"]).abs().max()
         assert gap < 2e-4
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vllm is not installed")
+def test_vllm_loads_the_merged_policy_and_the_factors(run, stage):
+    """Both sample the same answers, and the log-probs are transformers' own of the policy."""
+    run("policy", *LORA, "--num_train_epochs", "3")
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    done = stage("tests/lora_in_vllm.py", run.folder, env={"PYTHONPATH": path})
+    merged, beside = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("[[")]
+    policy = AutoModelForCausalLM.from_pretrained(run.folder / "policy")
+    assert len(merged) == len(run.rows)
+    for row, (ids, logprob), (same_ids, same) in zip(run.rows, merged, beside, strict=True):
+        assert ids == same_ids and logprob == pytest.approx(same, abs=1e-3)
+        prompt = row["prompt_token_ids"]
+        assert plain_logprob(policy, prompt, ids).item() == pytest.approx(logprob, abs=1e-3)
+        assert plain_logprob(run.model, prompt, ids).item() != pytest.approx(logprob, abs=1e-2)
 
 
 def test_the_sum_is_formed_in_fp32_and_its_rounding_is_reported(run):
