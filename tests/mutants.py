@@ -793,8 +793,8 @@ MUTANTS = [
         "weights-in-bf16",
         "The weights that are trained are fp32, whatever the model came in.",
         "dpo_train.py",
-        "config, torch.float32, args.packing",
-        "config, torch.bfloat16, args.packing",
+        "trained_dtype = dtype or torch.float32",
+        "trained_dtype = dtype or torch.bfloat16",
         (TRAINER + "test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move",),
     ),
     Mutant(
