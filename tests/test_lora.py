@@ -266,6 +266,7 @@ def test_the_sum_is_formed_in_fp32_and_its_rounding_is_reported(run):
             squared_update += update.double().square().sum().item()
         for name, weight in after.items():
             assert torch.equal(weight, before[name].to(dtype)), name
+        assert AutoConfig.from_pretrained(run.folder / saved).dtype == dtype
 
         meta = meta_of(run, saved)
         total = sum(weight.numel() for weight in before.values())

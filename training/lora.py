@@ -45,12 +45,12 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 def settle_arguments(args) -> None:
     """Fill in --lora_alpha. Raises Stop where a flag has no effect."""
-    if args.lora_rank is None:
-        for flag in ("lora_alpha", "lora_targets"):
-            if getattr(args, flag) is not None:
-                raise Stop(f"--{flag} has no effect without --lora_rank")
-    elif args.lora_alpha is None:
+    if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
+    if args.lora_alpha is not None and not args.lora_rank:
+        raise Stop("--lora_alpha has no effect without --lora_rank")
+    if args.lora_targets is not None and not args.lora_rank:
+        raise Stop("--lora_targets has no effect without --lora_rank")
 
 
 # ---- the network -------------------------------------------------------------------------------
@@ -255,7 +255,6 @@ def export(
     """
     scale = args.lora_alpha / args.lora_rank
     result = models.load_model(AutoModelForCausalLM, args.model, "auto", "eager")
-    dtype = dtype or result.dtype
     total = sum(p.numel() for p in result.parameters())  # a tied weight once
     adapted, changed = 0, 0
     squared_error, squared_update = 0.0, 0.0
@@ -265,19 +264,21 @@ def export(
         a, b = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
         update = scale * (b @ a)  # [out, in]
         exact = before.float() + update
-        saved = exact.to(dtype)
+        saved = exact.to(dtype or before.dtype)
         if not saved.isfinite().all():
             raise Stop(
-                f"{folder.name}: not saved: after training {name}.weight is not finite in {dtype}. "
-                "Begin again (--overwrite) with a lower --learning_rate."
+                f"{folder.name}: not saved: after training {name}.weight is not finite in {saved.dtype}"
+                ". Begin again (--overwrite) with a lower --learning_rate."
             )
         adapted += before.numel()
-        changed += (saved != before.to(dtype)).sum().item()
+        changed += (saved != before.to(saved.dtype)).sum().item()
         squared_error += (saved.float() - exact).double().square().sum().item()
         squared_update += update.double().square().sum().item()
         layer.weight.data = saved
 
-    result.to(dtype)
+    if dtype:
+        for parameter in result.parameters():  # the others; a buffer keeps its own dtype
+            parameter.data = parameter.data.to(dtype)
     write_folder(result, tokenizer, folder)
     error = math.sqrt(squared_error / squared_update) if squared_update else 0.0
     return {
@@ -309,10 +310,12 @@ def save_adapter(factors: dict, args, folder: Path) -> None:
         for factor in ("lora_A", "lora_B"):
             weight = factors[f"{name}.{factor}"].contiguous()
             weights[f"base_model.model.{name}.{factor}.weight"] = weight
+    model, commit = models.locate(args.model)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": args.model,
+        "base_model_name_or_path": model,
+        "revision": commit,
         "r": args.lora_rank,
         "lora_alpha": args.lora_alpha,
         "lora_dropout": 0.0,
