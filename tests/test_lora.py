@@ -424,10 +424,21 @@ def test_a_weight_that_is_used_without_its_layer_is_refused(run):
 
     run.monkeypatch.setattr(LlamaMLP, "forward", forward)
     said = run.fails("--lora_rank", "4")
-    assert "takes the weight of model.layers.*.mlp.up_proj without calling the layer" in said
-    assert "LoRA of rank 4 beside 4 linear" in run(
-        "policy", *LORA, "--lora_targets", "gate_proj", "down_proj"
-    )
+    assert "does not call the layer model.layers.*.mlp.up_proj on text" in said
+    named = said.split("Name others: ")[1].split()
+    assert named == ["--lora_targets", *"down_proj gate_proj k_proj o_proj q_proj v_proj".split()]
+    assert "LoRA of rank 4 beside 12 linear" in run("policy", *LORA, *named)
+
+
+def test_layers_for_pictures_get_no_factors():
+    """Gemma 3 has a tower of them, with projections of the same names."""
+    model = small_network("gemma3", **zoo.small_fields(Gemma3Config))
+    args = SimpleNamespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
+    lora.adapt(model, args, torch.float32, "gemma")
+    adapted = list(lora.adapted_layers(model))
+    assert adapted and all("language_model" in name for name in adapted)
+    towers = [name for name, _ in model.named_modules() if name.endswith("vision_tower")]
+    assert towers
 
 
 def test_a_rate_of_full_training_gets_a_message(run):

@@ -114,8 +114,10 @@ def linear_layers(model) -> dict[str, torch.nn.Linear]:
     """Every torch.nn.Linear in the decoder layers, by its name in the model.
 
     A class derived from it is another function (Llama 4's router returns two tensors): none of it.
+    Layers for pictures or sound are none of the decoder's.
     """
-    within = {id(m) for layer in layers_of(model) for m in layer.modules()}
+    layers = layers_of(model.get_decoder())
+    within = {id(module) for layer in layers for module in layer.modules()}
     found = {}
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and id(module) in within:
@@ -129,7 +131,7 @@ def others_with_weights(model) -> list[str]:
     Their names within a layer, each once.
     """
     names = set()
-    for layer in layers_of(model):
+    for layer in layers_of(model.get_decoder()):
         for path, module in layer.named_modules():
             if type(module) in (torch.nn.Linear, LoraLinear):
                 continue
@@ -223,18 +225,18 @@ def adapted_layers(model) -> dict[str, LoraLinear]:
 def check_called(model, name: str) -> None:
     """Stop where factors had no part in the forward pass that was just made.
 
-    A model's code may take a layer's weight and multiply by itself. Of experts in a list, some may
-    have had no token, so one of each kind is enough.
+    A model's code may take a layer's weight and multiply by itself (Mamba's dt_proj). Of experts in
+    a list, some may have had no token, so one of each kind is enough.
     """
-    called = {}
+    called, others = set(), set()
     for path, layer in adapted_layers(model).items():
-        kind = without_indices(path)
-        called[kind] = called.get(kind, False) or layer.was_called
-    never = [kind for kind, was_called in called.items() if not was_called]
+        kinds = called if layer.was_called else others
+        kinds.add(without_indices(path))
+    never = sorted(others - called)
     if never:
         raise Stop(
-            f"{name}: its code takes the weight of {', '.join(never)} without calling the layer, "
-            "so its factors would have no effect. Name the others with --lora_targets."
+            f"{name}: its code does not call the layer {', '.join(never)} on text, so factors "
+            f"there would have no effect. Name others: --lora_targets {' '.join(last_names(called))}"
         )
 
 
@@ -267,8 +269,8 @@ def export(
         saved = exact.to(dtype or before.dtype)
         if not saved.isfinite().all():
             raise Stop(
-                f"{folder.name}: not saved: after training {name}.weight is not finite in {saved.dtype}"
-                ". Begin again (--overwrite) with a lower --learning_rate."
+                f"{folder.name}: not saved: after training {name}.weight is not finite in "
+                f"{saved.dtype}. Begin again (--overwrite) with a lower --learning_rate."
             )
         adapted += before.numel()
         changed += (saved != before.to(saved.dtype)).sum().item()
