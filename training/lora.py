@@ -234,9 +234,10 @@ def check_called(model, name: str) -> None:
         kinds.add(without_indices(path))
     never = sorted(others - called)
     if never:
+        remedy = f"--lora_targets {' '.join(last_names(called))}"
         raise Stop(
             f"{name}: its code does not call the layer {', '.join(never)} on text, so factors "
-            f"there would have no effect. Name others: --lora_targets {' '.join(last_names(called))}"
+            f"there would have no effect. Name others: {remedy}"
         )
 
 
