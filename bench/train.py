@@ -38,7 +38,7 @@ Without trl in the environment it measures only our side. What is compared, and 
            or a pad.
   MFU      6 flops per weight and useful token (the head: answer tokens only) and 12 per head
            dimension and visible pair of tokens, per second, over the GPU's dense bf16 peak.
-           Recomputation in checkpointing does not count.
+           Recomputation in checkpointing does not count; a frozen weight has 4 flops and not 6.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from bench.headline import headline
 from bench.trl_dpo import trl_trainer
 from records import dump
 from stage import hash_path
-from training import speed
+from training import lora, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 # of the published config.json files; "small" has 0.5B's proportions, head and layers, at a fiftieth
@@ -176,11 +176,20 @@ def build_pairs(
     path.write_text("".join(map(dump, rows)))
 
 
-def useful_flops(config, lengths: list[tuple[int, int, int]]) -> float:
+def useful_flops(config, lengths: list[tuple[int, int, int]], lora_rank: int | None) -> float:
     """Forward and backward flops of one step over these pairs, nothing computed twice."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return speed.flops(speed.matmul_weights(model.model.layers, config), config, lengths)
+        if lora_rank:
+            lora.freeze(model, torch.float32)
+            lora.adapt(model, lora_settings(lora_rank), torch.float32, "model")
+    weights = speed.matmul_weights(model.model.layers, config)
+    return speed.flops(weights, config, lengths, frozen_head=bool(lora_rank))
+
+
+def lora_settings(rank: int):
+    """What dpo_train.py has by default, but for the rank."""
+    return argparse.Namespace(lora_rank=rank, lora_alpha=2.0 * rank, lora_targets=None, seed=0)
 
 
 # ---- one contender, in a process of its own ----------------------------------------------------
@@ -306,10 +315,7 @@ def lora_of_peft(rank: int):
 
 def use_our_first_factors(model, task: dict) -> None:
     """Give a peft model the A that dpo_train.py draws; B is zero on both sides."""
-    from training import lora
-
-    settings = argparse.Namespace(lora_rank=task["lora_rank"], lora_alpha=1.0, lora_targets=None)
-    settings.seed = 0  # of dpo_train.py, by default
+    settings = lora_settings(task["lora_rank"])
     ours = AutoModelForCausalLM.from_pretrained(task["model"])
     lora.adapt(ours, settings, torch.float32, "model")
     factors = lora.first_factors(ours, lora.factor_seed(settings, hash_path(task["model"])))
@@ -449,7 +455,8 @@ def table(
     """Lines of the table, and the verdicts below it. tasks carry "runs", a list of measure()'s
     results.
     """
-    answers, flops = sum(c + r for _, c, r in lengths), useful_flops(config, lengths)
+    answers = sum(c + r for _, c, r in lengths)
+    flops = useful_flops(config, lengths, tasks[0].get("lora_rank"))
     reference = next((t["runs"][0]["losses"] for t in tasks if "losses" in t["runs"][0]), None)
     lines = [
         f"{'contender':38} {'ckpt':4} {'s/step':>8} {'pairs/s':>8} {'answer tok/s':>12} "
