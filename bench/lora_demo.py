@@ -15,9 +15,11 @@ The runs stand in runs/lora_demo/.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +98,14 @@ def main():
     p.add_argument("--save", type=Path, help="write the table here, too")
     args = parse(p)
 
-    lines = ["seed  training           rate          gold  of full  KL init"]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    lines = [
+        "python -m bench.lora_demo " + " ".join(sys.argv[1:]),
+        f"{', '.join(versions)}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread per process",
+        "",
+        "seed  training           rate          gold  of full  KL init",
+    ]
+    print("\n".join(lines), flush=True)
 
     def show(loop: Loop, result: Result, full: Result) -> None:
         lines.append(line(loop, result, full))

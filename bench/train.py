@@ -176,7 +176,7 @@ def build_pairs(
     path.write_text("".join(map(dump, rows)))
 
 
-def useful_flops(config, lengths: list[tuple[int, int, int]], lora_rank: int | None) -> float:
+def useful_flops(config, lengths: list[tuple[int, int, int]], lora_rank=None) -> float:
     """Forward and backward flops of one step over these pairs, nothing computed twice."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

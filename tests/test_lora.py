@@ -402,7 +402,7 @@ def small_network(arch, **more):
 def test_layers_that_are_no_linear_are_refused_by_name():
     """GPT-2 has Conv1D, whose weight is transposed."""
     args = SimpleNamespace(lora_rank=4, lora_alpha=8.0, lora_targets=None)
-    with pytest.raises(Stop, match=r"gpt: LoRA needs torch.nn.Linear .* attn.c_attn.weight"):
+    with pytest.raises(Stop, match=r"gpt: LoRA found no torch.nn.Linear .* attn.c_attn.weight"):
         lora.adapt(small_network("gpt2", n_layer=1, n_embd=24), args, torch.float32, "gpt")
 
 

@@ -167,10 +167,10 @@ def choose(found, targets: list[str] | None, others: list[str], name: str) -> li
     none of the linear layers, and where there are none.
     """
     if not found:
-        held = ", ".join(others) or "nothing"
+        held = ", ".join(others) or "no layer that it knows"
         raise Stop(
-            f"{name}: LoRA needs torch.nn.Linear in the decoder layers, which hold {held}. Train "
-            "it without --lora_rank."
+            f"{name}: LoRA found no torch.nn.Linear in the decoder layers, but {held}. Train it "
+            "without --lora_rank."
         )
     for target in targets or []:
         if any(is_named(path, target) for path in found):
