@@ -49,8 +49,10 @@ are divided, the gradient is the same. What happens, in the order of main():
      (training/fsdp.py), which are fp32, always: at a learning rate of 5e-7, AdamW on bf16 weights
      would round nearly every update away. The model stays in evaluation mode (training/network.py),
      so that policy and reference are the same function. In between, and before the first step
-     and after the last, the same losses and rewards of held-out pairs (--eval_pairs).
-  5. Save a Hugging Face folder.
+     and after the last, the same losses and rewards of held-out pairs (--eval_pairs). With
+     --lora_rank the weights stay as they are, and small factors beside them are trained
+     (training/lora.py).
+  5. Save a Hugging Face folder. With --lora_rank the factors are added to the weights first.
 
 SIGTERM or Ctrl-C in training saves a checkpoint, and the same command resumes from it.
 """
@@ -93,7 +95,7 @@ from kernels.logprob import backbone, linear_logprob, lm_head
 # say and progress print on rank 0 only.
 from records import Stop, whole
 from stage import Stage, progress, ranks, run, say, seconds_since, seed_of
-from training import checks, fsdp, network, speed, tracker
+from training import checks, fsdp, lora, network, speed, tracker
 from training.batches import cost, feed, lengths_of, microbatches, shortest_and_longest
 from training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from training.log import TrainLog
@@ -127,6 +129,7 @@ def arguments():
     add_files(p.add_argument)
     add_loss(p.add_argument)
     add_optimizer(p.add_argument)
+    add_lora(p.add_argument)
     add_memory_and_speed(p.add_argument)
     add_evaluation(p.add_argument)
     add_watching(p.add_argument)
@@ -240,13 +243,33 @@ def add_optimizer(add) -> None:
     )
 
 
+def add_lora(add) -> None:
+    add(
+        "--lora_rank",
+        type=integer_in("[1, inf)"),
+        help="train factors of this rank beside frozen weights (LoRA), with a --learning_rate of "
+        "5e-6 or more; 16 is usual; default: full training",
+    )
+    add(
+        "--lora_alpha",
+        type=number_in("(0, inf)"),
+        help="the factors' product is multiplied by alpha / rank; default: twice the rank",
+    )
+    add(
+        "--lora_targets",
+        nargs="+",
+        help="names of linear layers, as peft's target_modules: q_proj, mlp.up_proj, …; default: "
+        "all in the decoder layers",
+    )
+
+
 def add_memory_and_speed(add) -> None:
     add(
         "--dtype",
         choices=("auto", "bf16", "fp32"),
         default="auto",
         help="dtype of the matrix products; auto: bf16 on a GPU, fp32 on a CPU. "
-        "Weights and log-probs are fp32 either way",
+        "Trained weights and log-probs are fp32 either way",
     )
     add(
         "--save_dtype",
@@ -304,7 +327,7 @@ def add_watching(add) -> None:
         "--save_every",
         type=integer_in("[0, inf)"),
         default=0,
-        help="steps between checkpoints of 12 bytes per weight; 0: only when interrupted, "
+        help="steps between checkpoints of 12 bytes per trained weight; 0: only when interrupted, "
         "as an iteration is short",
     )
     add(
@@ -343,7 +366,19 @@ def check_arguments(args, device_type: str, world: int) -> None:
     if args.eval_every and not args.eval_pairs:
         raise Stop("--eval_every has no effect without --eval_pairs")
     tracker.check_arguments(args)
-    if args.batch_size < 128 and args.learning_rate <= 5e-7:
+    lora.settle_arguments(args)
+    comment_on_rate(args)
+
+
+def comment_on_rate(args) -> None:
+    if args.learning_rate > 5e-7:
+        return
+    if args.lora_rank:
+        say(
+            f"note: --learning_rate {args.learning_rate:g} is one of full training, and LoRA wants "
+            f"ten times as much or more: begin with {lora.RATE:g}"
+        )
+    elif args.batch_size < 128:
         say(
             f"note: --batch_size {args.batch_size} at --learning_rate {args.learning_rate:g}: the "
             "rate was tuned for 128 pairs per step, and smaller batches have given worse results "
@@ -502,37 +537,60 @@ class Policy(torch.nn.Module):
         return torch.stack([chosen, rejected], dim=1)  # [n, 2]
 
 
-def build_policy(path: str, config, args, device_type: str, world: int) -> Policy:
-    """A sharded fp32 Policy on the meta device: its tensors have shapes, but no memory.
+def whole_policy(path: str, config, args, with_factors: bool, dtype=None) -> Policy:
+    """A Policy on torch's default device, without its weights.
 
-    path: of the policy or the reference, for messages.
+    path: of the policy or the reference, for messages. with_factors: of LoRA, which a reference has
+    not. dtype: of all weights; None: as they are in training, fp32, or frozen as in the files.
     """
+    dtype_of_files = config.dtype  # transformers overwrites it when it builds the model
+    trained_dtype = dtype or torch.float32
+    model = network.build_model(
+        config, trained_dtype, args.packing, args.gradient_checkpointing, path
+    )
+    if args.lora_rank:
+        lora.freeze(model, dtype or dtype_of_files)
+    if with_factors:
+        lora.adapt(model, args, trained_dtype, path)
+    return Policy(model)
+
+
+def build_policy(
+    path: str, config, args, with_factors: bool, device_type: str, world: int
+) -> Policy:
+    """A sharded Policy on the meta device: its tensors have shapes, but no memory."""
     with torch.device("meta"):
-        model = network.build_model(
-            config, torch.float32, args.packing, args.gradient_checkpointing, path
-        )
-        policy = Policy(model)
+        policy = whole_policy(path, config, args, with_factors)
     dtype = DTYPES[args.dtype]
     return fsdp.shard(policy, dtype, args.shard_size, args.cpu_offload, device_type, world)
 
 
-def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
-    """A sharded Policy with its weights. Rank 0 reads them; two of `pairs` check the result."""
+def load_policy(
+    path: str, args, device, pairs: list[dict], factor_seed: int | None = None
+) -> Policy:
+    """A sharded Policy with its weights. Rank 0 reads them; two of `pairs` check the result.
+
+    factor_seed: of the first factors of LoRA; None: there are none.
+    """
     rank, world = ranks()
     config = models.load_config(path)
     noise = network.random_fields(config)  # dropout, router jitter; build_policy switches it off
     if noise:
         say(f"{path}: switched off in training: {network.listed(noise)}")
 
-    policy = build_policy(path, config, args, device.type, world)
-    source = None
+    with_factors = factor_seed is not None
+    policy = build_policy(path, config, args, with_factors, device.type, world)
+    source, factors = None, {}
     if rank == 0:
-        # `source` is copied into the fp32 weights of `policy` and compared with it below. For bf16
-        # the dtype of the files is precise enough.
+        # `source` is copied into the weights of `policy` and compared with it below. For bf16 the
+        # dtype of the files is precise enough.
         dtype = torch.float32 if args.dtype == "fp32" else "auto"
         attention = attention_implementation(config)
         source = models.load_model(AutoModelForCausalLM, path, dtype, attention)
-    fsdp.load_weights(policy, source, device, args.cpu_offload)
+        if with_factors:
+            lora.describe(policy.model, args, path)
+            factors = lora.first_factors(policy.model, factor_seed)
+    fsdp.load_weights(policy, source, factors, device, args.cpu_offload)
 
     # The same pair twice gives the same numbers: nothing random is left on. `long` is the longest
     # pair that fits into a microbatch.
@@ -540,6 +598,7 @@ def load_policy(path: str, args, device, pairs: list[dict]) -> Policy:
     first = first_logprobs(policy, long, args, device, path)  # [2]
     second = logprobs_of_one(policy, long, args, device)  # [2]
     checks.check_repeat(first, second, long, device.type, noise, path)
+    lora.check_called(policy.model, path)
 
     # The numbers equal transformers' own. We compare the shortest pair, because rank 0 computes all
     # of its logits.
@@ -788,7 +847,7 @@ def open_log(stage: Stage, steps_done: int, args) -> TrainLog | None:
 def make_optimizer(policy, args, device):
     """AdamW on the shards; training_step sets the learning rate."""
     return torch.optim.AdamW(
-        policy.parameters(),
+        [p for p in policy.parameters() if p.requires_grad],
         betas=tuple(args.adam_betas),
         weight_decay=args.weight_decay,
         fused=device.type == "cuda",
@@ -1033,6 +1092,7 @@ def main():
     if stage.done:
         fsdp.leave()
         return
+    lora.check_place(args, stage)
     model_hash = stage.hashes["model"]
     if stage.hashes.get("ref_model") == model_hash:
         args.ref_model = None  # the same weights under another name: no second model
@@ -1057,7 +1117,7 @@ def main():
     reference = load_reference(reference_file, len(pairs))
     if args.ref_model and reference is None:
         reference = reference_of_another_model(args, config, pairs, first_epoch, device)
-    policy = load_policy(args.model, args, device, pairs)
+    policy = load_policy(args.model, args, device, pairs, lora.factor_seed(args, model_hash))
     if reference is None:
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
     save_reference(reference_file, reference, pairs)
@@ -1078,15 +1138,25 @@ def main():
 
 
 def save(weights: dict, tokenizer, stage: Stage, args, **figures) -> None:
-    """Rank 0: the trained policy as a Hugging Face folder, its log beside it, and the metadata."""
+    """Rank 0: the trained policy as a Hugging Face folder, its log beside it, and the metadata.
+
+    weights: those in training, by name. With --lora_rank they stand beside the folder, too.
+    """
+    beside = [".train.jsonl"]
+    save_dtype = DTYPES.get(args.save_dtype)  # None for auto
     with whole(stage.output) as folder:
-        save_dtype = DTYPES.get(args.save_dtype)  # None for auto
-        # the share of the weights that differ from --model's
-        changed = fsdp.export(weights, args.model, save_dtype, tokenizer, folder)
+        if args.lora_rank:
+            exported = lora.export(weights, args, save_dtype, tokenizer, folder)
+            lora.warn_of_rounding(exported, stage)
+            lora.save_adapter(weights, args, stage.beside(lora.ADAPTER))
+            beside.append(lora.ADAPTER)
+        else:
+            exported = fsdp.export(weights, args.model, save_dtype, tokenizer, folder)
         with whole(stage.beside(".train.jsonl")) as log:
             log.write_bytes((stage.parts / "train.jsonl").read_bytes())
-        stage.write_meta((".train.jsonl",), changed_weights=changed, **figures)
+        stage.write_meta(tuple(beside), **exported, **figures)
     stage.clean()
+    changed = exported["changed_weights"]
     say(f"{args.output}: {changed:.1%} of the weights changed in the saved dtype")
 
 

@@ -392,6 +392,7 @@ class Stage:
 
         beside: suffixes of other files that the stage has written beside X.
         """
+        self._remove_stale(beside)
         meta = {
             "argv": sys.argv,
             "arguments": self.arguments,
@@ -413,6 +414,17 @@ class Stage:
             for reason, n in count["dropped"].items():
                 line += f", {n:,} {reason}"
             print(line, flush=True)
+
+    def _remove_stale(self, beside: tuple[str, ...]) -> None:
+        """--overwrite with other flags: remove what the earlier run alone wrote beside X."""
+        try:
+            old = read_meta(self.meta_path, "") if self.meta_path.exists() else {}
+        except Stop:  # it is damaged, so nothing is known to be ours
+            return
+        for suffix, written in (old.get("beside") or {}).items():
+            path = self.beside(suffix)
+            if suffix not in beside and path.exists() and hash_path(path) == written:
+                remove(path)
 
     def clean(self) -> None:
         """Remove what is not needed once the output exists."""

@@ -3,6 +3,7 @@
     python -m bench.models --save docs/models.md                 all of them, one after another
     python -m bench.models --only qwen3 gemma3_text              some; what they print is shown
     python -m bench.models --only qwen3 --save docs/models.md    … and their rows are replaced
+    python -m bench.models --lora_rank 4                         all of them, trained with LoRA
 
 A model is made from its configuration class with small sizes (SIZES and OWN below), random weights
 and a tokenizer of bytes. Then it takes the steps of a user's model, by the same main() functions:
@@ -24,6 +25,8 @@ What the table says about a model:
     refused    dpo_train.py said in one line why
     not built  transformers cannot make it from a small configuration, so nothing is known
     FAILED     a traceback, a disagreement or a time-out. None should be left
+
+With --lora_rank the gradient is not compared; tests/test_lora.py compares some models' with peft's.
 
 Each model runs in a process of its own, so that a crash or an endless loop ends that one only.
 """
@@ -350,7 +353,7 @@ def load_plain(folder: Path, **options):
     )
 
 
-def examine(name: str, folder: Path) -> Row:
+def examine(name: str, folder: Path, lora_rank: int | None) -> Row:
     """All steps for one model, as the top of this file lists them."""
     model = folder / "model"
     try:
@@ -371,7 +374,7 @@ def examine(name: str, folder: Path) -> Row:
     # 2. Two steps of training; the last changes nothing
     write_pairs(rows, folder / "pairs.jsonl")
     try:
-        said = train(model, folder)
+        said = train(model, folder, lora_rank)
     except SystemExit as e:
         return Row(name, "refused", sampling, "-", message(e, model))
     meta = json.loads((folder / "policy.meta.json").read_text())
@@ -389,8 +392,9 @@ def examine(name: str, folder: Path) -> Row:
                 gap = abs(candidate["logprob"] - logprob) / len(candidate["token_ids"])
                 gaps.append(agree("a sampled answer's log-prob per token", gap, 1e-4))
     first, last = map(json.loads, (folder / "policy.train.jsonl").read_text().splitlines())
-    gradient = first_gradient(plain, expected)
-    agree("the gradient's norm (relative)", abs(first["grad_norm"] / gradient - 1), 1e-3)
+    if not lora_rank:
+        gradient = first_gradient(plain, expected)
+        agree("the gradient's norm (relative)", abs(first["grad_norm"] / gradient - 1), 1e-3)
 
     # 4. What was saved is what was trained
     reloaded, info = load_plain(folder / "policy", output_loading_info=True)
@@ -406,14 +410,16 @@ def examine(name: str, folder: Path) -> Row:
     return Row(name, outcome, sampling, f"{max(gaps):.0e}", "; ".join(notes))
 
 
-def train(model: Path, folder: Path) -> str:
+def train(model: Path, folder: Path, lora_rank: int | None) -> str:
     """dpo_train.py's two steps, from folder/pairs.jsonl to folder/policy; returns its output.
 
     In the second, beta is 0 and so is the gradient; without Adam's first moment no weight changes.
     """
+    lora = ["--lora_rank", lora_rank] if lora_rank else []
     return call(
         dpo_train.main,
         "dpo_train.py",
+        *lora,
         "--model",
         model,
         "--pairs",
@@ -465,11 +471,12 @@ def one_line(text) -> str:
 # ---- all of them, and the table ----------------------------------------------------------------
 
 
-def guarded(name: str, seconds: float) -> Row:
+def guarded(name: str, seconds: float, lora_rank: int | None = None) -> Row:
     """examine(name) in its own process; a crash or a time-out becomes a row, too."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     # A fork has everything imported already. No thread has been started yet that it would lack.
-    process = multiprocessing.get_context("fork").Process(target=work, args=(name, sender))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=work, args=(name, lora_rank, sender))
     process.start()
     sender.close()
     try:
@@ -483,10 +490,10 @@ def guarded(name: str, seconds: float) -> Row:
     return row
 
 
-def work(name: str, sender) -> None:
+def work(name: str, lora_rank: int | None, sender) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            row = examine(name, Path(folder))
+            row = examine(name, Path(folder), lora_rank)
         except Exception as e:
             traceback.print_exc()
             row = failed(name, one_line(e))
@@ -555,14 +562,17 @@ def main() -> None:
     p.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help="default: all")
     p.add_argument("--save", type=Path, help="the table; rows of models not asked for stay")
     p.add_argument("--timeout", type=float, default=120, help="seconds per model")
+    p.add_argument("--lora_rank", type=int, help="train with LoRA; default: in full")
     args = parse(p)
+    if args.lora_rank and args.save:
+        p.error("the table of --save is about full training: leave out --lora_rank")
     if not args.only:  # nobody reads the warnings of hundreds of models
         warnings.simplefilter("ignore")
         transformers_logging.set_verbosity_error()
     rows = {row.name: row for row in read_rows(args.save) if row.name in NAMES} if args.save else {}
     began = time.time()
     for name in args.only or NAMES:
-        rows[name] = guarded(name, args.timeout)
+        rows[name] = guarded(name, args.timeout, args.lora_rank)
         print(line(rows[name]), end="", flush=True)
         if args.save:
             args.save.write_text(document([rows[n] for n in NAMES if n in rows]))

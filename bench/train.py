@@ -4,7 +4,9 @@ MFU, peak memory.
     OMP_NUM_THREADS=1 python -m bench.train --rounds 2 --steps 4 --save bench/results/train_cpu.txt
     python -m bench.train --shapes Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-7B --save bench/results/gpu.txt
 
-The first command uses a small model on a CPU; the second needs a GPU.
+The first command uses a small model on a CPU; the second needs a GPU. With --lora_rank 16 both
+sides train factors of that rank beside all linear layers, TRL through peft; the first factors are
+the same, and so the losses must be.
 
 Without trl in the environment it measures only our side. What is compared, and how it is kept fair:
 
@@ -36,7 +38,7 @@ Without trl in the environment it measures only our side. What is compared, and 
            or a pad.
   MFU      6 flops per weight and useful token (the head: answer tokens only) and 12 per head
            dimension and visible pair of tokens, per second, over the GPU's dense bf16 peak.
-           Recomputation in checkpointing does not count.
+           Recomputation in checkpointing does not count; a frozen weight has 4 flops and not 6.
 """
 
 import argparse
@@ -61,7 +63,8 @@ from arguments import parse
 from bench.headline import headline
 from bench.trl_dpo import trl_trainer
 from records import dump
-from training import speed
+from stage import hash_path
+from training import lora, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 # of the published config.json files; "small" has 0.5B's proportions, head and layers, at a fiftieth
@@ -173,11 +176,20 @@ def build_pairs(
     path.write_text("".join(map(dump, rows)))
 
 
-def useful_flops(config, lengths: list[tuple[int, int, int]]) -> float:
+def useful_flops(config, lengths: list[tuple[int, int, int]], lora_rank=None) -> float:
     """Forward and backward flops of one step over these pairs, nothing computed twice."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return speed.flops(speed.matmul_weights(model.model.layers, config), config, lengths)
+        if lora_rank:
+            lora.freeze(model, torch.float32)
+            lora.adapt(model, lora_settings(lora_rank), torch.float32, "model")
+    weights = speed.matmul_weights(model.model.layers, config)
+    return speed.flops(weights, config, lengths, frozen_head=bool(lora_rank))
+
+
+def lora_settings(rank: int):
+    """What dpo_train.py has by default, but for the rank."""
+    return argparse.Namespace(lora_rank=rank, lora_alpha=2.0 * rank, lora_targets=None, seed=0)
 
 
 # ---- one contender, in a process of its own ----------------------------------------------------
@@ -282,12 +294,36 @@ def run_ours(task: dict, folder: Path, meter=None) -> dict:
         0,
     ]
     flags += ["--gradient_checkpointing"] * task["checkpointing"] + task["ours_args"]
+    if task.get("lora_rank"):
+        flags += ["--lora_rank", task["lora_rank"]]
     sys.argv = ["dpo_train.py", *map(str, flags)]
     try:
         dpo_train.main()
     except Done:
         torch.distributed.destroy_process_group()
     return meter.result()
+
+
+def lora_of_peft(rank: int):
+    """peft's settings for what `dpo_train.py --lora_rank` does."""
+    import peft
+
+    return peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def use_our_first_factors(model, task: dict) -> None:
+    """Give a peft model the A that dpo_train.py draws; B is zero on both sides."""
+    settings = lora_settings(task["lora_rank"])
+    ours = AutoModelForCausalLM.from_pretrained(task["model"])
+    lora.adapt(ours, settings, torch.float32, "model")
+    factors = lora.first_factors(ours, lora.factor_seed(settings, hash_path(task["model"])))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            parameter.data.copy_(factors.pop(name))
+    assert not factors, f"peft has no factors for {sorted(factors)}"
 
 
 def run_trl(task: dict, folder: Path) -> dict:
@@ -325,7 +361,10 @@ def run_trl(task: dict, folder: Path) -> dict:
         callbacks=[Clock()],
         # AutoTokenizer makes any of a Qwen2 Qwen's
         tokenizer=PreTrainedTokenizerFast.from_pretrained(task["model"]),
+        peft_config=lora_of_peft(task["lora_rank"]) if task.get("lora_rank") else None,
     )
+    if task.get("lora_rank"):
+        use_our_first_factors(trainer.model, task)
     for row, line in zip(trainer.train_dataset, open(task["pairs"]), strict=True):
         pair = json.loads(line)
         for k in ("prompt", "chosen", "rejected"):
@@ -416,7 +455,8 @@ def table(
     """Lines of the table, and the verdicts below it. tasks carry "runs", a list of measure()'s
     results.
     """
-    answers, flops = sum(c + r for _, c, r in lengths), useful_flops(config, lengths)
+    answers = sum(c + r for _, c, r in lengths)
+    flops = useful_flops(config, lengths, tasks[0].get("lora_rank"))
     reference = next((t["runs"][0]["losses"] for t in tasks if "losses" in t["runs"][0]), None)
     lines = [
         f"{'contender':38} {'ckpt':4} {'s/step':>8} {'pairs/s':>8} {'answer tok/s':>12} "
@@ -516,6 +556,7 @@ def main():
         default="",
         help="more flags for dpo_train.py, as one string: '--cpu_offload'",
     )
+    p.add_argument("--lora_rank", type=int, help="LoRA on both sides; default: full training")
     p.add_argument(
         "--trl_batch_sizes",
         type=int,
@@ -549,9 +590,8 @@ def main():
     lengths = draw_lengths(args.pairs, args.scale)
     p_, c_, r_ = (statistics.mean(x) for x in zip(*lengths, strict=True))
     longest = max(p + max(c, r) for p, c, r in lengths)
-    names = [
-        n for n in ("torch", "transformers", "trl", "liger_kernel") if importlib.util.find_spec(n)
-    ]
+    packages = ("torch", "transformers", "trl", "peft", "liger_kernel")
+    names = [n for n in packages if importlib.util.find_spec(n)]
     out = [
         "python -m bench.train " + " ".join(sys.argv[1:]),
         ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
@@ -576,7 +616,8 @@ def main():
                     "steps": args.steps,
                     "dtype": dtype,
                     "beta": 0.1,
-                    "learning_rate": 1e-5,
+                    "learning_rate": 1e-4 if args.lora_rank else 1e-5,
+                    "lora_rank": args.lora_rank,
                 },
             )
             for round in range(args.rounds):

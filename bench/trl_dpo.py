@@ -176,6 +176,7 @@ def trl_trainer(
     attention="sdpa",
     callbacks=(),
     tokenizer=None,
+    peft_config=None,
 ):
     """A DPOTrainer that takes all pairs in each of `steps` optimizer steps, `microbatch` pairs at a
     time.
@@ -235,6 +236,7 @@ def trl_trainer(
         train_dataset=data,
         callbacks=list(callbacks),
         processing_class=tokenizer,
+        peft_config=peft_config,
     )
 
 

@@ -55,6 +55,7 @@ RANDOM = TRAINER + "test_pitfalls_44_nothing_random_is_left_on"
 HELDOUT = "tests/test_prompts.py::test_heldout_prompts_are_never_dealt_out"
 KERNEL = "tests/test_logprob.py::"
 HELD_OUT = "tests/test_held_out_pairs.py::"
+LORA = "tests/test_lora.py::"
 
 MUTANTS = [
     # ---- the loop ------------------------------------------------------------------------------
@@ -792,8 +793,8 @@ MUTANTS = [
         "weights-in-bf16",
         "The weights that are trained are fp32, whatever the model came in.",
         "dpo_train.py",
-        "config, torch.float32, args.packing",
-        "config, torch.bfloat16, args.packing",
+        "trained_dtype = dtype or torch.float32",
+        "trained_dtype = dtype or torch.bfloat16",
         (TRAINER + "test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move",),
     ),
     Mutant(
@@ -1064,6 +1065,39 @@ MUTANTS = [
         '<div class="scroll" tabindex="0">',
         "<div>",
         ("tests/test_report.py::test_the_page_fits_a_telephone",),
+    ),
+    # ---- LoRA ----------------------------------------------------------------------------------
+    Mutant(
+        "lora-without-its-scale",
+        "The product of the factors is multiplied by alpha / rank.",
+        "training/lora.py",
+        "F.linear(x, self.lora_A) * self.scale",
+        "F.linear(x, self.lora_A)",
+        (LORA + "test_what_is_saved_is_what_was_trained_and_peft_loads_the_factors[llama]",),
+    ),
+    Mutant(
+        "lora-begins-elsewhere",
+        "B is zero, so the policy begins as its reference.",
+        "training/lora.py",
+        "torch.zeros(layer.lora_B.shape)",
+        "torch.ones(layer.lora_B.shape)",
+        (LORA + "test_the_first_factors_are_drawn_as_pefts",),
+    ),
+    Mutant(
+        "lora-merged-in-bf16",
+        "The sum of weight and update is formed in fp32, and rounded once.",
+        "training/lora.py",
+        "exact = before.float() + update",
+        "exact = (before + update.to(before.dtype)).float()",
+        (LORA + "test_the_sum_is_formed_in_fp32_and_its_rounding_is_reported",),
+    ),
+    Mutant(
+        "lora-saves-frozen-weights",
+        "A checkpoint of LoRA holds the factors and their Adam states alone.",
+        "training/checkpoints.py",
+        "if not parameter.requires_grad:",
+        "if False:",
+        (LORA + "test_an_interrupted_training_goes_on_from_its_factors",),
     ),
 ]
 

@@ -32,10 +32,12 @@ from training.batches import collate
 
 args = dpo_train.parse(dpo_train.arguments())
 args.packing = "prefix"
+dpo_train.lora.settle_arguments(args)
 device, found = dpo_train.fsdp.start(), {}
 size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
 pair = {k: np.arange(9, dtype=np.int32) for k in ("prompt", "chosen", "rejected")} | {"id": "a"}
-policy = dpo_train.load_policy(args.model, args, device, [pair])
+seed = dpo_train.lora.factor_seed(args, "model")
+policy = dpo_train.load_policy(args.model, args, device, [pair], seed)
 layers = dpo_train.fsdp.layers_of(policy)
 within = {p for layer in layers for p in layer.parameters()}
 root = [n for n, p in policy.named_parameters() if p not in within]
@@ -44,7 +46,7 @@ seen = lambda *_: found.update(
     root=size(p for n, p in policy.named_parameters() if n in root),
 )
 layers[0].mlp.register_forward_hook(seen)
-optimizer = torch.optim.AdamW(policy.parameters())
+optimizer = dpo_train.make_optimizer(policy, args, device)
 for last in (False, True):
     policy.set_requires_all_reduce(last)
     policy(collate([pair], "prefix", device)).sum().backward()
@@ -52,9 +54,11 @@ for last in (False, True):
         groups = [m._get_fsdp_state()._fsdp_param_group for m in (policy, *layers)]
         assert all(p.unsharded_accumulated_grad is None for g in groups for p in g.fsdp_params)
 optimizer.step()
-local = [p.to_local() for p in policy.parameters()]
-found["weights"] = size(local)
-found["gradients"] = size(p.grad.to_local() for p in policy.parameters())
+trained = [p for p in policy.parameters() if p.requires_grad]
+found["weights"] = size(p.to_local() for p in trained)
+found["frozen"] = size(p.to_local() for p in policy.parameters() if not p.requires_grad)
+assert all(p.grad is None for p in policy.parameters() if not p.requires_grad)
+found["gradients"] = size(p.grad.to_local() for p in trained)
 states = [s[k].to_local() for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
 found["adam"] = size(states)
 if torch.distributed.get_rank() == 0:
@@ -112,6 +116,8 @@ def predict():
         rows, _ = memory.rows_of(args)
         torch.distributed.destroy_process_group()
         names = "weights adam gradients root layers reduce activations logprobs working".split()
+        if args.lora_rank:
+            names.insert(0, "frozen")
         return dict(zip(names, rows.values(), strict=True))
 
     return call
@@ -130,6 +136,20 @@ def test_two_ranks_hold_exactly_the_bytes_predicted(tmp_path, predict, tie):
         k: found[k] for k in ("weights", "adam", "gradients", "root")
     }
     assert said["layers"] == 2 * found["layer"]  # one at work and the next on its way
+
+
+def test_frozen_weights_and_factors_take_the_bytes_predicted(tmp_path, predict):
+    """Two ranks: bf16 weights as in the files; gradients and Adam's states of the factors alone."""
+    causal_lm(tmp_path / "m", "qwen2", tie=True, dtype=torch.bfloat16)
+    flags = ["--model", tmp_path / "m", "--dtype", "bf16", "--lora_rank", 3]
+    found = two_ranks(tmp_path, MEASURE, *flags, "--pairs", "none", "--output", "none")
+    said = predict(*flags, "--world_size", 2)
+    for name in ("frozen", "weights", "adam", "gradients", "root"):
+        assert said[name] == found[name], name
+    assert said["layers"] == 2 * found["layer"]
+    in_fp32 = sum(4 * p.numel() for p in causal_lm(tmp_path / "n", "qwen2", tie=True).parameters())
+    assert 0.24 < said["frozen"] / in_fp32 < 0.27  # half of the weights, at half of the bytes
+    assert said["adam"] == 2 * said["weights"] < 0.1 * in_fp32
 
 
 def test_activations_are_those_of_the_equations(tmp_path, predict):

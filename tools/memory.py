@@ -1,6 +1,7 @@
 """The memory of one rank in training on a GPU, computed on a machine that needs none.
 
     python tools/memory.py --model Qwen/Qwen2.5-7B-Instruct --gradient_checkpointing --world_size 8
+    python tools/memory.py --model Qwen/Qwen2.5-7B-Instruct --gradient_checkpointing --lora_rank 16
 
 This needs only the model's config.json: no weights, no pairs, no GPU. The other flags are
 dpo_train.py's.
@@ -29,7 +30,7 @@ from kernels.device import counted_as_gpu
 from kernels.logprob import backbone
 from records import Stop
 from stage import run, say
-from training import network
+from training import lora, network
 from training.batches import collate, cost
 from training.fsdp import layers_of, room_to_stay_gathered
 
@@ -43,6 +44,7 @@ def arguments():
     p.add_argument(
         "--world_size", type=integer_in("[1, inf)"), default=1, help="number of GPUs; default 1"
     )
+    dpo_train.add_lora(p.add_argument)
     dpo_train.add_memory_and_speed(p.add_argument)
     return p
 
@@ -104,7 +106,8 @@ def count_activations(make_policy, pairs: list[dict], packing: str) -> tuple[int
         batch = collate(pairs, packing, "cpu")
         for layer in layers_of(policy):
             for parameter in layer.parameters():
-                parameter.register_post_accumulate_grad_hook(forget_gradient)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(forget_gradient)
         with Live(policy.parameters()) as live:
             behind_layers = []
             backbone(policy.model).register_forward_hook(lambda *_: behind_layers.append(live.now))
@@ -118,29 +121,53 @@ def count_activations(make_policy, pairs: list[dict], packing: str) -> tuple[int
 def predict(policy, make_policy, tokens: int, packing: str, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of rank 0, which has the largest shards, on a GPU; one row per purpose.
 
-    policy: the FSDP root on the meta device, in fp32. make_policy: makes it whole, in `dtype`.
-    tokens: of the microbatch.
+    policy: the FSDP root on the meta device, as it is trained. make_policy: makes it whole, in
+    `dtype`. tokens: of the microbatch.
     """
-    share = sum(p.to_local().numel() for p in policy.parameters())
-    total = sum(p.numel() for p in policy.parameters())
-    layers = []  # the number of weights of each
-    for layer in layers_of(policy):
-        layers.append(sum(p.numel() for p in layer.parameters()))
+    layers = layers_of(policy)
+    in_layers = [count(layer, trained=False) for layer in layers]
+    trained_in_layers = [count(layer, trained=True) for layer in layers]
+    total = count(policy, trained=False)
+    share, frozen_bytes = shares(policy)
     pairs = example_pairs(tokens, packing)
     activations, logprobs, working = count_activations(make_policy, pairs, packing)
     size = dtype.itemsize
     kept = f"{len(pairs)} pairs of {cost(pairs[0], packing):,} tokens"
-    return {
-        "weights, fp32, this rank's share": 4 * share,
+
+    trained, head = "weights", ", and the head's gradient"
+    rows = {}
+    if frozen_bytes:
+        trained, head = "factors", ""
+        stored = policy.model.get_input_embeddings().weight.dtype
+        rows[f"frozen weights, {stored}, this rank's share"] = frozen_bytes
+    return rows | {
+        f"{trained}, fp32, this rank's share": 4 * share,
         "Adam's two states, fp32, the same share": 8 * share,
         "gradients, fp32, the same share": 4 * share,
-        "embedding, norm and head, gathered": size * (total - sum(layers)),
-        "a layer and the next, gathered": 2 * size * max(layers),
-        "a layer's gradient, and in fp32 to be reduced": (size + 4) * max(layers),
+        "embedding, norm and head, gathered": size * (total - sum(in_layers)),
+        "a layer and the next, gathered": 2 * size * max(in_layers),
+        "a layer's gradient, and in fp32 to be reduced": (size + 4) * max(trained_in_layers),
         f"activations that {kept} keep": activations,
         "what their log-probs keep": logprobs,
-        "working memory, and the head's gradient": working,
+        f"working memory{head}": working,
     }
+
+
+def count(module, trained: bool) -> int:
+    """The number of weights of all ranks, or of those in training."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def shares(policy) -> tuple[int, int]:
+    """This rank's: the number of weights in training, and the bytes of those that are frozen."""
+    trained, frozen_bytes = 0, 0
+    for parameter in policy.parameters():
+        size = parameter.to_local().numel()
+        if parameter.requires_grad:
+            trained += size
+        else:
+            frozen_bytes += size * parameter.itemsize
+    return trained, frozen_bytes
 
 
 def table(rows: dict[str, int], offload: bool) -> str:
@@ -179,19 +206,18 @@ def rows_of(args) -> tuple[dict[str, int], object]:
     dpo_train.check_shard_size(args.shard_size, args.world_size)
     if args.dtype == "auto":
         args.dtype = "bf16"  # as on a GPU
+    lora.settle_arguments(args)
     dtype = dpo_train.DTYPES[args.dtype]
     config = models.load_config(args.model)
     args.packing = network.choose_packing(args.packing, config, PROMPT + ANSWER, args.model)
 
     # Collectives that do nothing: shapes are all that is needed.
     dist.init_process_group("fake", rank=0, world_size=args.world_size)
-    policy = dpo_train.build_policy(args.model, config, args, "cpu", args.world_size)
+    with_factors = args.lora_rank is not None
+    policy = dpo_train.build_policy(args.model, config, args, with_factors, "cpu", args.world_size)
 
     def make_policy():
-        model = network.build_model(
-            config, dtype, args.packing, args.gradient_checkpointing, args.model
-        )
-        return dpo_train.Policy(model)
+        return dpo_train.whole_policy(args.model, config, args, with_factors, dtype)
 
     rows = predict(policy, make_policy, args.tokens_per_batch, args.packing, dtype)
     return rows, policy

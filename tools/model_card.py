@@ -153,6 +153,7 @@ def settings(folder: Path, config: dict, row: dict) -> str:
         "pairs": f"{pairing['strategy']}; {row['pairs']:,} in the last iteration",
         "loss": loss,
         "learning rate": f"{training['learning_rate']:g}, {training['lr_scheduler']}",
+        "trained": what_is_trained(training),
         "pairs per step": training["batch_size"],
         "epochs": f"{training['num_train_epochs']} per iteration",
         "seed": config["SEED"],
@@ -161,6 +162,14 @@ def settings(folder: Path, config: dict, row: dict) -> str:
         names = ", ".join(shown(path) for path in config["EXTRA_PAIRS"].split())
         facts["pairs of other origin"] = f"{names}, iterations: {config['EXTRA_PAIRS_ITERS']}"
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def what_is_trained(training: dict) -> str:
+    """training: the arguments of dpo_train.py; an older version's have no rank."""
+    rank = training.get("lora_rank")
+    if not rank:
+        return "all weights"
+    return f"LoRA of rank {rank}, alpha {training['lora_alpha']:g}, merged"
 
 
 def card(run: Run, rows: list[dict]) -> str:

@@ -44,6 +44,7 @@ summary.jsonl has one row per iteration. Its other columns:
     evaluation         of each column of its evaluations on held-out pairs: first and last value
     audit              gap between generator and trainer (docs/math.md)
     changed_weights    share of weights that changed
+    rounding_error     with LoRA: what rounding the merged weights changed, as a share of the update
 
 and TRL's names, so that dashboards carry over. TRL logs them on training batches; here they are
 held-out figures:
@@ -643,7 +644,8 @@ def evaluation_figures(evaluations: list[dict]) -> dict[str, dict]:
 
 def policy_figures(meta: dict, row: dict, reference: str) -> dict:
     """What the trainer recorded, and the objective's figures, which need its beta."""
-    figures = {key: meta[key] for key in ("audit", "changed_weights") if key in meta}
+    recorded = ("audit", "changed_weights", "rounding_error")
+    figures = {key: meta[key] for key in recorded if key in meta}
     beta = meta["arguments"]["beta"][-1]
     figures["beta"] = beta
     if f"kl/{reference}" in row:

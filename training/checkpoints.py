@@ -1,6 +1,6 @@
 """Checkpoints of a training: whole or not there at all, and believed in nothing but their numbers.
 
-    save_checkpoint    shards of weights and Adam states, written by all ranks together
+    save_checkpoint    shards of trained weights and Adam states, written by all ranks together
     load_checkpoint    and back; another number of ranks may resume from them
 
 A checkpoint is a folder step_000012:
@@ -26,7 +26,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from records import Stop, remove, whole, write_whole
@@ -76,7 +80,7 @@ def from_rank_0(value):
 
 
 def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
-    """Weights and Adam states of all ranks as parts/step_000012, whole or not at all.
+    """Trained weights and Adam states of all ranks as parts/step_000012, whole or not at all.
 
     Only the last one is kept. Nothing else needs saving: training draws no random number, and the
     order of the pairs is a function of (seed, epoch). Raises OSError on all ranks where one cannot
@@ -97,10 +101,18 @@ def save_checkpoint(parts: Path, policy, optimizer, step: int) -> None:
     barrier()
 
 
-def write_shards(folder: Path, policy, optimizer) -> None:
+def shards_in_training(policy, optimizer) -> dict[str, dict]:
+    """This rank's shards of the weights and Adam states; frozen weights are in --model."""
     weights, adam = get_state_dict(policy, optimizer)
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            weights.pop(name, None)  # a tied weight has two names, and may stand there once
+    return {"weights": weights, "adam": adam}
+
+
+def write_shards(folder: Path, policy, optimizer) -> None:
     try:
-        dcp.save({"weights": weights, "adam": adam}, storage_writer=Writer(folder))
+        dcp.save(shards_in_training(policy, optimizer), storage_writer=Writer(folder))
     except CheckpointException as e:
         cause = cause_of(e)
         if isinstance(cause, OSError) and not cause.filename:
@@ -213,16 +225,22 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def load_shards(folder: Path, policy, optimizer) -> None:
-    weights, adam = get_state_dict(policy, optimizer)
+    shards = shards_in_training(policy, optimizer)
     reader, planner = Reader(folder), Planner()
     try:
-        dcp.load({"weights": weights, "adam": adam}, storage_reader=reader, planner=planner)
+        dcp.load(shards, storage_reader=reader, planner=planner)
     except CheckpointException as e:
         cause = cause_of(e)
         if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
             raise cause from e  # which says nothing against the checkpoint
         raise Stop(f"{folder}: cannot be loaded ({first_line(cause)}). {REMEDY}") from None
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=adam)
+    set_state_dict(
+        policy,
+        optimizer,
+        model_state_dict=shards["weights"],
+        optim_state_dict=shards["adam"],
+        options=StateDictOptions(strict=False),  # dcp.load has found all of them
+    )
 
 
 def cause_of(failure: CheckpointException) -> BaseException:

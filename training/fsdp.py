@@ -79,14 +79,15 @@ def layers_of(policy) -> list:
 def shard(policy, dtype, size: int | None, offload: bool, device_type: str, world: int):
     """`policy` as the FSDP root: parameters become shards, layers work in `dtype`.
 
-    Gradients are summed in fp32. size: ranks that share one copy of the weights, None for all
-    `world` of them; else each group of so many has a copy, and their gradients are added up (HSDP).
-    offload: shards and the optimizer's step in host memory.
+    A parameter's own dtype may be another: fp32 masters, or frozen weights as the files have them.
+    All that have a gradient must share one. Gradients are summed in fp32. size: ranks that share
+    one copy of the weights, None for all `world` of them; else each group of so many has a copy,
+    and their gradients are added up (HSDP). offload: shards and the optimizer's step in host
+    memory.
     """
-    compute_dtype = None if dtype == torch.float32 else dtype
     options = {
         "mesh": mesh_of(device_type, world, size),
-        "mp_policy": MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     stays = stays_gathered(policy, dtype, size or world, offload, device_type)
@@ -116,14 +117,17 @@ def mesh_of(device_type: str, world: int, size: int | None) -> DeviceMesh:
 def room_to_stay_gathered(policy, dtype: torch.dtype, offload: bool) -> int:
     """Bytes of a GPU that must be free at the start for all weights to stay gathered in `dtype`.
 
-    The copy and what stands beside it, 16 bytes per weight (fp32 weights, gradients and Adam's
-    states, unless they are in host memory), may take a quarter of the GPU. The rest is for
-    activations. With gradient checkpointing, which keeps few of those, they may take half.
+    The copy and what stands beside it, unless that is in host memory (16 bytes per weight in
+    training: fp32 weights, gradients and Adam's states; a frozen weight as it is), may take a
+    quarter of the GPU. The rest is for activations. With gradient checkpointing, which keeps few
+    of those, they may take half.
     """
-    weights = sum(p.numel() for p in policy.parameters())
-    bytes_per_weight = dtype.itemsize + (0 if offload else 16)
+    copy, beside = 0, 0
+    for parameter in policy.parameters():
+        copy += parameter.numel() * dtype.itemsize
+        beside += parameter.numel() * (16 if parameter.requires_grad else parameter.itemsize)
     share = 2 if policy.model.is_gradient_checkpointing else 4
-    return share * weights * bytes_per_weight
+    return share * (copy + (0 if offload else beside))
 
 
 def stays_gathered(policy, dtype, ranks_per_copy: int, offload: bool, device_type: str) -> bool:
@@ -149,17 +153,18 @@ def reshard(policy) -> None:
             module.reshard()  # this module's own weights, not its children's
 
 
-def load_weights(policy, source, device, offload: bool) -> None:
+def load_weights(policy, source, more: dict, device, offload: bool) -> None:
     """Give the sharded `policy`, which is on the meta device, memory and the weights of `source`.
 
-    source: the same model, whole, on rank 0; None elsewhere.
+    source: the same model, whole, on rank 0; None elsewhere. more: on rank 0, the weights that
+    `source` has not, by name: the factors of LoRA.
     """
     model = policy.model
     policy.to_empty(device="cpu" if offload else device)
     model.tie_weights()
     check_tie(model)
 
-    weights = source.state_dict() if source else {}
+    weights = source.state_dict() | more if source else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
 
@@ -206,15 +211,15 @@ def shared_weight(model) -> tuple[str, str] | None:
 
 
 def gather_weights(policy) -> dict[str, torch.Tensor]:
-    """All weights, whole, in fp32 and host memory, on rank 0; {} elsewhere."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    """All weights in training, whole, in fp32 and host memory, on rank 0; {} elsewhere."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return get_model_state_dict(policy.model, options=options)
 
 
-def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
+def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> dict[str, float]:
     """Write `weights` in `dtype` (None: that of `model`) as a folder like `model`.
 
-    Returns the share of the weights that changed.
+    Returns changed_weights, for the metadata: the share of them that differ from those of `model`.
     """
     # The model is loaded again, because it knows how to save itself. It computes nothing, so any
     # attention will do.
@@ -230,12 +235,17 @@ def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> float:
         changed += (after != before).sum().item()
         total += before.numel()
     result.load_state_dict(weights)
+    write_folder(result, tokenizer, folder)
+    return {"changed_weights": changed / total}
+
+
+def write_folder(model, tokenizer, folder: Path) -> None:
+    """A Hugging Face folder."""
     try:
-        result.generation_config.validate(strict=True)
+        model.generation_config.validate(strict=True)
     except ValueError:
         # Some hub models set temperature but not do_sample, which transformers reads and will not
         # write.
-        result.generation_config.do_sample = True
-    result.save_pretrained(folder)
+        model.generation_config.do_sample = True
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return changed / total

@@ -7,6 +7,8 @@ tokens, L layers of N weights in all, H heads of size d, a vocabulary of V and h
                         inputs and to the weights
     6 V D (c + r)       the head, which sees nothing but answers
     12 L H d a          a: (query, key) pairs that the causal mask leaves; windows are ignored
+
+A frozen weight, the head's too, has no gradient: 4 in place of 6.
 """
 
 import resource
@@ -14,6 +16,8 @@ import resource
 import torch
 
 from training.fsdp import layers_of
+
+FROZEN = 4 / 6  # flops of a frozen weight per flops of a trained one
 
 # Dense bf16 flop/s, SXM cards, from the data sheets.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -44,7 +48,8 @@ def peak_memory(device) -> dict[str, int]:
 def matmul_weights(layers, config) -> float:
     """N: the weights of `layers` that each token is multiplied with.
 
-    Experts are stacked, [E, …], and each token sees num_experts_per_tok of them.
+    Experts are stacked, [E, …], and each token sees num_experts_per_tok of them. A frozen weight
+    counts two thirds.
     """
     experts_per_token = getattr(config.get_text_config(), "num_experts_per_tok", None)
     total = 0.0
@@ -55,6 +60,8 @@ def matmul_weights(layers, config) -> float:
             share = 1.0
             if experts_per_token and parameter.ndim == 3:
                 share = experts_per_token / len(parameter)
+            if not parameter.requires_grad:
+                share *= FROZEN
             total += parameter.numel() * share
     return total
 
@@ -72,7 +79,9 @@ def attention_width(config) -> int:
     return width
 
 
-def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float | None:
+def flops(
+    weights: float, config, lengths: list[tuple[int, int, int]], frozen_head: bool = False
+) -> float | None:
     """Useful flops of forward and backward over pairs of (p, c, r) tokens. weights: N.
 
     None if the config does not tell the sizes that this needs: recurrent models, and some that name
@@ -84,6 +93,8 @@ def flops(weights: float, config, lengths: list[tuple[int, int, int]]) -> float 
         head = text_config.vocab_size * text_config.hidden_size
     except AttributeError:
         return None
+    if frozen_head:
+        head *= FROZEN
     total = 0.0
     for p, c, r in lengths:
         chosen_looks = (p + c) * (p + c + 1) / 2  # at the prompt and itself
@@ -107,8 +118,10 @@ def figures(
     if not seconds:  # a run that was killed after its last step has none left
         return result
 
-    weights = matmul_weights(layers_of(policy), policy.model.config)
-    work = flops(weights, policy.model.config, lengths)
+    model = policy.model
+    weights = matmul_weights(layers_of(policy), model.config)
+    frozen_head = not model.get_output_embeddings().weight.requires_grad
+    work = flops(weights, model.config, lengths, frozen_head)
     if work is None:
         return result
     result["model_flops_per_second"] = work / seconds
