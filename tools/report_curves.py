@@ -176,6 +176,11 @@ def svg_of(panel: Panel) -> str:
 
     figure = Figure((4, 2.6), layout="constrained")
     plot(figure.add_subplot(), panel)
+    return as_svg(figure)
+
+
+def as_svg(figure) -> str:
+    """A figure as an SVG element, in the page's colours."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
 
@@ -198,7 +203,12 @@ def plot(ax, panel: Panel) -> None:
     if panel.x == "iteration":
         few = len(panel.rows) < 12
         ax.set_xticks([row["iteration"] for row in panel.rows] if few else ax.get_xticks())
-    ax.set_xlabel(panel.x_label, color=INK)
+    dress(ax, panel.x_label)
+
+
+def dress(ax, x_label: str) -> None:
+    """What all axes have in common."""
+    ax.set_xlabel(x_label, color=INK)
     ax.tick_params(colors=INK, length=3)
     ax.grid(color=INK, alpha=0.12, linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)

@@ -76,29 +76,34 @@ def html_of(page: Page) -> str:
         grid(page.table),
         *paragraphs(page.legend),
         *paragraphs(page.warnings, " class=notice"),
-        curves(page.curves),
+        figures(page.curves),
         *examples(page),
         *pairs(page),
         *details(page),
     ]
+    return document(page.title, parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """A whole page of these elements."""
     body = "\n".join(parts)
     head = (
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(page.title)}</title>"
+        f"<title>{escape(title)}</title>"
         f"<style>\n{CSS.read_text(encoding='utf-8')}</style>"
     )
     opening = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n'
     return f"{opening}<body>\n{body}\n</body></html>\n"
 
 
-def curves(svgs: dict[str, str]) -> str:
+def figures(svgs: dict[str, str]) -> str:
     if not svgs:
         return ""
-    figures = ""
+    elements = ""
     for title, svg in svgs.items():
-        figures += f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
-    return f'<div class="curves">{figures}</div>'
+        elements += f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
+    return f'<div class="curves">{elements}</div>'
 
 
 def examples(page: Page) -> list[str]:
