@@ -292,7 +292,8 @@ def baseline_of(comparison: Comparison, name: str | None) -> Arm:
         if name in (None, arm.name):
             return arm
     known = ", ".join(arm.name for arm in comparison.arms)
-    raise Stop(f"--baseline {name}: {comparison.name or 'here'} are only the arms {known}.")
+    where = f"{comparison.name}: " if comparison.name else ""
+    raise Stop(f"--baseline {name}: {where}the arms are {known}.")
 
 
 class Titled(NamedTuple):

@@ -128,10 +128,10 @@ def audit(
 ) -> dict:
     """Compare the generator's log-prob of each answer that this very model wrote with ours.
 
-    logprobs: [n, 2] of the model as loaded: the policy, or its reference. An answer's gap is |difference| / sqrt(its tokens):
-    rounding errors add up like a random walk, so they make the same gap at any length, while the
-    gap of a mistake grows with the length. In bf16, 0.03 was seen in 24 layers of random weights,
-    and 0.3 between two iterations' policies (docs/math.md).
+    logprobs: [n, 2] of the model as loaded: the policy, or its reference. An answer's gap is
+    |difference| / sqrt(its tokens): rounding errors add up like a random walk, so they make the
+    same gap at any length, while the gap of a mistake grows with the length. In bf16, 0.03 was seen
+    in 24 layers of random weights, and 0.3 between two iterations' policies (docs/math.md).
 
     Returns figures for the metadata; raises Stop where the mean gap is past the tolerance.
     """
