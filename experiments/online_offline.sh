@@ -46,18 +46,20 @@ arm() {
         offline) WRITER=init REF=init ;;
         offline_prev) WRITER=init REF=prev ;;
         # The best of the same answers, imitated: no reference, no rejected answer.
-        sft) WRITER=init REF=prev TRAIN_ARGS="--beta 0 --nll_coef 1 --learning_rate ${SFT_RATE:-2e-4} --batch_size 32" ;;
+        sft) WRITER=init REF=prev TRAIN_ARGS="--beta 0 --nll_coef 1 --learning_rate ${SFT_RATE:-1e-3} --batch_size 32" ;;
         *) echo "ARMS: there is no $1" >&2 && return 1 ;;
     esac
 }
 
 # build NAME SEED: the models of a seed: "seed", the demo's, or "strong", whose reward model has read
-# more, and answers of more writers.
+# more comparisons, of more writers. Whoever needs them first builds them; others wait.
 build() {
     local more=()
     [[ $1 == seed ]] || more=(--writers varied --comparisons 20000)
-    "$PYTHON" demo/build.py --output "demo/build/$1_$2" --seed "$2" "${more[@]}" \
-        >"$FOLDER/build_$1_$2.log" 2>&1
+    mkdir -p demo/build
+    flock "demo/build/.$1_$2.lock" \
+        "$PYTHON" demo/build.py --output "demo/build/$1_$2" --seed "$2" "${more[@]}" \
+        >>"$FOLDER/build_$1_$2.log" 2>&1
 }
 
 # run_one REWARD ARM SEED
@@ -70,6 +72,8 @@ run_one() (
     export REWARD_MODEL= REWARD_FN= GOLD_FN= WRITER REF TRAIN_ARGS
     reward "$1" "$3"
     arm "$2"
+    build seed "$3"
+    [[ $1 != strong ]] || build strong "$3"
     # summary.jsonl has a row for every iteration, and one for the initial policy
     if [[ ! -e $RUN/summary.jsonl ]] || (($(wc -l <"$RUN/summary.jsonl") <= ITERS)); then
         mkdir -p "$RUN"
@@ -87,11 +91,6 @@ in_parallel() {
 }
 
 mkdir -p "$FOLDER"
-for seed in $SEEDS; do
-    echo "seed $seed"
-    [[ $REWARDS != *strong* ]] || echo "strong $seed"
-done | in_parallel build
-
 # Seed by seed, so that whatever has been run can be compared.
 for seed in $SEEDS; do
     for reward in $REWARDS; do
@@ -101,4 +100,8 @@ for seed in $SEEDS; do
     done
 done | in_parallel run_one
 
-[[ ! -e tools/compare.py ]] || "$PYTHON" tools/compare.py "$FOLDER"/{truth,strong,demo} --output "$FOLDER/comparison"
+folders=()
+for reward in $REWARDS; do
+    folders+=("$FOLDER/$reward")
+done
+"$PYTHON" tools/compare.py "${folders[@]}" --baseline "${ARMS%% *}" --output "$FOLDER/comparison"
