@@ -1,6 +1,6 @@
 """Rewards with a fault that is known, for docs/exercises.md: what does the loop make of it?
 
-    REWARD_FN=demo/flawed.py:wordy RUN=runs/wordy bash iterate.sh
+REWARD_FN=demo/flawed.py:wordy RUN=runs/wordy bash iterate.sh
 """
 
 from demo.gold import gold
