@@ -54,12 +54,12 @@ arm() {
 # build NAME SEED: the models of a seed: "seed", the demo's, or "strong", whose reward model has read
 # more comparisons, of more writers. Whoever needs them first builds them; others wait.
 build() {
-    local more=()
+    local more=() log=$FOLDER/build_$1_$2.log
     [[ $1 == seed ]] || more=(--writers varied --comparisons 20000)
     mkdir -p demo/build
     flock "demo/build/.$1_$2.lock" \
         "$PYTHON" demo/build.py --output "demo/build/$1_$2" --seed "$2" "${more[@]}" \
-        >>"$FOLDER/build_$1_$2.log" 2>&1
+        >>"$log" 2>&1 || { tail -n 3 "$log" >&2 && return 1; }
 }
 
 # run_one REWARD ARM SEED
