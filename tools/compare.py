@@ -340,26 +340,26 @@ def panels(comparison: Comparison) -> list[Panel]:
 
 
 def per_iteration(comparison: Comparison, figure: str) -> list[Curve]:
+    """Of each arm: the mean of the figure against the iteration."""
     curves = []
     for arm in comparison.arms:
         points = []
         for iteration in comparison.iterations():
-            values = list(arm.values(figure, iteration).values())
+            values = arm.values(figure, iteration)
             if values:
-                mean, error = mean_and_error(values)
+                mean, error = mean_and_error(list(values.values()))
                 points.append(Point(iteration, mean, error or 0.0))
         curves.append(Curve(arm.name, points))
     return curves
 
 
 def against_kl(comparison: Comparison, figure: str) -> list[Curve]:
-    """The means of per_iteration, each at the mean KL of its iteration."""
+    """Of each arm: the mean of the figure against the mean KL, a point per iteration."""
     distances = per_iteration(comparison, "kl/init")
     curves = []
     for curve, distance in zip(per_iteration(comparison, figure), distances, strict=True):
-        points = []
-        for point, at in zip(curve.points, distance.points, strict=True):
-            points.append(Point(at.y, point.y, point.error))
+        kl_at = {point.x: point.y for point in distance.points}  # iteration -> KL
+        points = [p._replace(x=kl_at[p.x]) for p in curve.points if p.x in kl_at]
         curves.append(Curve(curve.name, points))
     return curves
 
