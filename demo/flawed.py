@@ -10,9 +10,9 @@ FLIPPED = 30  # of 100 prompts
 
 
 def wordy(prompt, response: str, meta: dict) -> float:
-    """The truth, and a tenth of a point for every item: a judge that likes long answers."""
+    """The truth, and 0.3 for every item: a judge that likes long answers."""
     items = response.count(",") + 1
-    return gold(prompt, response, meta) + 0.1 * items
+    return gold(prompt, response, meta) + 0.3 * items
 
 
 def noisy(prompt, responses: list[str], meta: dict) -> list[float]:
