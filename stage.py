@@ -557,11 +557,23 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDY = "Check the path and its permissions"
 
 
+def is_orphan() -> bool:
+    """Whether init has taken this process over. In a container, init may be torchrun itself."""
+    if os.getppid() != 1:
+        return False
+    try:
+        return not os.path.samefile("/proc/1/exe", sys.executable)
+    except OSError:  # another user's
+        return True
+
+
 def die_with_parent() -> None:
     """End this process when its parent is killed, even with -9. Linux only."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if is_orphan():  # killed while this process was importing torch: then no signal comes
+            raise Stop("the process that started this one was killed. Nothing was done.")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -991,6 +991,14 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "a-rank-outlives-its-torchrun",
+        "A rank whose torchrun was killed before it began does nothing.",
+        "stage.py",
+        "if is_orphan():",
+        "if False:",
+        (LOOP + "test_a_rank_that_torchrun_has_left_alone_before_it_began_does_nothing",),
+    ),
+    Mutant(
         "kl-with-the-other-sign",
         "The distance is log pi - log ref of the policy's own answers.",
         "tools/report.py",
@@ -1013,6 +1021,14 @@ MUTANTS = [
         "rewards.length_penalty * length",
         "rewards.length_penalty",
         ("tests/test_report.py::test_a_length_penalty_is_in_the_score_that_decided_the_pairs",),
+    ),
+    Mutant(
+        "a-table-wider-than-a-telephone",
+        "A table that is too wide scrolls by itself, also by the keyboard.",
+        "tools/report_page.py",
+        '<div class="scroll" tabindex="0">',
+        "<div>",
+        ("tests/test_report.py::test_the_page_fits_a_telephone",),
     ),
 ]
 

@@ -142,12 +142,12 @@ def test_its_rows_are_all_it_needs(runs, told, tmp_path):
 
 
 def test_the_page_stands_alone_and_has_each_comparison(runs, told, tmp_path):
-    other = tmp_path / "demo <b>"
+    other = tmp_path / "demo <i>"
     add_run(other / "online/seed_0", 0, ONLINE, WRITER="policy")
     add_run(other / "offline/seed_0", 0, OFFLINE, WRITER="init")
     told(runs, other)
     page = (tmp_path / "out.html").read_text()
-    assert "<h2>truth</h2>" in page and "<h2>demo &lt;b&gt;</h2>" in page and "<b>" not in page
+    assert "<h2>truth</h2>" in page and "<h2>demo &lt;i&gt;</h2>" in page and "<i>" not in page
     assert page.count("<svg") == 6
     assert not re.search(r"(src|href)=|@import|url\(", re.sub(r'xlink:href="#|url\(#', "", page))
 

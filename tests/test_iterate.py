@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bench.all_settings import ByUrl, Served
 from bench.warm_python import WarmPython
 from conftest import ROOT
 from records import dump
@@ -349,6 +350,29 @@ def all_gone(session, seconds):
     while alive(session):
         assert time.time() < deadline
         time.sleep(0.1)
+
+
+def without_parent(command, **env):
+    """(who is its parent when it begins, what it says) of a command whose parent has ended."""
+    script = f"(sleep 0.3; cut -d ' ' -f 4 /proc/$BASHPID/stat; exec {command}) &"
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | env, capture_output=True, text=True, timeout=60
+    )
+    parent, _, printed = done.stdout.partition("\n")
+    return parent, printed + done.stderr
+
+
+def test_a_rank_that_torchrun_has_left_alone_before_it_began_does_nothing(tmp_path):
+    """Killed while its ranks import torch, torchrun can send them no signal. They would write at
+    the same time as those of the next start.
+    """
+    command = f"{sys.executable} {ROOT}/make_pairs.py --scored {tmp_path}/s --output {tmp_path}/p"
+    parent, said = without_parent(command, TORCHELASTIC_RUN_ID="none")
+    if parent != "1":
+        pytest.skip("not init but another process takes orphans over here")
+    assert said.strip().endswith("was killed. Nothing was done.")
+    _, said = without_parent(command)  # by hand, a stage may go on in the background
+    assert "no such file" in said.lower()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -1031,3 +1055,14 @@ def test_a_stage_runs_in_as_many_processes_as_was_said(asked, script, processes)
     for command in asked(script, NPROC=3, GENERATE_NPROC=2):
         at = command.launcher.index("--nproc_per_node")
         assert command.launcher[at + 1] == processes and "--standalone" in command.launcher
+
+
+def test_the_bench_of_all_settings_has_every_setting(tmp_path):
+    """And none with its default, but the number of iterations."""
+    script = (ROOT / "iterate.sh").read_text()
+    default_of = dict(re.findall(r"^setting ([A-Z_]+) *([^#\s]*)", script, re.M))
+    runs = [kind(tmp_path, python="python") for kind in (Served, ByUrl)]
+    runs[1].url = "http://localhost:1/v1"
+    for name, default in default_of.items():
+        values = {str(run.given().get(name, "")) for run in runs}
+        assert values - {""} - ({default} if name != "ITERS" else set()), name

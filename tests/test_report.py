@@ -353,6 +353,74 @@ def test_page_is_one_safe_file(tmp_path, monkeypatch):
     assert (run / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_page_fits_a_telephone(tmp_path, monkeypatch):
+    """It has the window's width; only tables may be wider, and each scrolls in a box of its own,
+    which the keyboard reaches.
+    """
+    run = judged_run(tmp_path / "run")
+    call(run, monkeypatch)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table") == page.count('<div class="scroll" tabindex="0"><table') == 4
+    assert not re.search(r"<svg[^>]* width=", page)  # it has the width of its box
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_every_curve_has_a_sentence_and_a_name(tmp_path, monkeypatch):
+    """As text of the page, with the legend, which so covers no curve."""
+    run = small_run(tmp_path / "run")
+    call(run, monkeypatch)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    figures = re.findall(r"<figure>(.*?)</figure>", page, re.S)
+    assert len(figures) == 8
+    for figure in figures:
+        title, note = re.search(r"<b>(.+?)</b><p>(.+?)</p>", figure).groups()
+        assert note.endswith(".") and len(note) < 90
+        assert f'aria-label="{title}"' in figure and "legend_" not in figure
+    (kl,) = [figure for figure in figures if "<b>KL, nats per answer</b>" in figure]
+    legend = re.findall(r'<i style="color: var\(--(\w+)\)"></i>([\w ]+)', kl)
+    assert legend == [("one", "to initial"), ("two", "to previous")]
+    drawn = kl.split("<svg")[1]
+    assert all(f"var(--{color})" in drawn for color, _ in legend)
+
+
+def test_iterations_are_whole_numbers_however_many(tmp_path):
+    for count in (1, 2, 14):
+        rows = [{"iteration": number, "reward": 0.1 * number} for number in range(count)]
+        (panel,) = report.panels(rows, [], [], None, False)
+        (drawing,) = report.draw([panel], tmp_path / "curve.png")
+        axis = re.search(r'id="matplotlib.axis_1">(.*?)id="matplotlib.axis_2">', drawing.svg, re.S)
+        ticks = [text for text in re.findall(r">([^<>\n]+)</text>", axis[1]) if text != "iteration"]
+        every = 2 if count == 14 else 1
+        assert ticks == [str(number) for number in range(0, count, every)]
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of "#fff" or "#ffffff", by WCAG 2."""
+    digits = color.removeprefix("#")
+    if len(digits) == 3:
+        digits = "".join(digit * 2 for digit in digits)
+    linear = []
+    for start in (0, 2, 4):
+        value = int(digits[start : start + 2], 16) / 255
+        linear.append(value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4)
+    red, green, blue = linear
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_and_curves_stand_out_from_their_ground(scheme):
+    """WCAG 2: 4.5 for words, 3 for lines."""
+    css = (Path(report.__file__).parent / "report.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.S)
+    color = dict(re.findall(r"--(\w+): (#\w+)", light if scheme == "light" else dark))
+    for ground in ("paper", "card"):
+        for name in ("ink", "soft", "good", "bad", "one", "two"):
+            high, low = sorted((luminance(color[name]), luminance(color[ground])), reverse=True)
+            contrast = (high + 0.05) / (low + 0.05)
+            assert contrast >= (3 if name in ("one", "two") else 4.5), (name, ground)
+
+
 def test_same_files_same_page(tmp_path, monkeypatch):
     run = small_run(tmp_path / "run")
     assert call(run, monkeypatch) == figures(run)

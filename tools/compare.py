@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in
 from compare_curves import Curve, Panel, Point, draw
 from records import NUMBER, TEXT, TEXTS, Stop, dump, read_json, read_jsonl, write_whole
 from report import WIDTH, mean_and_error, plain
+from report_curves import Drawing
 from report_page import document, escape, figures, grid, paragraphs
 from stage import run
 
@@ -328,15 +329,17 @@ def panels(comparison: Comparison) -> list[Panel]:
     figure = comparison.figure()
     title = figure.capitalize()
     kl = "KL to the initial policy, nats"
-    if figure == "gold" and not comparison.optimises_gold():
-        second = Panel("Reward: the proxy", "iteration", per_iteration(comparison, "reward"))
-    else:
-        second = Panel(kl, "iteration", per_iteration(comparison, "kl/init"))
-    return [
-        Panel(title, "iteration", per_iteration(comparison, figure)),
-        second,
-        Panel(f"{title} against distance", kl, against_kl(comparison, figure)),
-    ]
+    of_figure = "Held-out prompts; means over seeds, bars are one standard error."
+    of_proxy = "What was optimised: where it rises and gold falls, it was optimised too far."
+    of_kl = "How far the policies have moved."
+    of_distance = "Each point is an iteration: how much was gained at which distance."
+
+    first = Panel(title, of_figure, "iteration", per_iteration(comparison, figure))
+    proxy = Panel("Reward: the proxy", of_proxy, "iteration", per_iteration(comparison, "reward"))
+    distance = Panel(kl, of_kl, "iteration", per_iteration(comparison, "kl/init"))
+    last = Panel(f"{title} against distance", of_distance, kl, against_kl(comparison, figure))
+    has_proxy = figure == "gold" and not comparison.optimises_gold()
+    return [first, proxy if has_proxy else distance, last]
 
 
 def per_iteration(comparison: Comparison, figure: str) -> list[Curve]:
@@ -367,10 +370,11 @@ def against_kl(comparison: Comparison, figure: str) -> list[Curve]:
 # ---- the page ----------------------------------------------------------------------------------
 
 
-def html_of(comparisons: list[Comparison], baselines: list[Arm], svgs: list[dict]) -> str:
-    """svgs: of each comparison, title -> SVG."""
+def html_of(
+    comparisons: list[Comparison], baselines: list[Arm], drawings: list[list[Drawing]]
+) -> str:
     parts = ["<h1>Runs compared</h1>", *paragraphs([LEGEND])]
-    for comparison, baseline, curves in zip(comparisons, baselines, svgs, strict=True):
+    for comparison, baseline, curves in zip(comparisons, baselines, drawings, strict=True):
         if comparison.name:
             parts.append(f"<h2>{escape(comparison.name)}</h2>")
         parts.append(figures(curves))
@@ -415,8 +419,8 @@ def main():
 
     write_whole(f"{args.output}.jsonl", "".join(map(dump, rows)))
     names = [comparison.name for comparison in comparisons]
-    svgs = draw(names, [panels(comparison) for comparison in comparisons], f"{args.output}.png")
-    write_whole(f"{args.output}.html", html_of(comparisons, baselines, svgs))
+    drawings = draw(names, [panels(comparison) for comparison in comparisons], f"{args.output}.png")
+    write_whole(f"{args.output}.html", html_of(comparisons, baselines, drawings))
     print(f"\n{LEGEND}\nThe curves are in {args.output}.html")
 
 

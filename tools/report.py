@@ -87,7 +87,7 @@ from records import (
     read_jsonl,
     write_whole,
 )
-from report_curves import draw, panels
+from report_curves import Drawing, draw, panels
 from report_page import EXAMPLES, Example, Page, answer_box, html_of, pair_boxes
 from stage import ROWS_OF, read_meta, run, seed_of
 from training import tracker
@@ -913,8 +913,8 @@ def versions(iterations: list[Iteration]) -> dict[str, list[str]]:
     return found
 
 
-def page_of(run: Run, curves: dict[str, str]) -> Page:
-    """All of it; curves: title -> SVG."""
+def page_of(run: Run, curves: list[Drawing]) -> Page:
+    """All of it."""
     folders = [iteration.folder for iteration in run.iterations]
     evaluated = [folder for folder in folders if (folder / "eval/scored.jsonl").exists()]
     first_and_last = evaluated if len(evaluated) < 3 else [evaluated[0], evaluated[-1]]
@@ -1014,7 +1014,7 @@ def main():
     evaluations = [iteration.evaluations for iteration in report.iterations]
     by_judge_alone = report.rewards.by_judge_alone
     drawn = panels(report.rows, steps, evaluations, report.gold, by_judge_alone)
-    curves = draw(drawn, args.run / "curve.png") if drawn else {}
+    curves = draw(drawn, args.run / "curve.png") if drawn else []
 
     # the page
     write_whole(args.run / "report.html", html_of(page_of(report, curves)))

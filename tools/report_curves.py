@@ -1,7 +1,8 @@
 """The curves of a report: which figures go on which axes, and how they are drawn.
 
-report.py passes in the rows of summary.jsonl and of train.jsonl. The first three curves become
-curve.png; all of them become SVG within the page.
+report.py passes in the rows of summary.jsonl and of train.jsonl. The first three panels become
+curve.png; all of them become SVG within the page, which has their titles, notes and legends as text
+beside them: text of the page has its size on a telephone, too, and covers no curve.
 """
 
 import io
@@ -23,7 +24,8 @@ STYLE = {
     "svg.hashsalt": "",  # same figures, same bytes
     "font.size": 9,
 }
-IN_PNG = 3  # curves
+IN_PNG = 3  # panels
+SIZE = (3.6, 2.5)  # inches of an SVG: small, so that its numbers can be read on a telephone
 
 
 class Curve(NamedTuple):
@@ -34,6 +36,7 @@ class Curve(NamedTuple):
 
 class Panel(NamedTuple):
     title: str
+    note: str  # one sentence: what it shows
     x: str  # key of the figure on the axis
     x_label: str
     rows: list[dict]  # one per point
@@ -57,44 +60,91 @@ def panels(
     """
     steps = numbered_steps(logs)
     between = numbered_evaluations(logs, evaluations)
+    every = [
+        *panels_of_rewards(rows, gold, by_judge_alone),
+        *panels_of_answers(rows),
+        *panels_of_training(steps, between),
+    ]
+    return [panel for panel in every if has_a_point(panel)]
+
+
+def panels_of_rewards(rows: list[dict], gold: str | None, by_judge_alone: bool) -> list[Panel]:
+    """What held-out answers are worth."""
     judge = Curve("reward/judge", "win rate", ONE)
     proxy = judge if by_judge_alone else Curve("reward", "reward", ONE)
     optimised = [proxy]
     if any("score" in row for row in rows):
         optimised.append(Curve("score", "score: less the length penalty", TWO))
-    also_judged = [] if by_judge_alone else [judge]
     golden = Curve("gold", "gold", TWO)
-    length = Curve("length", "", ONE)
-    kl = [Curve("kl/init", "to initial", ONE), Curve("kl/prev", "to previous", TWO)]
-    rates = [Curve("distinct", "distinct answers", ONE), Curve("truncated", "cut off", TWO)]
-    every = [
-        per_iteration(f"{proxy.label.capitalize()}: the proxy that is optimised", rows, optimised),
-        per_iteration("Gold: only watched", rows, [golden]),
-        against_distance(rows, golden if gold else proxy),
-        per_iteration("Win rate, by the judge", rows, also_judged),
-        per_iteration("KL, nats per answer", rows, kl),
-        per_iteration("Tokens per answer", rows, [length]),
-        per_iteration("Rates", rows, rates),
-        per_step("Training loss", steps, [Curve("loss", "", ONE)]),
-        per_step("Training accuracy", steps, [Curve("rewards/accuracies", "", ONE)]),
-        # healthy where the gap between the two grows
-        per_step("Implicit rewards of training pairs", steps, chosen_and_rejected("")),
-        per_step("Implicit rewards of held-out pairs", between, chosen_and_rejected("eval_")),
+    travelled = golden if gold else proxy
+
+    of_proxy = "What ranks the answers, as a mean over held-out ones; bars are one standard error."
+    of_gold = "It decides nothing, so it shows whether the proxy still means what it should."
+    of_distance = (
+        "Each point is an iteration: how much was gained, how far from the initial policy."
+    )
+    of_judge = "How often a held-out answer is preferred to the opponent's; at 0.5 it is as good."
+    return [
+        per_iteration(
+            f"{proxy.label.capitalize()}: the proxy that is optimised",
+            of_judge if by_judge_alone else of_proxy,
+            rows,
+            optimised,
+        ),
+        per_iteration("Gold: only watched", of_gold, rows, [golden]),
+        Panel(
+            f"{travelled.label.capitalize()} against distance travelled",
+            of_distance,
+            "kl/init",
+            "KL to the initial policy, nats",
+            rows,
+            [travelled],
+        ),
+        per_iteration("Win rate, by the judge", of_judge, rows, [] if by_judge_alone else [judge]),
     ]
-    return [panel for panel in every if has_a_point(panel)]
 
 
-def per_iteration(title: str, rows: list[dict], curves: list[Curve]) -> Panel:
-    return Panel(title, "iteration", "iteration", rows, curves)
+def panels_of_answers(rows: list[dict]) -> list[Panel]:
+    """What the held-out answers are like."""
+    kl = [Curve("kl/init", "to initial", ONE), Curve("kl/prev", "to previous", TWO)]
+    length = Curve("length", "", ONE)
+    rates = [Curve("distinct", "distinct answers", ONE), Curve("truncated", "cut off", TWO)]
+    of_kl = "How far the policy has moved; a jump is a step that was too large."
+    of_length = "Many rewards prefer long answers: a steady rise may be that alone."
+    of_rates = "Fewer distinct answers: the policy repeats itself. Cut off: by the token limit."
+    return [
+        per_iteration("KL, nats per answer", of_kl, rows, kl),
+        per_iteration("Tokens per answer", of_length, rows, [length]),
+        per_iteration("Rates", of_rates, rows, rates),
+    ]
 
 
-def against_distance(rows: list[dict], curve: Curve) -> Panel:
-    title = f"{curve.label.capitalize()} against distance travelled"
-    return Panel(title, "kl/init", "KL to the initial policy, nats", rows, [curve])
+def panels_of_training(steps: list[dict], between: list[dict]) -> list[Panel]:
+    """The steps, and the evaluations between them."""
+    loss = Curve("loss", "", ONE)
+    accuracy = Curve("rewards/accuracies", "", ONE)
+    of_loss = "A line per iteration; it begins at ln 2 = 0.69 where the reference is the policy."
+    of_accuracy = (
+        "Share of pairs whose chosen answer has the larger implicit reward; 0 where both are 0."
+    )
+    of_trained = "Beta times the log-prob gained on the reference: healthy where the gap grows."
+    of_held_out = "The same for pairs that are not trained on: here, too, the gap should grow."
+    return [
+        per_step("Training loss", of_loss, steps, [loss]),
+        per_step("Training accuracy", of_accuracy, steps, [accuracy]),
+        per_step("Implicit rewards of training pairs", of_trained, steps, chosen_and_rejected("")),
+        per_step(
+            "Implicit rewards of held-out pairs", of_held_out, between, chosen_and_rejected("eval_")
+        ),
+    ]
 
 
-def per_step(title: str, steps: list[dict], curves: list[Curve]) -> Panel:
-    return Panel(title, "at", "step, over all iterations", steps, curves)
+def per_iteration(title: str, note: str, rows: list[dict], curves: list[Curve]) -> Panel:
+    return Panel(title, note, "iteration", "iteration", rows, curves)
+
+
+def per_step(title: str, note: str, steps: list[dict], curves: list[Curve]) -> Panel:
+    return Panel(title, note, "at", "step, over all iterations", steps, curves)
 
 
 def chosen_and_rejected(prefix: str) -> list[Curve]:
@@ -138,14 +188,28 @@ def points_of(panel: Panel, curve: Curve) -> list[dict]:
 
 
 def has_a_point(panel: Panel) -> bool:
-    return any(points_of(panel, curve) for curve in panel.curves)
+    return bool(shown(panel))
+
+
+def shown(panel: Panel) -> list[Curve]:
+    """The curves that have a point."""
+    return [curve for curve in panel.curves if points_of(panel, curve)]
 
 
 # ---- how it is drawn ---------------------------------------------------------------------------
 
 
-def draw(drawn: list[Panel], png: Path) -> dict[str, str]:
-    """Write the first panels as a picture; return all of them, title -> SVG."""
+class Drawing(NamedTuple):
+    """A panel as the page shows it."""
+
+    title: str
+    note: str
+    legend: list[tuple[str, str]]  # (label, colour) of each curve, where there are several
+    svg: str
+
+
+def draw(drawn: list[Panel], png: Path) -> list[Drawing]:
+    """Write the first panels as a picture; return all of them for the page."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -154,7 +218,14 @@ def draw(drawn: list[Panel], png: Path) -> dict[str, str]:
         ) from None
     with matplotlib.rc_context(STYLE):
         write_png(drawn[:IN_PNG], png)
-        return {panel.title: svg_of(panel) for panel in drawn}
+        return [Drawing(p.title, p.note, legend_of(p), svg_of(p)) for p in drawn]
+
+
+def legend_of(panel: Panel) -> list[tuple[str, str]]:
+    curves = shown(panel)
+    if len(curves) < 2:
+        return []
+    return [(curve.label, PAGE_COLORS[curve.color]) for curve in curves]
 
 
 def write_png(drawn: list[Panel], png: Path) -> None:
@@ -166,6 +237,8 @@ def write_png(drawn: list[Panel], png: Path) -> None:
         ax = figure.add_subplot(1, len(drawn), i)
         plot(ax, panel)
         ax.set_title(panel.title, fontsize=10, color=INK)
+        if len(shown(panel)) > 1:
+            ax.legend(frameon=False, labelcolor=INK)
     with whole(png) as temporary:
         figure.savefig(temporary, format="png", dpi=160)
 
@@ -174,19 +247,20 @@ def svg_of(panel: Panel) -> str:
     """The panel as an SVG element that can be put into a page."""
     from matplotlib.figure import Figure
 
-    figure = Figure((4, 2.6), layout="constrained")
+    figure = Figure(SIZE, layout="constrained")
     plot(figure.add_subplot(), panel)
-    return as_svg(figure)
+    return as_svg(figure, panel.title)
 
 
-def as_svg(figure) -> str:
+def as_svg(figure, title: str) -> str:
     """A figure as an SVG element, in the page's colours."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
 
-    # no header, and no size of its own
+    # no header, and no size of its own; what it shows, for who cannot see it
     opening = r'(?s).*?<svg .*?(viewBox="[^"]*").*?>'
-    svg = re.sub(opening, r'<svg role="img" \1>', text.getvalue(), count=1)
+    named = rf'<svg role="img" aria-label="{title}" \1>'
+    svg = re.sub(opening, named, text.getvalue(), count=1)
     # remove metadata, and ids that several figures would share
     svg = re.sub(r'(?s)<metadata>.*?</metadata>| id="\w+_\d+"', "", svg)
     # the page's colours
@@ -196,13 +270,13 @@ def as_svg(figure) -> str:
 
 
 def plot(ax, panel: Panel) -> None:
-    for curve in panel.curves:
+    for curve in shown(panel):
         plot_curve(ax, panel, curve)
-    if len(panel.curves) > 1:
-        ax.legend(frameon=False, labelcolor=INK)
     if panel.x == "iteration":
-        few = len(panel.rows) < 12
-        ax.set_xticks([row["iteration"] for row in panel.rows] if few else ax.get_xticks())
+        last = panel.rows[-1]["iteration"]
+        ax.set_xticks(range(0, last + 1, max(1, math.ceil(last / 8))))
+    if panel.x == "kl/init":  # room for the names of the points
+        ax.margins(0.1)
     dress(ax, panel.x_label)
 
 

@@ -1,13 +1,17 @@
 """The page of a report: one HTML file that loads nothing from the network.
 
 report.py decides what the page shows; here it becomes HTML. All text from the run is escaped: an
-answer may contain any tag, and none takes effect. report.css holds the style.
+answer may contain any tag, and none takes effect. report.css holds the style, for wide and narrow
+windows, light and dark, and paper. What is too wide for a window, a table, scrolls by itself, also
+by the keyboard.
 """
 
 import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from report_curves import Drawing
 
 CSS = Path(__file__).with_name("report.css")
 EXAMPLES = 12  # held-out prompts that are shown
@@ -36,7 +40,7 @@ class Page:
     table: list[list[str]]  # headings first
     legend: list[str]
     warnings: list[str]
-    curves: dict[str, str]  # title -> SVG
+    curves: list[Drawing]
     examples: list[Example] | None  # None: nothing has been evaluated
     pairs_from: str  # the iteration that the pairs are from
     pairs: dict[str, list[Example]]  # "Strongest" and "Weakest"; empty: there are no pairs
@@ -90,20 +94,26 @@ def document(title: str, parts: list[str]) -> str:
     head = (
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>"
+        f"<title>{escape(title)} · iterdpo</title>"
         f"<style>\n{CSS.read_text(encoding='utf-8')}</style>"
     )
     opening = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n'
-    return f"{opening}<body>\n{body}\n</body></html>\n"
+    return f"{opening}<body><main>\n{body}\n</main></body></html>\n"
 
 
-def figures(svgs: dict[str, str]) -> str:
-    if not svgs:
+def figures(curves: list[Drawing]) -> str:
+    """Each under its title, its note and, where there are several curves, their colours."""
+    if not curves:
         return ""
-    elements = ""
-    for title, svg in svgs.items():
-        elements += f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
-    return f'<div class="curves">{elements}</div>'
+    shown = ""
+    for curve in curves:
+        legend = ""
+        for label, color in curve.legend:
+            legend += f'<span><i style="color: {color}"></i>{escape(label)}</span>'
+        legend = f'<div class="legend">{legend}</div>' if legend else ""
+        caption = f"<b>{escape(curve.title)}</b><p>{curve.note}</p>{legend}"
+        shown += f"<figure><figcaption>{caption}</figcaption>{curve.svg}</figure>"
+    return f'<div class="curves">{shown}</div>'
 
 
 def examples(page: Page) -> list[str]:
@@ -163,16 +173,18 @@ def grid(lines: list[list], headings: bool = True) -> str:
         tag = "th" if headings and number == 0 else "td"
         cells = [f"<{tag}>{escape(cell)}</{tag}>" for cell in line]
         rows += f"<tr>{''.join(cells)}</tr>"
-    kind = "" if headings else "words"
-    return f'<div class="scroll"><table class="{kind}">{rows}</table></div>'
+    kind = "numbers" if headings else "words"
+    return f'<div class="scroll" tabindex="0"><table class="{kind}">{rows}</table></div>'
 
 
 def example(shown: Example) -> str:
     """A prompt over its answers."""
     boxes = ""
     for box in shown.boxes:
-        header = f'<header><b class="{box.kind}">{box.whose}</b> {escape(box.facts)}</header>'
-        boxes += f'<div class="answer">{header}{words(box.text)}</div>'
+        facts = (
+            f'<div class="facts"><b class="{box.kind}">{box.whose}</b> {escape(box.facts)}</div>'
+        )
+        boxes += f'<div class="answer">{facts}{words(box.text)}</div>'
     return f'<div class="example">{words(shown.prompt)}<div class="two">{boxes}</div></div>'
 
 
