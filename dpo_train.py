@@ -1061,18 +1061,21 @@ def reference_of_another_model(args, config, pairs: list[dict], plans: list, dev
 # ---- the stage ---------------------------------------------------------------------------------
 
 
-def logprobs_to_audit(policy, pairs: list[dict], reference, model_hash: str, args, device):
-    """(some of the pairs, the policy's log-probs of them, [n, 2]).
+def answers_to_audit(policy, pairs: list[dict], reference, hashes: dict, args, device):
+    """(some of the pairs, a model's log-probs of them [n, 2], the hash of that model).
 
-    By default those are the reference's. With --ref_model they are not: then they are computed, for
-    one batch of pairs. pair["models"] holds the hashes of the writers of (chosen, rejected), and
-    checks.audit skips answers of other models.
+    The model is the policy. By default its log-probs are the reference's. With --ref_model they are
+    not: then they are computed, for one batch of pairs. pair["models"] holds the hashes of the
+    writers of (chosen, rejected), and checks.audit skips answers of other models.
     """
     if not args.ref_model:
-        return pairs, reference
-    audited = [pair for pair in pairs if model_hash in pair["models"]][: args.batch_size]
-    plan = [plan_step(audited, list(range(len(audited))), args)] if audited else []
-    return audited, all_logprobs(policy, audited, plan, args.packing, device)
+        return pairs, reference, hashes["model"]
+    own = [pair for pair in pairs if hashes["model"] in pair["models"]][: args.batch_size]
+    if own:
+        plan = plan_step(own, list(range(len(own))), args)
+        return own, all_logprobs(policy, own, [plan], args.packing, device), hashes["model"]
+    # The policy wrote none of them. In an offline loop (WRITER=init REF=init) the reference did.
+    return pairs, reference, hashes["ref_model"]
 
 
 def main():
@@ -1122,9 +1125,11 @@ def main():
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
     save_reference(reference_file, reference, pairs)
 
-    # 3. Audit the answers that this policy wrote
-    audited, logprobs = logprobs_to_audit(policy, pairs, reference, model_hash, args, device)
-    audit = checks.audit(audited, logprobs, model_hash, args.dtype, args.max_logprob_gap)
+    # 3. Audit the answers that this policy wrote, or its reference
+    audited, logprobs, writer = answers_to_audit(
+        policy, pairs, reference, stage.hashes, args, device
+    )
+    audit = checks.audit(audited, logprobs, writer, args.dtype, args.max_logprob_gap)
 
     # 4. Train
     held_out = HeldOut(pairs, reference, eval_plans, len(plans) // args.num_train_epochs)

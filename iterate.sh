@@ -50,6 +50,8 @@ setting ITERS 3
 setting PROMPTS_PER_ITER # default: all of PROMPTS, every iteration
 setting NUM_SAMPLES 8    # answers to each prompt
 setting EVAL_SAMPLES 4   # answers to each held-out prompt
+setting WRITER policy    # who answers the prompts: "policy", the current one, or "init", the first
+                         # one: the offline control, whose answers never change with the policy
 setting REF prev         # the reference: "prev", the policy that wrote the answers, or "init", the first
 setting HISTORY 0        # also train on the pairs of this many earlier iterations
 setting EXTRA_PAIRS      # preference pairs of other origin, one or more files: trained on as well,
@@ -101,7 +103,9 @@ for ((i = 1; i <= ITERS; i++)); do
         ${PROMPTS_PER_ITER:+--num_prompts "$PROMPTS_PER_ITER"}
 
     # The policy writes NUM_SAMPLES answers to each.
-    everywhere "$now/logs/generate.log" generate.py --model "$policy" --prompts "$now/prompts.jsonl" \
+    writer=$policy
+    [[ $WRITER == policy ]] || writer=$MODEL
+    everywhere "$now/logs/generate.log" generate.py --model "$writer" --prompts "$now/prompts.jsonl" \
         --output "$now/candidates.jsonl" --num_samples "$NUM_SAMPLES" --iteration "$i" \
         --seed "$SEED" $GENERATE_ARGS
     candidates=("$now/candidates.jsonl")

@@ -51,6 +51,13 @@ def arguments():
         default=5000,
         help="noisy choices, seen twice (default: 5000)",
     )
+    add(
+        "--writers",
+        choices=("policy", "varied"),
+        default="policy",
+        help="whose answers are compared: the policy's, or three quarters of them by writers from "
+        "careless to careful (default: policy)",
+    )
     return p
 
 
@@ -75,7 +82,7 @@ def build_reward_model(policy, tokenizer, prompts: list[dict], heldout: list[dic
     from demo.train_reward_model import accuracy, compare, train_reward_model
 
     started = time.monotonic()
-    choices = compare(policy, tokenizer, prompts, args.comparisons, args.seed)
+    choices = compare(policy, tokenizer, prompts, args.comparisons, args.seed, args.writers)
     reward_model = train_reward_model(policy, tokenizer, choices, args.seed)
 
     fresh = compare(policy, tokenizer, heldout, 500, args.seed + 1)

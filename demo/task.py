@@ -63,11 +63,30 @@ def make_prompts(seed: int, heldout: int = 200) -> tuple[list[dict], list[dict]]
 
 def sloppy_answer(meta: dict, rng: random.Random) -> str:
     """An answer that often misses: another category, another count, the same word twice."""
-    category = meta["category"]
-    count = meta["count"]
-    if rng.random() > RIGHT_CATEGORY:
-        category = rng.choice([c for c in CATEGORIES if c != category])
-    if rng.random() > RIGHT_COUNT:
-        count = rng.choice([c for c in range(1, 7) if c != count])
+    category, count = attempt(meta, RIGHT_CATEGORY, RIGHT_COUNT, rng)
     words = rng.choices(CATEGORIES[category], k=count)  # with replacement
     return ", ".join(words)
+
+
+def varied_answer(meta: dict, rng: random.Random) -> str:
+    """An answer of a new writer, who is anything between careless and careful."""
+    category, count = attempt(meta, rng.uniform(0.3, 1), rng.uniform(0.3, 1), rng)
+    careful = rng.random()  # the chance that the writer looks for repeated words
+    if rng.random() < careful:
+        words = rng.sample(CATEGORIES[category], k=count)
+    else:
+        words = rng.choices(CATEGORIES[category], k=count)
+    return ", ".join(words)
+
+
+def attempt(
+    meta: dict, right_category: float, right_count: float, rng: random.Random
+) -> tuple[str, int]:
+    """What was asked for, or with the chances 1 - right_… another category, another count."""
+    category = meta["category"]
+    count = meta["count"]
+    if rng.random() > right_category:
+        category = rng.choice([c for c in CATEGORIES if c != category])
+    if rng.random() > right_count:
+        count = rng.choice([c for c in range(1, 7) if c != count])
+    return category, count

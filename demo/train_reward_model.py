@@ -13,7 +13,8 @@ choices by maximum likelihood (Ouyang et al. 2022, arXiv:2203.02155, equation 1)
 
 It sees only the choices, never a gold value. It is a proxy: right about what the initial policy
 writes, less sure about what a better policy will write, and an online loop finds the answers where
-it is wrong.
+it is wrong. Choices between answers of many writers, from careless to careful, make a proxy that
+holds where a better policy goes (--writers varied).
 """
 
 import random
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from demo.gold import gold
+from demo.task import varied_answer
 
 # of two answers that differ by one item in five, the better one is preferred 73 times in 100
 NOISE = 0.2
@@ -65,13 +67,32 @@ def sample(policy, tokenizer, rows: list[dict], batch_size: int = 500) -> list[s
     return answers
 
 
-def compare(policy, tokenizer, prompts: list[dict], n: int, seed: int) -> list[Choice]:
-    """n choices of the annotator, each between two fresh answers of the policy."""
+def sample_varied(policy, tokenizer, rows: list[dict], rng: random.Random) -> list[str]:
+    """One answer to each row's prompt: a quarter by the policy, each other one by a new writer."""
+    answers = [varied_answer(row["meta"], rng) for row in rows]
+    by_policy = [i for i in range(len(rows)) if rng.random() < 0.25]
+    sampled = sample(policy, tokenizer, [rows[i] for i in by_policy])
+    for i, answer in zip(by_policy, sampled, strict=True):
+        answers[i] = answer
+    return answers
+
+
+def compare(
+    policy, tokenizer, prompts: list[dict], n: int, seed: int, writers: str = "policy"
+) -> list[Choice]:
+    """n choices of the annotator, each between two fresh answers.
+
+    writers: of the answers; "policy", or "varied": the policy and others (sample_varied).
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rows = rng.choices(prompts, k=n)
-    first = sample(policy, tokenizer, rows)
-    second = sample(policy, tokenizer, rows)
+    if writers == "varied":
+        first = sample_varied(policy, tokenizer, rows, rng)
+        second = sample_varied(policy, tokenizer, rows, rng)
+    else:
+        first = sample(policy, tokenizer, rows)
+        second = sample(policy, tokenizer, rows)
 
     choices = []
     for row, a, b in zip(rows, first, second, strict=True):

@@ -3,6 +3,8 @@ repeatable and whole.
 """
 
 import json
+import random
+import statistics
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import pytest
 import records
 from conftest import ROOT
 from demo.gold import CATEGORIES, gold
-from demo.task import make_prompts
+from demo.task import make_prompts, sloppy_answer, varied_answer
 from demo.verifiable import correct
 from stage import hash_path
 
@@ -136,6 +138,24 @@ def test_prompts_are_split_once_and_for_all():
     assert {row["prompt"][0]["content"] for row in make_prompts(1)[1]} != {
         row["prompt"][0]["content"] for row in heldout
     }
+
+
+def test_writers_from_careless_to_careful_write_better_answers_than_the_sloppy_one():
+    """On average and at their best; each writes words of the game in the game's form."""
+    rng = random.Random(0)
+    sloppy = [gold("", sloppy_answer(THREE_FRUITS, rng), THREE_FRUITS) for _ in range(2000)]
+    varied = [gold("", varied_answer(THREE_FRUITS, rng), THREE_FRUITS) for _ in range(2000)]
+    assert statistics.mean(varied) > statistics.mean(sloppy) + 0.1
+    assert statistics.stdev(varied) > 0.3 and min(varied) == 0 and max(varied) == 1
+
+
+def test_a_reward_model_of_varied_answers_is_another_one(built, stage, tmp_path):
+    """Prompts and policy stay what they are: only what the annotator compares is different."""
+    stage("demo/build.py", "--output", tmp_path / "varied", "--writers", "varied", *TINY)
+    for name in ("prompts.jsonl", "heldout.jsonl", "policy/model.safetensors"):
+        assert hash_path(tmp_path / "varied" / name) == hash_path(built / name)
+    reward_model = "reward_model/model.safetensors"
+    assert hash_path(tmp_path / "varied" / reward_model) != hash_path(built / reward_model)
 
 
 def test_files_follow_the_contract(built):

@@ -651,6 +651,17 @@ def test_another_reference_is_loaded_used_and_gone(run):
     assert "step 0" not in out and "audit: generator and trainer differ by" in out
 
 
+def test_pitfalls_28_the_audit_stops_where_the_reference_wrote_something_else(run):
+    """An offline loop trains a policy that wrote none of the answers: its reference did."""
+    causal_lm(run.folder / "init", tie=True, seed=5)
+    writer = hash_path(run.folder / "init")
+    rows = [{**r, "chosen_model": writer, "rejected_model": writer} for r in run.rows]
+    pairs = write(run.folder / "theirs.jsonl", rows)
+    reference = ("--ref_model", run.folder / "init")
+    message = run.fails_at("policy", "--pairs", pairs, *reference)
+    assert "generator and trainer disagree" in message
+
+
 def test_the_same_weights_under_another_name_are_no_second_model(run):
     shutil.copytree(run.folder / "model", run.folder / "copy")
     assert "policy = reference makes it 0.6931472" in run(

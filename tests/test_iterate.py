@@ -573,6 +573,7 @@ def test_a_judge_that_cannot_be_served_stops_the_loop_and_names_its_log(world, j
         ),
         ({"EXTRA_PAIRS": "none.jsonl"}, "EXTRA_PAIRS: none.jsonl: no such file"),
         ({"EXTRA_PAIRS_ITERS": "all"}, "no effect without EXTRA_PAIRS"),
+        ({"WRITER": "prev"}, 'WRITER is "policy" or "init", not "prev"'),
         ({"EXTRA_PAIRS_ITERS": "last"}, 'EXTRA_PAIRS_ITERS is "first" or "all"'),
         (
             {"SCORE_ARGS": "--missing-eos-penalty=1", "PAIRS_ARGS": ""},
@@ -797,6 +798,34 @@ def test_the_answers_are_those_of_the_policy_that_is_trained_next(asked):
     assert each(answers, "--model") == [["MODEL"], ["iter_01/policy"]]
     assert each(answers, "--prompts") == [["iter_01/prompts.jsonl"], ["iter_02/prompts.jsonl"]]
     assert each(answers, "--iteration") == [["1"], ["2"]]
+
+
+def test_offline_the_first_policy_writes_the_answers_of_every_iteration(asked):
+    """WRITER=init, the offline control: nothing but the writer differs from an online run."""
+    answers = [c for c in asked("generate.py", ITERS=3, WRITER="init") if "--iteration" in c.flags]
+    assert each(answers, "--model") == [["MODEL"]] * 3
+    assert each(answers, "--prompts") == [[f"iter_0{i}/prompts.jsonl"] for i in (1, 2, 3)]
+    assert each(answers, "--iteration") == [["1"], ["2"], ["3"]]
+
+
+def test_offline_the_policy_that_is_trained_is_still_the_one_before(asked):
+    trainings = asked("dpo_train.py", ITERS=3, WRITER="init")
+    assert each(trainings, "--model") == [["MODEL"], ["iter_01/policy"], ["iter_02/policy"]]
+
+
+def test_an_offline_run_says_what_it_is_and_its_audit_compares_what_it_can(world, tmp_path):
+    """With REF=init the reference has written the answers, so its log-probs are compared."""
+    run = tmp_path / "run"
+    done = iterate(world, run, ITERS=2, WRITER="init", REF="init", NUM_SAMPLES=3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WRITER=init: the initial policy wrote the answers of every iteration" in done.stdout
+    assert "offline control" in (run / "report.html").read_text()
+
+    initial = hash_path(world / "model")
+    pairs = list(map(json.loads, (run / "iter_02/pairs.jsonl").read_text().splitlines()))
+    assert {pair["chosen_model"] for pair in pairs} == {initial}
+    audit = json.loads((run / "iter_02/policy.meta.json").read_text())["audit"]
+    assert audit["answers"] == 2 * len(pairs) and audit["mean"] < 1e-4
 
 
 def test_every_policy_is_evaluated_on_the_same_heldout_prompts_and_seed(asked):

@@ -75,6 +75,7 @@ check_settings() {
     [[ $RUN == [/.[:alnum:]]* ]] || RUN=./$RUN # a folder, and no flag of mkdir or operator of find
     [[ -n $PROMPTS ]] || die "PROMPTS: prompts.jsonl to train on; tools/prepare_prompts.py makes it"
     [[ -n $HELDOUT ]] || die "HELDOUT: held-out prompts, disjoint from PROMPTS; tools/prepare_prompts.py splits them off"
+    [[ $WRITER == policy || $WRITER == init ]] || die "WRITER is \"policy\" or \"init\", not \"$WRITER\""
     [[ $REF == prev || $REF == init ]] || die "REF is \"prev\" or \"init\", not \"$REF\""
     [[ $KEEP == all || $KEEP == last ]] || die "KEEP is \"all\" or \"last\", not \"$KEEP\""
     [[ -z $TORCHRUN_ARGS || $TORCHRUN_ARGS == -* ]] ||

@@ -142,6 +142,10 @@ NO_OPPONENT = (
     "the held-out answers were judged against each other, so their mean win rate is one half "
     "by construction. Evaluate again with judge.py --opponent, as iterate.sh does."
 )
+OFFLINE = (
+    "WRITER=init: the initial policy wrote the answers of every iteration. "
+    "This is an offline control, no online run."
+)
 NO_GOLD = (
     "There is no gold reward: the curve is the proxy that was optimised, "
     "and over-optimisation raises it, too."
@@ -232,6 +236,8 @@ def read_run(folder: Path, asked: str | None = None) -> Run:
 
     iterations = [read_iteration(f, rewards) for f in folders]
     warnings = compare_settings(iterations) + warnings_of_stages(iterations)
+    if config.get("WRITER") == "init":
+        warnings = [OFFLINE, *warnings]
 
     initial = iterations[0] if folders[0].name == "iter_00" else None
     reference = config.get("REF", "prev")
@@ -516,8 +522,8 @@ def summarise(
     return {key: value for key, value in row.items() if value is not None and value != {}}
 
 
-def over_prompts(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard error of one value per prompt."""
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and standard error of independent values, one per prompt or per run."""
     if len(values) == 1:
         return fmean(values), None
     return fmean(values), stdev(values) / math.sqrt(len(values))
@@ -551,7 +557,7 @@ def heldout_figures(
     for x in names_of(answered.values()):
         known = {id: measures for id, measures in answered.items() if x in measures}
         means = [fmean(measures[x]) for measures in known.values()]
-        row[x], row[f"{x}_se"] = over_prompts(means)
+        row[x], row[f"{x}_se"] = mean_and_error(means)
 
         if x.startswith("kl/"):
             total = sum(sum(measures[x]) for measures in known.values())
@@ -562,10 +568,10 @@ def heldout_figures(
         compared = [id for id in known if initial and x in initial[id]]
         if is_reward and compared:
             differences = [fmean(now[id][x]) - fmean(initial[id][x]) for id in compared]
-            row[f"{x}_diff"], row[f"{x}_diff_se"] = over_prompts(differences)
+            row[f"{x}_diff"], row[f"{x}_diff_se"] = mean_and_error(differences)
         if is_reward and compared and x not in win_rates:
             wins = [win_rate(now[id][x], initial[id][x]) for id in compared]
-            row[f"{x}_win"], row[f"{x}_win_se"] = over_prompts(wins)
+            row[f"{x}_win"], row[f"{x}_win_se"] = mean_and_error(wins)
     return row
 
 

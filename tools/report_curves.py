@@ -249,12 +249,17 @@ def svg_of(panel: Panel) -> str:
 
     figure = Figure(SIZE, layout="constrained")
     plot(figure.add_subplot(), panel)
+    return as_svg(figure, panel.title)
+
+
+def as_svg(figure, title: str) -> str:
+    """A figure as an SVG element, in the page's colours."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
 
     # no header, and no size of its own; what it shows, for who cannot see it
     opening = r'(?s).*?<svg .*?(viewBox="[^"]*").*?>'
-    named = rf'<svg role="img" aria-label="{panel.title}" \1>'
+    named = rf'<svg role="img" aria-label="{title}" \1>'
     svg = re.sub(opening, named, text.getvalue(), count=1)
     # remove metadata, and ids that several figures would share
     svg = re.sub(r'(?s)<metadata>.*?</metadata>| id="\w+_\d+"', "", svg)
@@ -272,7 +277,12 @@ def plot(ax, panel: Panel) -> None:
         ax.set_xticks(range(0, last + 1, max(1, math.ceil(last / 8))))
     if panel.x == "kl/init":  # room for the names of the points
         ax.margins(0.1)
-    ax.set_xlabel(panel.x_label, color=INK)
+    dress(ax, panel.x_label)
+
+
+def dress(ax, x_label: str) -> None:
+    """What all axes have in common."""
+    ax.set_xlabel(x_label, color=INK)
     ax.tick_params(colors=INK, length=3)
     ax.grid(color=INK, alpha=0.12, linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)

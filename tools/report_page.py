@@ -86,11 +86,16 @@ def html_of(page: Page) -> str:
         *pairs(page),
         *details(page),
     ]
+    return document(page.title, parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """A whole page of these elements."""
     body = "\n".join(parts)
     head = (
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(page.title)} · iterdpo</title>"
+        f"<title>{escape(title)} · iterdpo</title>"
         f"<style>\n{CSS.read_text(encoding='utf-8')}</style>"
     )
     opening = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n'
@@ -105,9 +110,9 @@ def figures(curves: list[Drawing]) -> str:
     for curve in curves:
         legend = ""
         for label, color in curve.legend:
-            legend += f'<span><i style="color: {color}"></i>{label}</span>'
+            legend += f'<span><i style="color: {color}"></i>{escape(label)}</span>'
         legend = f'<div class="legend">{legend}</div>' if legend else ""
-        caption = f"<b>{curve.title}</b><p>{curve.note}</p>{legend}"
+        caption = f"<b>{escape(curve.title)}</b><p>{curve.note}</p>{legend}"
         shown += f"<figure><figcaption>{caption}</figcaption>{curve.svg}</figure>"
     return f'<div class="curves">{shown}</div>'
 

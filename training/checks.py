@@ -126,12 +126,12 @@ class Gap(NamedTuple):
 def audit(
     pairs: list[dict], logprobs: torch.Tensor, model_hash: str, dtype: str, tolerance: float | None
 ) -> dict:
-    """Compare the generator's log-prob of each answer that this very policy wrote with ours.
+    """Compare the generator's log-prob of each answer that this very model wrote with ours.
 
-    logprobs: [n, 2] of the policy as loaded. An answer's gap is |difference| / sqrt(its tokens):
-    rounding errors add up like a random walk, so they make the same gap at any length, while the
-    gap of a mistake grows with the length. In bf16, 0.03 was seen in 24 layers of random weights,
-    and 0.3 between two iterations' policies (docs/math.md).
+    logprobs: [n, 2] of the model as loaded: the policy, or its reference. An answer's gap is
+    |difference| / sqrt(its tokens): rounding errors add up like a random walk, so they make the
+    same gap at any length, while the gap of a mistake grows with the length. In bf16, 0.03 was seen
+    in 24 layers of random weights, and 0.3 between two iterations' policies (docs/math.md).
 
     Returns figures for the metadata; raises Stop where the mean gap is past the tolerance.
     """
@@ -141,7 +141,7 @@ def audit(
         tolerance = 1e-3 if dtype == "fp32" else 0.1
     gaps = audit_gaps(pairs, logprobs, model_hash)
     if not gaps:
-        say("audit: this model wrote none of these answers, so there is nothing to compare")
+        say("audit: neither policy nor reference wrote any of these answers: nothing to compare")
         return {"answers": 0}
 
     mean = sum(gap.nats for gap in gaps) / len(gaps)

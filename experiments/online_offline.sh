@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# When does online beat offline? Every combination of a reward, an arm and a seed is one run of
+# iterate.sh on the demo's game; tools/compare.py draws the picture. docs/experiments.md has the result.
+#
+#     bash experiments/online_offline.sh --quick     3 seeds, 2 rewards, 4 arms: half an hour on two cores
+#     bash experiments/online_offline.sh             10 seeds, 3 rewards, 5 arms
+#     SEEDS="7 8" REWARDS=truth ARMS="online offline" bash experiments/online_offline.sh
+#
+# Each core works on a run of its own. After a stop, the same command resumes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/environment.sh
+install requirements.txt
+
+if [[ ${1:-} == --quick ]]; then
+    : "${SEEDS:=2 3 4}" "${REWARDS:=truth demo}" "${ARMS:=online offline offline_prev sft}"
+fi
+# Settings were chosen on seeds 0 and 1, so the result is from others.
+: "${SEEDS:=2 3 4 5 6 7 8 9 10 11}"
+: "${REWARDS:=truth strong demo}"
+: "${ARMS:=online online_init offline offline_prev sft}"
+: "${CORES:=$(nproc)}"
+: "${ITERS:=6}"
+: "${FOLDER:=runs/online_offline}"
+export ITERS FOLDER OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+# ---- What is run ---------------------------------------------------------------------------------
+
+# reward NAME SEED: who ranks the answers.
+reward() {
+    case $1 in
+        truth) REWARD_FN=demo/gold.py:gold ;;
+        demo) REWARD_MODEL=demo/build/seed_$2/reward_model ;;
+        strong) REWARD_MODEL=demo/build/strong_$2/reward_model ;;
+        *) echo "REWARDS: there is no $1" >&2 && return 1 ;;
+    esac
+    [[ $1 == truth ]] || GOLD_FN=demo/gold.py:gold
+}
+
+# arm NAME: who writes the answers, what the reference is, what is trained on.
+arm() {
+    TRAIN_ARGS="--learning_rate 2e-4 --batch_size 32"
+    case $1 in
+        online) WRITER=policy REF=prev ;;
+        online_init) WRITER=policy REF=init ;;
+        offline) WRITER=init REF=init ;;
+        offline_prev) WRITER=init REF=prev ;;
+        # The best of the same answers, imitated: no reference, no rejected answer.
+        sft) WRITER=init REF=prev TRAIN_ARGS="--beta 0 --nll_coef 1 --learning_rate ${SFT_RATE:-1e-3} --batch_size 32" ;;
+        *) echo "ARMS: there is no $1" >&2 && return 1 ;;
+    esac
+}
+
+# build NAME SEED: the models of a seed: "seed", the demo's, or "strong", whose reward model has read
+# more comparisons, of more writers. Whoever needs them first builds them; others wait.
+build() {
+    local more=() log=$FOLDER/build_$1_$2.log
+    [[ $1 == seed ]] || more=(--writers varied --comparisons 20000)
+    mkdir -p demo/build
+    flock "demo/build/.$1_$2.lock" \
+        "$PYTHON" demo/build.py --output "demo/build/$1_$2" --seed "$2" "${more[@]}" \
+        >>"$log" 2>&1 || { tail -n 3 "$log" >&2 && return 1; }
+}
+
+# run_one REWARD ARM SEED
+run_one() (
+    set -euo pipefail
+    export RUN=$FOLDER/$1/$2/seed_$3 SEED=$3
+    export MODEL=demo/build/seed_$3/policy
+    export PROMPTS=demo/build/seed_$3/prompts.jsonl HELDOUT=demo/build/seed_$3/heldout.jsonl
+    export PROMPTS_PER_ITER=512 GENERATE_ARGS="--max_new_tokens 40"
+    export REWARD_MODEL= REWARD_FN= GOLD_FN= WRITER REF TRAIN_ARGS
+    reward "$1" "$3"
+    arm "$2"
+    build seed "$3"
+    [[ $1 != strong ]] || build strong "$3"
+    # summary.jsonl has a row for every iteration, and one for the initial policy
+    if [[ ! -e $RUN/summary.jsonl ]] || (($(wc -l <"$RUN/summary.jsonl") <= ITERS)); then
+        mkdir -p "$RUN"
+        bash iterate.sh >"$RUN/loop.log" 2>&1 || { tail -n 3 "$RUN/loop.log" >&2 && return 1; }
+    fi
+    echo "$1 $2 $3: done"
+)
+
+# ---- Runs, one per core --------------------------------------------------------------------------
+
+# in_parallel FUNCTION: with the words of each line of standard input. A failure does not stop the others.
+in_parallel() {
+    export -f reward arm build run_one
+    xargs --max-procs "$CORES" --max-lines=1 bash -c "$1 \"\$@\"" "$1"
+}
+
+mkdir -p "$FOLDER"
+# Seed by seed, so that whatever has been run can be compared.
+for seed in $SEEDS; do
+    for reward in $REWARDS; do
+        for arm in $ARMS; do
+            echo "$reward $arm $seed"
+        done
+    done
+done | in_parallel run_one
+
+folders=()
+for reward in $REWARDS; do
+    folders+=("$FOLDER/$reward")
+done
+"$PYTHON" tools/compare.py "${folders[@]}" --baseline "${ARMS%% *}" --output "$FOLDER/comparison"

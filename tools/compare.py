@@ -1,0 +1,428 @@
+"""Compare runs: seeds of the same settings are averaged, different settings stand side by side.
+
+    python tools/compare.py runs/a_0 runs/a_1 runs/b_0 runs/b_1 --output runs/a_and_b
+    python tools/compare.py runs/online_offline/truth runs/online_offline/demo --output both
+    python tools/compare.py bench/results/online_offline.jsonl --output again
+
+A path is a run of iterate.sh; or a folder that holds runs, however deep, which are then a
+comparison of their own; or rows that this tool has written before. It writes
+
+    OUTPUT.html     tables and curves, in a page that loads nothing from the network
+    OUTPUT.png      the curves
+    OUTPUT.jsonl    one row per run and iteration, with the figures named in FIGURES
+
+Runs whose settings differ in nothing but the seed are one arm. (A setting may name the run's seed,
+as MODEL=demo/build/seed_3/policy does where SEED=3; that is no difference.) An arm is called after
+the folder of its runs if no other arm has runs there, else after the settings that tell arms apart.
+
+With x_s the figure of seed s, of S seeds,
+
+    x             (1/S) sum_s x_s
+    its error     sd(x_s) / sqrt(S): one standard error, over seeds
+    difference    (1/S) sum_s (x_s - b_s), b the baseline, over the seeds that both arms have
+
+The difference is paired: the same seed means the same prompts and, in the demo, the same initial
+policy and reward model. The baseline is the arm named by --baseline, or the first.
+
+What is compared is gold, the reward that was only watched; without one, the reward that was
+optimised, which over-optimisation raises, too.
+"""
+
+import argparse
+import re
+import sys
+import textwrap
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
+from compare_curves import Curve, Panel, Point, draw
+from records import NUMBER, TEXT, TEXTS, Stop, dump, read_json, read_jsonl, write_whole
+from report import WIDTH, mean_and_error, plain
+from report_curves import Drawing
+from report_page import document, escape, figures, grid, paragraphs
+from stage import run
+
+# Of a row of summary.jsonl, as report.py defines them; the last one is made here (figures_of).
+FIGURES = ("gold", "reward", "kl/init", "length", "distinct", "pairs", "steps", "sampled_tokens")
+
+ROW = {"comparison": TEXT, "arm": TEXT, "seed": NUMBER, "iteration": NUMBER, "reward": NUMBER}
+
+# Settings that have no influence on what a run results in, apart from rounding.
+WITHOUT_INFLUENCE = ("RUN", "KEEP", "REPORT_TO", "NPROC", "GENERATE_NPROC", "TORCHRUN_ARGS")
+
+LEGEND = "Means over seeds; ± is one standard error over seeds. tools/compare.py defines the rest."
+
+Table = list[list[str]]  # headings first
+
+
+@dataclass
+class Arm:
+    """The runs of the same settings."""
+
+    name: str
+    runs: dict[int, list[dict]]  # seed -> its rows, one per iteration, with FIGURES
+
+    def values(self, figure: str, iteration: int) -> dict[int, float]:
+        """seed -> the figure; without the seeds that have not come so far."""
+        values = {}
+        for seed, rows in self.runs.items():
+            for row in rows:
+                if row["iteration"] == iteration and figure in row:
+                    values[seed] = row[figure]
+        return values
+
+    def totals(self, figure: str) -> list[float]:
+        """The figure of each seed, summed over its iterations."""
+        return [sum(row.get(figure, 0) for row in rows) for rows in self.runs.values()]
+
+    def rows(self) -> list[dict]:
+        return [row for rows in self.runs.values() for row in rows]
+
+
+@dataclass
+class Comparison:
+    """Arms that are shown side by side."""
+
+    name: str  # empty where the runs were named one by one
+    arms: list[Arm]
+
+    def rows(self) -> list[dict]:
+        return [row for arm in self.arms for row in arm.rows()]
+
+    def iterations(self) -> list[int]:
+        return sorted({row["iteration"] for row in self.rows()})
+
+    def figure(self) -> str:
+        """What is compared."""
+        return "gold" if any("gold" in row for row in self.rows()) else "reward"
+
+    def optimises_gold(self) -> bool:
+        return all(row.get("gold") == row["reward"] for row in self.rows())
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read_paths(paths: list[Path]) -> list[Comparison]:
+    """All that the paths name, in their order."""
+    comparisons = []
+    single = [path for path in paths if is_run(path)]
+    if single:
+        comparisons.append(read_runs("", single))
+    for path in paths:
+        if path.is_file():
+            comparisons += read_rows(path)
+        elif not is_run(path):
+            comparisons.append(read_runs(path.name, runs_within(path)))
+    return comparisons
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "summary.jsonl").is_file()
+
+
+def runs_within(folder: Path) -> list[Path]:
+    found = [config.parent for config in folder.rglob("config.json")]
+    found = sorted(path for path in found if is_run(path))
+    if not found:
+        raise Stop(f"{folder}: there is no run here, with a summary.jsonl. Give folders of runs.")
+    return found
+
+
+def read_rows(path: Path) -> list[Comparison]:
+    """What an earlier comparison has written."""
+    names: dict[str, dict[str, Arm]] = defaultdict(dict)  # comparison -> name of an arm -> arm
+    for row in read_jsonl(path, ROW):
+        arms = names[row["comparison"]]
+        arm = arms.setdefault(row["arm"], Arm(row["arm"], {}))
+        arm.runs.setdefault(row["seed"], []).append(row)
+    return [Comparison(name, list(arms.values())) for name, arms in names.items()]
+
+
+class Found(NamedTuple):
+    """A run before it is known which arm it belongs to."""
+
+    folder: Path
+    seed: int
+    settings: dict[str, str]
+
+
+def read_runs(comparison: str, folders: list[Path]) -> Comparison:
+    found = [read_config(folder) for folder in folders]
+    names = names_of_arms(found)
+    arms: dict[str, Arm] = {}
+    for one, name in zip(found, names, strict=True):
+        arm = arms.setdefault(name, Arm(name, {}))
+        if one.seed in arm.runs:
+            raise Stop(
+                f"{one.folder}: another of these runs has the same settings and the seed "
+                f"{one.seed}. Leave one of them out."
+            )
+        arm.runs[one.seed] = read_figures(one.folder)
+    return Comparison(comparison, list(arms.values()))
+
+
+def read_config(folder: Path) -> Found:
+    path = folder / "config.json"
+    settings = read_json(path, TEXTS, "Run iterate.sh again with the settings of this run")
+    seed = settings.pop("SEED", "")
+    if not seed.isdecimal():
+        raise Stop(f"{path}: it has no SEED. Give the folders of runs of iterate.sh.")
+    for name in WITHOUT_INFLUENCE:
+        settings.pop(name, None)
+    settings = {name: without_seed(value, seed) for name, value in settings.items()}
+    return Found(folder, int(seed), settings)
+
+
+def without_seed(value: str, seed: str) -> str:
+    """demo/build/seed_3/policy becomes demo/build/seed_SEED/policy, for the seed 3."""
+    return re.sub(rf"_{seed}\b", "_SEED", value)
+
+
+def names_of_arms(found: list[Found]) -> list[str]:
+    """The name of each run's arm."""
+    folders = [one.folder.resolve().parent for one in found]
+    settings = [tuple(one.settings.items()) for one in found]
+    combinations = set(zip(folders, settings, strict=True))
+    each_has_its_folder = len(combinations) == len(set(folders)) == len(set(settings))
+    if each_has_its_folder and len(combinations) > 1:
+        return [folder.name for folder in folders]
+
+    different = settings_that_differ(found)
+    names = []
+    for one in found:
+        words = [f"{name}={one.settings.get(name, '')}" for name in different]
+        names.append(" ".join(words) or "all runs")
+    return names
+
+
+def settings_that_differ(found: list[Found]) -> list[str]:
+    names = sorted({name for one in found for name in one.settings})
+    different = []
+    for name in names:
+        values = {one.settings.get(name, "") for one in found}
+        if len(values) > 1:
+            different.append(name)
+    return different
+
+
+def read_figures(folder: Path) -> list[dict]:
+    """The rows of summary.jsonl whose policy has been evaluated, reduced to FIGURES."""
+    shape = {"iteration": NUMBER}
+    rows = [figures_of(row) for row in read_jsonl(folder / "summary.jsonl", shape)]
+    return [row for row in rows if "reward" in row]
+
+
+def figures_of(row: dict) -> dict:
+    row = dict(row)
+    if "reward/gold" in row:  # it was optimised, so it is no column of its own
+        row["gold"] = row["reward/gold"]
+    if "sampled/length" in row:
+        answers = row["counts"]["scored"]["candidates"]["out"]
+        row["sampled_tokens"] = round(answers * row["sampled/length"])
+    kept = {name: row[name] for name in FIGURES if name in row}
+    return {"iteration": row["iteration"], **kept}
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def table_of_means(comparison: Comparison, figure: str) -> Table:
+    """A line per arm, a column per iteration."""
+    lines = [heading(comparison)]
+    for arm in comparison.arms:
+        cells = [cell(arm.values(figure, i).values()) for i in comparison.iterations()]
+        lines.append([arm.name, str(len(arm.runs)), *cells])
+    return lines
+
+
+def table_of_differences(comparison: Comparison, baseline: Arm) -> Table:
+    """The same for the difference to the baseline, over the seeds that both have."""
+    figure = comparison.figure()
+    lines = [heading(comparison)]
+    for arm in comparison.arms:
+        if arm is baseline:
+            continue
+        common = arm.runs.keys() & baseline.runs.keys()
+        cells = []
+        for iteration in comparison.iterations():
+            differences = paired(arm, baseline, figure, iteration)
+            cells.append(cell(differences, sign="+"))
+        lines.append([arm.name, str(len(common)), *cells])
+    return lines
+
+
+def heading(comparison: Comparison) -> list[str]:
+    return ["arm", "seeds", *(f"iter {i}" for i in comparison.iterations())]
+
+
+def paired(arm: Arm, baseline: Arm, figure: str, iteration: int) -> list[float]:
+    """The difference of each seed that both have."""
+    of_arm = arm.values(figure, iteration)
+    of_baseline = baseline.values(figure, iteration)
+    return [of_arm[seed] - of_baseline[seed] for seed in of_arm if seed in of_baseline]
+
+
+def table_of_costs(comparison: Comparison) -> Table:
+    """What each arm was given: means over seeds of totals over iterations."""
+    lines = [["arm", "pairs", "updates", "tokens sampled"]]
+    for arm in comparison.arms:
+        line = [arm.name]
+        for figure in ("pairs", "steps", "sampled_tokens"):
+            mean, _ = mean_and_error(arm.totals(figure))
+            line.append(f"{mean:,.0f}")
+        lines.append(line)
+    return lines
+
+
+def cell(values, sign: str = "") -> str:
+    """Mean ± standard error; "-" where there is none."""
+    values = list(values)
+    if not values:
+        return "-"
+    mean, error = mean_and_error(values)
+    text = f"{mean:{sign}.3f}"
+    return text if error is None else f"{text}±{error:.3f}"
+
+
+def baseline_of(comparison: Comparison, name: str | None) -> Arm:
+    for arm in comparison.arms:
+        if name in (None, arm.name):
+            return arm
+    known = ", ".join(arm.name for arm in comparison.arms)
+    where = f"{comparison.name}: " if comparison.name else ""
+    raise Stop(f"--baseline {name}: {where}the arms are {known}.")
+
+
+class Titled(NamedTuple):
+    title: str
+    table: Table
+
+
+def tables(comparison: Comparison, baseline: Arm) -> list[Titled]:
+    figure = comparison.figure()
+    title = f"{figure.capitalize()}, on held-out prompts"
+    shown = [Titled(title, table_of_means(comparison, figure))]
+    if len(comparison.arms) > 1:
+        title = f"Its difference to {baseline.name}, paired by seed"
+        shown.append(Titled(title, table_of_differences(comparison, baseline)))
+    if figure == "gold" and not comparison.optimises_gold():
+        title = "Reward: the proxy that was optimised"
+        shown.append(Titled(title, table_of_means(comparison, "reward")))
+    title = "KL to the initial policy, nats per answer"
+    shown.append(Titled(title, table_of_means(comparison, "kl/init")))
+    shown.append(Titled("What an arm was given, over all iterations", table_of_costs(comparison)))
+    return shown
+
+
+# ---- curves ------------------------------------------------------------------------------------
+
+
+def panels(comparison: Comparison) -> list[Panel]:
+    """The figure against iteration, the proxy against iteration, the figure against KL.
+
+    Where there is no proxy beside the figure, KL takes its place.
+    """
+    figure = comparison.figure()
+    title = figure.capitalize()
+    kl = "KL to the initial policy, nats"
+    of_figure = "Held-out prompts; means over seeds, bars are one standard error."
+    of_proxy = "What was optimised: where it rises and gold falls, it was optimised too far."
+    of_kl = "How far the policies have moved."
+    of_distance = "Each point is an iteration: how much was gained at which distance."
+
+    first = Panel(title, of_figure, "iteration", per_iteration(comparison, figure))
+    proxy = Panel("Reward: the proxy", of_proxy, "iteration", per_iteration(comparison, "reward"))
+    distance = Panel(kl, of_kl, "iteration", per_iteration(comparison, "kl/init"))
+    last = Panel(f"{title} against distance", of_distance, kl, against_kl(comparison, figure))
+    has_proxy = figure == "gold" and not comparison.optimises_gold()
+    return [first, proxy if has_proxy else distance, last]
+
+
+def per_iteration(comparison: Comparison, figure: str) -> list[Curve]:
+    """Of each arm: the mean of the figure against the iteration."""
+    curves = []
+    for arm in comparison.arms:
+        points = []
+        for iteration in comparison.iterations():
+            values = arm.values(figure, iteration)
+            if values:
+                mean, error = mean_and_error(list(values.values()))
+                points.append(Point(iteration, mean, error or 0.0))
+        curves.append(Curve(arm.name, points))
+    return curves
+
+
+def against_kl(comparison: Comparison, figure: str) -> list[Curve]:
+    """Of each arm: the mean of the figure against the mean KL, a point per iteration."""
+    distances = per_iteration(comparison, "kl/init")
+    curves = []
+    for curve, distance in zip(per_iteration(comparison, figure), distances, strict=True):
+        kl_at = {point.x: point.y for point in distance.points}  # iteration -> KL
+        points = [p._replace(x=kl_at[p.x]) for p in curve.points if p.x in kl_at]
+        curves.append(Curve(curve.name, points))
+    return curves
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+
+def html_of(
+    comparisons: list[Comparison], baselines: list[Arm], drawings: list[list[Drawing]]
+) -> str:
+    parts = ["<h1>Runs compared</h1>", *paragraphs([LEGEND])]
+    for comparison, baseline, curves in zip(comparisons, baselines, drawings, strict=True):
+        if comparison.name:
+            parts.append(f"<h2>{escape(comparison.name)}</h2>")
+        parts.append(figures(curves))
+        for title, table in tables(comparison, baseline):
+            parts += paragraphs([title])
+            parts.append(grid(table))
+    return document("Runs compared", parts)
+
+
+def rows_of(comparison: Comparison) -> list[dict]:
+    """OUTPUT.jsonl of one comparison."""
+    rows = []
+    for arm in comparison.arms:
+        for seed, its_rows in arm.runs.items():
+            head = {"comparison": comparison.name, "arm": arm.name, "seed": seed}
+            rows += [head | row for row in its_rows]
+    return rows
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="see above")
+    p.add_argument("--output", required=True, help="of OUTPUT.html, OUTPUT.png and OUTPUT.jsonl")
+    p.add_argument("--baseline", help="the arm that others are compared with; default: the first")
+    return p
+
+
+def main():
+    args = arguments().parse_args()
+    comparisons = read_paths(args.paths)
+    baselines = [baseline_of(comparison, args.baseline) for comparison in comparisons]
+
+    rows = []
+    for comparison, baseline in zip(comparisons, baselines, strict=True):
+        rows += rows_of(comparison)
+        if comparison.name:
+            print(f"\n{comparison.name}")
+        for title, table in tables(comparison, baseline):
+            print(f"\n{textwrap.fill(title, WIDTH)}\n{plain(table)}")
+
+    write_whole(f"{args.output}.jsonl", "".join(map(dump, rows)))
+    names = [comparison.name for comparison in comparisons]
+    drawings = draw(names, [panels(comparison) for comparison in comparisons], f"{args.output}.png")
+    write_whole(f"{args.output}.html", html_of(comparisons, baselines, drawings))
+    print(f"\n{LEGEND}\nThe curves are in {args.output}.html")
+
+
+if __name__ == "__main__":
+    run(main)
