@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from bench.chaos_damage import State, differences
-from bench.chaos_world import ROOT, World
+from bench.chaos_world import ROOT, World, wait_until
 from records import UNFINISHED, remove
 
 LONG = 0.8  # seconds of a stage that is killed twice in a round
@@ -90,6 +90,8 @@ def kill(world: World, report, number: int, delay: float, hits: Counter) -> None
     torn = len(list(world.run.rglob("*" + UNFINISHED)))
     if torn:
         said += f"; {torn} torn"
+    # A fork of the warm python that joins the group after the kill finds its caller gone, and ends.
+    wait_until(lambda: not loop.left_behind(), seconds=5)
     faults = [f"left behind: {name}" for name in loop.left_behind()]
     report.case(f"kill {hits.total()} in {stage}", "killed", said, faults)
 
