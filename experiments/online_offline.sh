@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # When does online beat offline? Every combination of a reward, an arm and a seed is one run of
-# iterate.sh on the demo's game; tools/compare.py draws the picture. docs/experiments.md has the result.
+# iterate.sh on the demo's game; tools/compare.py draws the picture. docs/experiments.md has the design.
 #
-#     bash experiments/online_offline.sh --quick     3 seeds, 2 rewards, 4 arms: half an hour on two cores
+#     bash experiments/online_offline.sh --quick     3 seeds, 2 rewards, 4 arms
 #     bash experiments/online_offline.sh             10 seeds, 3 rewards, 5 arms
 #     SEEDS="7 8" REWARDS=truth ARMS="online offline" bash experiments/online_offline.sh
 #
-# Each core works on a run of its own. After a stop, the same command resumes.
+# Each core works on a run of its own. After a stop, the same command resumes. With
+# `python -m bench.warm_python bash experiments/…`, stages need no time to import torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . tools/environment.sh
@@ -15,7 +16,7 @@ install requirements.txt
 if [[ ${1:-} == --quick ]]; then
     : "${SEEDS:=2 3 4}" "${REWARDS:=truth demo}" "${ARMS:=online offline offline_prev sft}"
 fi
-# Settings were chosen on seeds 0 and 1, so the result is from others.
+# Settings were chosen on seed 0, and 1 is for trying, so the result is from others.
 : "${SEEDS:=2 3 4 5 6 7 8 9 10 11}"
 : "${REWARDS:=truth strong demo}"
 : "${ARMS:=online online_init offline offline_prev sft}"
