@@ -1078,6 +1078,12 @@ def answers_to_audit(policy, pairs: list[dict], reference, hashes: dict, args, d
     return pairs, reference, hashes["ref_model"]
 
 
+def audit_answers(policy, pairs: list[dict], reference, hashes: dict, args, device) -> dict:
+    """Figures for the metadata. Raises Stop where generator and trainer disagree."""
+    audited, logprobs, writer = answers_to_audit(policy, pairs, reference, hashes, args, device)
+    return checks.audit(audited, logprobs, writer, args.dtype, args.max_logprob_gap)
+
+
 def main():
     args = parse(arguments())
     transformers_logging.disable_progress_bar()
@@ -1126,10 +1132,7 @@ def main():
     save_reference(reference_file, reference, pairs)
 
     # 3. Audit the answers that this policy wrote, or its reference
-    audited, logprobs, writer = answers_to_audit(
-        policy, pairs, reference, stage.hashes, args, device
-    )
-    audit = checks.audit(audited, logprobs, writer, args.dtype, args.max_logprob_gap)
+    audit = audit_answers(policy, pairs, reference, stage.hashes, args, device)
 
     # 4. Train
     held_out = HeldOut(pairs, reference, eval_plans, len(plans) // args.num_train_epochs)

@@ -134,6 +134,7 @@ class ByUrl(AllSettings):
         training = "--learning_rate 2e-4 --batch_size 16 --save_every 3 --eval_every 2"
         return super().given() | {
             "JUDGE_URL": self.url,
+            "WRITER": "init",
             "OPPONENT": "meta.reference",
             "ENHANCER": "prev",
             "EVAL_PAIRS_SHARE": 0.1,

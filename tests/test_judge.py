@@ -20,7 +20,7 @@ import pytest
 import judge as judge_module
 import records
 from arguments import parse
-from bench.judge_ring import dealt_ring, ring_in_file_order, shares
+from bench.judge_ring import Prompts, dealt_ring, ring_in_file_order, shares
 from conftest import ROOT
 from judge import arguments, check_arguments, comparisons, verdict
 from judge import main as judge_main
@@ -238,8 +238,9 @@ def test_the_ring_depends_on_the_row_alone_and_is_dealt_fairly():
 def test_pitfalls_42_two_sources_are_compared_with_each_other(judge):
     """Eight answers of each, the second 3 standard deviations better, a judge that never errs."""
     # What many prompts would show, by simulation with the functions of judge.py and make_pairs.py
-    expected = shares(sources=2, each=8, gap=3.0, meet=dealt_ring, prompts=1000)
-    before = shares(sources=2, each=8, gap=3.0, meet=ring_in_file_order, prompts=1000)
+    prompts = Prompts(count=1000, sources=2, each=8, gap=3.0)
+    expected = shares(prompts, dealt_ring)
+    before = shares(prompts, ring_in_file_order)
     assert expected["against"] < 0.01 < 0.03 < before["against"]
     assert expected["apart"] > 0.93 and before["apart"] < 0.6
 
