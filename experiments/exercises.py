@@ -76,10 +76,15 @@ def results(lines: list[str], message: str) -> dict[str, str]:
 
 
 def with_figures(page: str, found: dict[str, str]) -> str:
-    """The page with a block behind every marker: the demo's line, and those of its runs."""
+    """The page with a block behind every marker: the demo's line, and those of its runs.
+
+    A marker whose runs have not been made stays without a block.
+    """
 
     def block(marker: re.Match) -> str:
         names = marker[1].split()
+        if not found.keys() >= set(names):
+            return f"<!-- figures: {marker[1]} -->\n"
         if names == [AUDIT]:
             shown = [found[AUDIT]]
         else:

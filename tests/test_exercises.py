@@ -55,6 +55,7 @@ def test_the_figures_are_those_of_the_runs():
     """bench/results/exercises.txt has the lines that the page shows."""
     command, heading, *lines = exercises.RESULTS.read_text().splitlines()
     assert command == "$ python -m experiments.exercises" and heading == exercises.HEADING
+    assert lines[0].startswith("demo ") and lines[-1].startswith("error: ")
     found = {line.split()[0]: line for line in lines[:-1]} | {exercises.AUDIT: lines[-1]}
     assert exercises.with_figures(PAGE, found) == PAGE
     assert "generator and trainer disagree" in found[exercises.AUDIT]
@@ -70,6 +71,8 @@ def test_figures_replace_older_ones():
         "two\n<!-- figures: audit -->\n\n```\nerror: no\n```\n"
     )
     assert exercises.with_figures(new, found) == new
+    unknown = "<!-- figures: demo other -->\nthree\n"
+    assert exercises.with_figures(unknown, found) == unknown
 
 
 def test_the_wordy_reward_pays_for_every_item():
