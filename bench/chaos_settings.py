@@ -128,7 +128,8 @@ def harm_done(world: World, results: dict) -> list[str]:
                 found.append(f"{path} was made: the value was run")
     if world.hash_of_theirs() != world.theirs:
         found.append("a file of the user's was changed")
-    if world.results() != results:
+    now = world.results()  # ITERS= means three iterations, so there may be more
+    if any(now.get(name) != hash for name, hash in results.items()):
         found.append("a finished result was changed")
     return found
 
