@@ -20,7 +20,7 @@ fi
 : "${SEEDS:=2 3 4 5 6 7 8 9 10 11}"
 : "${REWARDS:=truth strong demo}"
 : "${ARMS:=online online_init offline offline_prev sft}"
-: "${CORES:=$(nproc)}"
+: "${CORES:=$(env --unset OMP_NUM_THREADS nproc)}" # nproc listens to OMP_NUM_THREADS
 : "${ITERS:=6}"
 : "${FOLDER:=runs/online_offline}"
 export ITERS FOLDER OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

@@ -29,6 +29,7 @@ def add_run(folder: Path, seed: int, gold: list[float], **settings) -> Path:
         if iteration:
             scored = {"candidates": {"in": 40, "out": 40, "dropped": {}}}
             row |= {"pairs": 10, "steps": 3, "sampled/length": 7.0, "counts": {"scored": scored}}
+            row["training"] = {"logps/chosen_fell": {"mean": 0.25 * iteration, "last": 0.0}}
         rows.append(row)
     (folder / "summary.jsonl").write_text("".join(map(dump, rows)))
     return folder
@@ -80,6 +81,8 @@ def test_seeds_are_averaged_and_arms_stand_side_by_side(runs, told):
     assert differences == ["3", "+0.000±0.000", "-0.100±0.000", "-0.400±0.000"]
     assert cells(printed, "Reward: the proxy", "online")[-1] == "4.000±0.000"
     assert cells(printed, "What an arm was given", "offline") == ["20", "6", "560"]
+    fell = cells(printed, "Share of chosen answers that became less likely", "online")
+    assert fell == ["3", "-", "0.250±0.000", "0.500±0.000"]
 
 
 def test_only_seeds_that_both_arms_have_are_subtracted(runs, told):
@@ -148,7 +151,22 @@ def test_the_page_stands_alone_and_has_each_comparison(runs, told, tmp_path):
     told(runs, other)
     page = (tmp_path / "out.html").read_text()
     assert "<h2>truth</h2>" in page and "<h2>demo &lt;i&gt;</h2>" in page and "<i>" not in page
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 8  # four panels each
+
+
+def test_arms_are_drawn_in_the_same_order_everywhere_the_baseline_first(runs, told, tmp_path):
+    printed = told(runs, "--baseline", "online")
+    table = printed[printed.index("Gold, on held-out") :]
+    assert table.index(" online ") < table.index("offline ")
+    assert "minus that of online" in (tmp_path / "out.html").read_text()
+
+
+def test_one_arm_beside_two_has_no_differences(runs, told, tmp_path):
+    other = tmp_path / "alone"
+    add_run(other / "online/seed_0", 0, ONLINE, WRITER="policy")
+    told(runs, other)
+    page = (tmp_path / "out.html").read_text()
+    assert page.count("<svg") == 4 + 3
     assert not re.search(r"(src|href)=|@import|url\(", re.sub(r'xlink:href="#|url\(#', "", page))
 
 

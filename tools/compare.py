@@ -45,8 +45,9 @@ from report_curves import Drawing
 from report_page import document, escape, figures, grid, paragraphs
 from stage import run
 
-# Of a row of summary.jsonl, as report.py defines them; the last one is made here (figures_of).
-FIGURES = ("gold", "reward", "kl/init", "length", "distinct", "pairs", "steps", "sampled_tokens")
+# Of a row of summary.jsonl, as report.py defines them.
+FIGURES = ("gold", "reward", "kl/init", "length", "distinct", "pairs", "steps")
+FIGURES += ("sampled_tokens", "chosen_fell")  # made here, in figures_of
 
 ROW = {"comparison": TEXT, "arm": TEXT, "seed": NUMBER, "iteration": NUMBER, "reward": NUMBER}
 
@@ -87,7 +88,10 @@ class Comparison:
     """Arms that are shown side by side."""
 
     name: str  # empty where the runs were named one by one
-    arms: list[Arm]
+    arms: list[Arm]  # the first is the baseline
+
+    def baseline(self) -> Arm:
+        return self.arms[0]
 
     def rows(self) -> list[dict]:
         return [row for arm in self.arms for row in arm.rows()]
@@ -223,6 +227,8 @@ def figures_of(row: dict) -> dict:
     if "sampled/length" in row:
         answers = row["counts"]["scored"]["candidates"]["out"]
         row["sampled_tokens"] = round(answers * row["sampled/length"])
+    if "training" in row:
+        row["chosen_fell"] = row["training"]["logps/chosen_fell"]["mean"]
     kept = {name: row[name] for name in FIGURES if name in row}
     return {"iteration": row["iteration"], **kept}
 
@@ -239,13 +245,12 @@ def table_of_means(comparison: Comparison, figure: str) -> Table:
     return lines
 
 
-def table_of_differences(comparison: Comparison, baseline: Arm) -> Table:
+def table_of_differences(comparison: Comparison) -> Table:
     """The same for the difference to the baseline, over the seeds that both have."""
     figure = comparison.figure()
+    baseline, *others = comparison.arms
     lines = [heading(comparison)]
-    for arm in comparison.arms:
-        if arm is baseline:
-            continue
+    for arm in others:
         common = arm.runs.keys() & baseline.runs.keys()
         cells = []
         for iteration in comparison.iterations():
@@ -288,13 +293,14 @@ def cell(values, sign: str = "") -> str:
     return text if error is None else f"{text}±{error:.3f}"
 
 
-def baseline_of(comparison: Comparison, name: str | None) -> Arm:
-    for arm in comparison.arms:
-        if name in (None, arm.name):
-            return arm
-    known = ", ".join(arm.name for arm in comparison.arms)
-    where = f"{comparison.name}: " if comparison.name else ""
-    raise Stop(f"--baseline {name}: {where}the arms are {known}.")
+def put_first(comparison: Comparison, name: str) -> None:
+    """Make the arm of that name the baseline."""
+    known = [arm.name for arm in comparison.arms]
+    if name not in known:
+        where = f"{comparison.name}: " if comparison.name else ""
+        raise Stop(f"--baseline {name}: {where}the arms are {', '.join(known)}.")
+    baseline = comparison.arms.pop(known.index(name))
+    comparison.arms.insert(0, baseline)
 
 
 class Titled(NamedTuple):
@@ -302,18 +308,20 @@ class Titled(NamedTuple):
     table: Table
 
 
-def tables(comparison: Comparison, baseline: Arm) -> list[Titled]:
+def tables(comparison: Comparison) -> list[Titled]:
     figure = comparison.figure()
     title = f"{figure.capitalize()}, on held-out prompts"
     shown = [Titled(title, table_of_means(comparison, figure))]
     if len(comparison.arms) > 1:
-        title = f"Its difference to {baseline.name}, paired by seed"
-        shown.append(Titled(title, table_of_differences(comparison, baseline)))
+        title = f"Its difference to {comparison.baseline().name}, paired by seed"
+        shown.append(Titled(title, table_of_differences(comparison)))
     if figure == "gold" and not comparison.optimises_gold():
         title = "Reward: the proxy that was optimised"
         shown.append(Titled(title, table_of_means(comparison, "reward")))
     title = "KL to the initial policy, nats per answer"
     shown.append(Titled(title, table_of_means(comparison, "kl/init")))
+    title = "Share of chosen answers that became less likely than under the reference, in training"
+    shown.append(Titled(title, table_of_means(comparison, "chosen_fell")))
     shown.append(Titled("What an arm was given, over all iterations", table_of_costs(comparison)))
     return shown
 
@@ -322,7 +330,7 @@ def tables(comparison: Comparison, baseline: Arm) -> list[Titled]:
 
 
 def panels(comparison: Comparison) -> list[Panel]:
-    """The figure against iteration, the proxy against iteration, the figure against KL.
+    """The figure against iteration, its differences, the proxy, the figure against KL.
 
     Where there is no proxy beside the figure, KL takes its place.
     """
@@ -330,6 +338,7 @@ def panels(comparison: Comparison) -> list[Panel]:
     title = figure.capitalize()
     kl = "KL to the initial policy, nats"
     of_figure = "Held-out prompts; means over seeds, bars are one standard error."
+    of_difference = "What an arm is above or below the baseline, paired by seed."
     of_proxy = "What was optimised: where it rises and gold falls, it was optimised too far."
     of_kl = "How far the policies have moved."
     of_distance = "Each point is an iteration: how much was gained at which distance."
@@ -339,7 +348,12 @@ def panels(comparison: Comparison) -> list[Panel]:
     distance = Panel(kl, of_kl, "iteration", per_iteration(comparison, "kl/init"))
     last = Panel(f"{title} against distance", of_distance, kl, against_kl(comparison, figure))
     has_proxy = figure == "gold" and not comparison.optimises_gold()
-    return [first, proxy if has_proxy else distance, last]
+    second = proxy if has_proxy else distance
+    if len(comparison.arms) == 1:
+        return [first, second, last]
+    title = f"{title} minus that of {comparison.baseline().name}"
+    difference = Panel(title, of_difference, "iteration", differences(comparison, figure))
+    return [first, difference, second, last]
 
 
 def per_iteration(comparison: Comparison, figure: str) -> list[Curve]:
@@ -351,6 +365,21 @@ def per_iteration(comparison: Comparison, figure: str) -> list[Curve]:
             values = arm.values(figure, iteration)
             if values:
                 mean, error = mean_and_error(list(values.values()))
+                points.append(Point(iteration, mean, error or 0.0))
+        curves.append(Curve(arm.name, points))
+    return curves
+
+
+def differences(comparison: Comparison, figure: str) -> list[Curve]:
+    """Of each arm but the baseline: the mean difference to it, over the seeds that both have."""
+    baseline, *others = comparison.arms
+    curves = []
+    for arm in others:
+        points = []
+        for iteration in comparison.iterations():
+            values = paired(arm, baseline, figure, iteration)
+            if values:
+                mean, error = mean_and_error(values)
                 points.append(Point(iteration, mean, error or 0.0))
         curves.append(Curve(arm.name, points))
     return curves
@@ -370,15 +399,13 @@ def against_kl(comparison: Comparison, figure: str) -> list[Curve]:
 # ---- the page ----------------------------------------------------------------------------------
 
 
-def html_of(
-    comparisons: list[Comparison], baselines: list[Arm], drawings: list[list[Drawing]]
-) -> str:
+def html_of(comparisons: list[Comparison], drawings: list[list[Drawing]]) -> str:
     parts = ["<h1>Runs compared</h1>", *paragraphs([LEGEND])]
-    for comparison, baseline, curves in zip(comparisons, baselines, drawings, strict=True):
+    for comparison, curves in zip(comparisons, drawings, strict=True):
         if comparison.name:
             parts.append(f"<h2>{escape(comparison.name)}</h2>")
         parts.append(figures(curves))
-        for title, table in tables(comparison, baseline):
+        for title, table in tables(comparison):
             parts += paragraphs([title])
             parts.append(grid(table))
     return document("Runs compared", parts)
@@ -407,20 +434,20 @@ def arguments() -> argparse.ArgumentParser:
 def main():
     args = arguments().parse_args()
     comparisons = read_paths(args.paths)
-    baselines = [baseline_of(comparison, args.baseline) for comparison in comparisons]
-
     rows = []
-    for comparison, baseline in zip(comparisons, baselines, strict=True):
+    for comparison in comparisons:
+        if args.baseline:
+            put_first(comparison, args.baseline)
         rows += rows_of(comparison)
         if comparison.name:
             print(f"\n{comparison.name}")
-        for title, table in tables(comparison, baseline):
+        for title, table in tables(comparison):
             print(f"\n{textwrap.fill(title, WIDTH)}\n{plain(table)}")
 
     write_whole(f"{args.output}.jsonl", "".join(map(dump, rows)))
     names = [comparison.name for comparison in comparisons]
     drawings = draw(names, [panels(comparison) for comparison in comparisons], f"{args.output}.png")
-    write_whole(f"{args.output}.html", html_of(comparisons, baselines, drawings))
+    write_whole(f"{args.output}.html", html_of(comparisons, drawings))
     print(f"\n{LEGEND}\nThe curves are in {args.output}.html")
 
 

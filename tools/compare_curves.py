@@ -67,10 +67,12 @@ def write_png(names: list[str], rows: list[list[Panel]], looks: dict, png: str) 
     from matplotlib.figure import Figure
 
     across, down = max(map(len, rows)), len(rows)
-    picture = Figure((4 * across, 3 * down), layout="constrained")
+    picture = Figure((3.3 * across, 2.8 * down), layout="constrained")
     grid = picture.subplots(down, across, squeeze=False)
     for name, panels, places in zip(names, rows, grid, strict=True):
-        for panel, ax in zip(panels, places, strict=True):
+        for ax in places[len(panels) :]:
+            ax.set_visible(False)
+        for panel, ax in zip(panels, places, strict=False):
             plot(ax, panel, looks)
             title = f"{name}: {panel.title}" if name else panel.title
             ax.set_title(title, fontsize=10, color=INK)
