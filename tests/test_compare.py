@@ -24,10 +24,12 @@ def add_run(folder: Path, seed: int, gold: list[float], **settings) -> Path:
     (folder / "config.json").write_text(json.dumps(config | {"ITERS": "2"} | settings))
     rows = []
     for iteration, value in enumerate(gold):
-        row = {"iteration": iteration, "gold": value + 0.01 * seed, "reward": 2.0 * iteration}
+        reward = 2.0 * iteration - seed  # a reward model's zero is arbitrary
+        row = {"iteration": iteration, "gold": value + 0.01 * seed, "reward": reward}
         row["kl/init"] = 0.5 * iteration
         if iteration:
             scored = {"candidates": {"in": 40, "out": 40, "dropped": {}}}
+            row["reward_diff"] = 2.0 * iteration
             row |= {"pairs": 10, "steps": 3, "sampled/length": 7.0, "counts": {"scored": scored}}
             row["training"] = {"logps/chosen_fell": {"mean": 0.25 * iteration, "last": 0.0}}
         rows.append(row)
@@ -81,6 +83,9 @@ def test_seeds_are_averaged_and_arms_stand_side_by_side(runs, told):
     assert differences == ["3", "+0.000±0.000", "-0.100±0.000", "-0.400±0.000"]
     assert cells(printed, "Reward: the proxy", "online")[-1] == "4.000±0.000"
     assert cells(printed, "What an arm was given", "offline") == ["20", "6", "560"]
+    assert cells(printed, "Seeds in which it is above : below", "offline") == (
+        ["3", *"0 : 0".split(), *"0 : 3".split(), *"0 : 3".split()]
+    )
     fell = cells(printed, "Share of chosen answers that became less likely", "online")
     assert fell == ["3", "-", "0.250±0.000", "0.500±0.000"]
 
@@ -96,7 +101,8 @@ def test_a_run_that_is_not_finished_counts_as_far_as_it_came(runs, told):
     summary = runs / "online/seed_12/summary.jsonl"
     summary.write_text("".join(summary.read_text().splitlines(keepends=True)[:2]))
     printed = told(runs, "--baseline", "online")
-    assert cells(printed, "Gold, on held-out prompts", "online")[-1] == "0.805±0.005"
+    assert cells(printed, "Gold, on held-out prompts", "online")[-1] == "(2)"
+    assert cells(printed, "Gold, on held-out prompts", "online")[-2] == "0.805±0.005"
 
 
 def test_without_a_folder_per_arm_they_are_called_after_what_tells_them_apart(tmp_path, told):

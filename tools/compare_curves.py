@@ -17,16 +17,8 @@ class Look(NamedTuple):
 
 
 # Colours that can be told apart on white and on black, also by most of the colour-blind.
-LOOKS = [
-    Look("#3a7bd5", "o"),
-    Look("#d9722b", "s"),
-    Look("#2a9d62", "^"),
-    Look("#b04fc0", "D"),
-    Look("#c8434f", "v"),
-    Look("#7a7f87", "P"),
-    Look("#a08a1d", "X"),
-    Look("#2b9fb5", "*"),
-]
+COLORS = ["#3a7bd5", "#d9722b", "#2a9d62", "#b04fc0", "#c8434f", "#7a7f87", "#a08a1d", "#2b9fb5"]
+MARKERS = "os^DvPX"  # one fewer than colours, so that 56 arms look different
 
 
 class Point(NamedTuple):
@@ -96,7 +88,10 @@ def looks_of(rows: list[list[Panel]]) -> dict[str, Look]:
     for panels in rows:
         for panel in panels:
             names |= dict.fromkeys(curve.name for curve in panel.curves)
-    return {name: LOOKS[i % len(LOOKS)] for i, name in enumerate(names)}
+    looks = {}
+    for i, name in enumerate(names):
+        looks[name] = Look(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
+    return looks
 
 
 def plot(ax, panel: Panel, looks: dict[str, Look]) -> None:
