@@ -376,7 +376,7 @@ def comment_on_rate(args) -> None:
     if args.lora_rank:
         say(
             f"note: --learning_rate {args.learning_rate:g} is one of full training, and LoRA wants "
-            f"ten times as much or more: begin with {lora.RATE:g}"
+            f"five to ten times as much: begin with {lora.RATE:g}"
         )
     elif args.batch_size < 128:
         say(

@@ -52,7 +52,7 @@ setting NUM_SAMPLES 8    # answers to each prompt
 setting EVAL_SAMPLES 4   # answers to each held-out prompt
 setting WRITER policy    # who answers the prompts: "policy", the current one, or "init", the first
                          # one: the offline control, whose answers never change with the policy
-setting REF prev         # the reference: "prev", the policy that wrote the answers, or "init", the first
+setting REF prev         # the reference: "prev", the policy before this iteration, or "init", the first
 setting HISTORY 0        # also train on the pairs of this many earlier iterations
 setting EXTRA_PAIRS      # preference pairs of other origin, one or more files: trained on as well,
 setting EXTRA_PAIRS_ITERS first # in the "first" iteration, or in "all"

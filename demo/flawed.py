@@ -1,4 +1,5 @@
-"""Rewards with a fault that is known, for docs/exercises.md: what does the loop make of it?
+"""The truth as reward, and rewards with a known fault, for docs/exercises.md: what does the loop
+make of it?
 
 REWARD_FN=demo/flawed.py:wordy RUN=runs/wordy bash iterate.sh
 """
@@ -7,6 +8,11 @@ from demo.gold import gold
 from stage import seed_of
 
 FLIPPED = 30  # of 100 prompts
+
+
+def exact(prompt, response: str, meta: dict) -> float:
+    """The truth. gold itself cannot be the reward, too: the demo watches a reward of that name."""
+    return gold(prompt, response, meta)
 
 
 def wordy(prompt, response: str, meta: dict) -> float:

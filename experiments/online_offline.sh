@@ -4,9 +4,10 @@
 #
 #     bash experiments/online_offline.sh --quick     3 seeds, 2 rewards, 4 arms
 #     bash experiments/online_offline.sh             10 seeds, 3 rewards, 5 arms
-#     SEEDS="7 8" REWARDS=truth ARMS="online offline" bash experiments/online_offline.sh
+#     SEEDS="7 8" REWARDS=truth ARMS="online offline" FOLDER=runs/mine bash experiments/online_offline.sh
 #
-# Each core works on a run of its own. After a stop, the same command resumes. With
+# Give other settings another FOLDER: whatever lies there is compared, and a finished run is not made
+# again. Each core works on a run of its own. After a stop, the same command resumes. With
 # `python -m bench.warm_python bash experiments/…`, stages need no time to import torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,8 +23,10 @@ fi
 : "${ARMS:=online online_init offline offline_prev sft}"
 : "${CORES:=$(env --unset OMP_NUM_THREADS nproc)}" # nproc listens to OMP_NUM_THREADS
 : "${ITERS:=6}"
+: "${PROMPTS_PER_ITER:=512}"
+: "${BATCH_SIZE:=32}"
 : "${FOLDER:=runs/online_offline}"
-export ITERS FOLDER OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export ITERS PROMPTS_PER_ITER BATCH_SIZE FOLDER OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # ---- What is run ---------------------------------------------------------------------------------
 
@@ -40,14 +43,14 @@ reward() {
 
 # arm NAME: who writes the answers, what the reference is, what is trained on.
 arm() {
-    TRAIN_ARGS="--learning_rate 2e-4 --batch_size 32"
+    TRAIN_ARGS="--batch_size $BATCH_SIZE --learning_rate 2e-4"
     case $1 in
         online) WRITER=policy REF=prev ;;
         online_init) WRITER=policy REF=init ;;
         offline) WRITER=init REF=init ;;
         offline_prev) WRITER=init REF=prev ;;
         # The best of the same answers, imitated: no reference, no rejected answer.
-        sft) WRITER=init REF=prev TRAIN_ARGS="--beta 0 --nll_coef 1 --learning_rate ${SFT_RATE:-1e-3} --batch_size 32" ;;
+        sft) WRITER=init REF=prev TRAIN_ARGS="--batch_size $BATCH_SIZE --learning_rate 1e-3 --beta 0 --nll_coef 1" ;;
         *) echo "ARMS: there is no $1" >&2 && return 1 ;;
     esac
 }
@@ -69,7 +72,7 @@ run_one() (
     export RUN=$FOLDER/$1/$2/seed_$3 SEED=$3
     export MODEL=demo/build/seed_$3/policy
     export PROMPTS=demo/build/seed_$3/prompts.jsonl HELDOUT=demo/build/seed_$3/heldout.jsonl
-    export PROMPTS_PER_ITER=512 GENERATE_ARGS="--max_new_tokens 40"
+    export GENERATE_ARGS="--max_new_tokens 40"
     export REWARD_MODEL= REWARD_FN= GOLD_FN= WRITER REF TRAIN_ARGS
     reward "$1" "$3"
     arm "$2"
@@ -91,6 +94,11 @@ in_parallel() {
     xargs --max-procs "$CORES" --max-lines=1 bash -c "$1 \"\$@\"" "$1"
 }
 
+# Unknown names end it before anything is built.
+(
+    for name in $REWARDS; do reward "$name" 0; done
+    for name in $ARMS; do arm "$name"; done
+)
 mkdir -p "$FOLDER"
 # Seed by seed, so that whatever has been run can be compared.
 for seed in $SEEDS; do

@@ -445,7 +445,7 @@ def test_layers_for_pictures_get_no_factors():
 
 
 def test_a_rate_of_full_training_gets_a_message(run):
-    text = "LoRA wants ten times as much or more: begin with 5e-06"
+    text = "LoRA wants five to ten times as much: begin with 5e-06"
     assert text in run("low", "--lora_rank", "4", "--learning_rate", "5e-7")
     assert "LoRA wants" not in run("high", "--lora_rank", "4", "--learning_rate", "5e-6")
     assert "LoRA wants" not in run("full", "--learning_rate", "5e-7")
