@@ -31,7 +31,11 @@ def add_run(folder: Path, seed: int, gold: list[float], **settings) -> Path:
             scored = {"candidates": {"in": 40, "out": 40, "dropped": {}}}
             row["reward_diff"] = 2.0 * iteration
             row |= {"pairs": 10, "steps": 3, "sampled/length": 7.0, "counts": {"scored": scored}}
-            row["training"] = {"logps/chosen_fell": {"mean": 0.25 * iteration, "last": 0.0}}
+            row["beta"] = float(settings.get("BETA", 0.1))
+            row["training"] = {
+                "logps/chosen_fell": {"mean": 0.25 * iteration, "last": 0.0},
+                "rewards/accuracies": {"mean": 0.5, "last": 0.0},
+            }
         rows.append(row)
     (folder / "summary.jsonl").write_text("".join(map(dump, rows)))
     return folder
@@ -88,6 +92,14 @@ def test_seeds_are_averaged_and_arms_stand_side_by_side(runs, told):
     )
     fell = cells(printed, "Share of chosen answers that became less likely", "online")
     assert fell == ["3", "-", "0.250±0.000", "0.500±0.000"]
+
+
+def test_without_beta_there_is_no_accuracy(runs, told):
+    for seed in (0, 1):
+        add_run(runs / f"sft/seed_{seed}", seed, ONLINE, BETA="0")
+    printed = told(runs, "--baseline", "online")
+    assert cells(printed, "Accuracy of the implicit", "online") == ["3", "-", *["0.500±0.000"] * 2]
+    assert cells(printed, "Accuracy of the implicit", "sft") == ["2", "-", "-", "-"]
 
 
 def test_only_seeds_that_both_arms_have_are_subtracted(runs, told):

@@ -48,7 +48,7 @@ from stage import run
 
 # Of a row of summary.jsonl, as report.py defines them.
 FIGURES = ("gold", "reward", "reward_diff", "kl/init", "length", "distinct", "pairs", "steps")
-FIGURES += ("sampled_tokens", "chosen_fell")  # made here, in figures_of
+FIGURES += ("sampled_tokens", "accuracy", "chosen_fell")  # made here, in figures_of
 
 ROW = {"comparison": TEXT, "arm": TEXT, "seed": NUMBER, "iteration": NUMBER, "reward": NUMBER}
 
@@ -230,6 +230,8 @@ def figures_of(row: dict) -> dict:
         row["sampled_tokens"] = round(answers * row["sampled/length"])
     if "training" in row:
         row["chosen_fell"] = row["training"]["logps/chosen_fell"]["mean"]
+        if row.get("beta"):  # else there is no implicit reward
+            row["accuracy"] = row["training"]["rewards/accuracies"]["mean"]
     if row["iteration"] == 0 and "reward" in row:
         row["reward_diff"] = 0.0  # of the initial policy to itself
     kept = {name: row[name] for name in FIGURES if name in row}
@@ -349,6 +351,8 @@ def tables(comparison: Comparison) -> list[Titled]:
         shown.append(Titled(title, table_of_means(comparison, "reward_diff")))
     title = "KL to the initial policy, nats per answer"
     shown.append(Titled(title, table_of_means(comparison, "kl/init")))
+    title = "Accuracy of the implicit reward on pairs in training, mean over an iteration's steps"
+    shown.append(Titled(title, table_of_means(comparison, "accuracy")))
     title = (
         "Share of chosen answers that became less likely than under the arm's reference, "
         "mean over an iteration's steps"
