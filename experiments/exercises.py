@@ -3,8 +3,8 @@
     python -m experiments.exercises
 
 Runs every command of the page as it stands there; a run that is done ends at once. The last row of
-each run goes into bench/results/exercises.txt, and into the page where it says
-<!-- figures: NAMES OF RUNS -->.
+each run (of `long`, every row) goes into bench/results/exercises.txt, and into the page where it
+says <!-- figures: NAMES OF RUNS -->.
 """
 
 import os
@@ -20,6 +20,7 @@ from records import NUMBER, read_jsonl, write_whole
 PAGE = ROOT / "docs/exercises.md"
 RESULTS = ROOT / "bench/results/exercises.txt"
 AUDIT = "audit"  # the last exercise: no run, but a message
+WHOLE = ("long",)  # runs of which every iteration is shown
 
 HEADING = "run            iterations         gold  reward     KL  tokens  distinct  pairs"
 # A marker, and the block behind it.
@@ -42,20 +43,25 @@ def run_all(lines: list[str]) -> str:
             done = subprocess.run(
                 ["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True
             )
-            if done.returncode and line != lines[-1]:
-                sys.exit(done.stdout + done.stderr)
+            must_fail = line == lines[-1]
+            if must_fail != bool(done.returncode):
+                sys.exit(f"{line}\nended with {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stderr.strip().splitlines()[-1]
 
 
-def last_row(run: Path) -> str:
-    """A line under HEADING."""
-    (*_, row) = read_jsonl(run / "summary.jsonl", {"iteration": NUMBER})
-    gold, error = figure(row, "gold")
-    pairs = sum(each.get("pairs", 0) for each in read_jsonl(run / "summary.jsonl", {}))
-    return (
-        f"{run.name:14} {row['iteration']:10}  {gold:.3f}±{error:.3f} {row['reward']:7.3f} "
-        f"{row['kl/init']:6.2f} {row['length']:7.1f} {row['distinct']:9.0%} {pairs:6,}"
-    )
+def lines_of(run: Path) -> str:
+    """A run's lines under HEADING: one, of the last iteration, unless it is shown whole."""
+    rows = list(read_jsonl(run / "summary.jsonl", {"iteration": NUMBER}))
+    pairs = 0
+    lines = []
+    for row in rows:
+        pairs += row.get("pairs", 0)  # up to this iteration
+        gold, error = figure(row, "gold")
+        lines.append(
+            f"{run.name:14} {row['iteration']:10}  {gold:.3f}±{error:.3f} {row['reward']:7.3f} "
+            f"{row.get('kl/init', 0):6.2f} {row['length']:7.1f} {row['distinct']:9.0%} {pairs:6,}"
+        )
+    return "\n".join(lines if run.name in WHOLE else lines[-1:])
 
 
 def figure(row: dict, name: str) -> tuple[float, float]:
@@ -64,13 +70,13 @@ def figure(row: dict, name: str) -> tuple[float, float]:
 
 
 def results(lines: list[str], message: str) -> dict[str, str]:
-    """name of a run -> its line."""
-    found = {"demo": last_row(ROOT / "runs/demo")}
+    """name of a run -> its lines."""
+    found = {"demo": lines_of(ROOT / "runs/demo")}
     for line in lines:
         named = re.search(r"RUN=(\S+)", line)
         if named:
             run = ROOT / named[1]
-            found[run.name] = last_row(run)
+            found[run.name] = lines_of(run)
     found[AUDIT] = message
     return found
 

@@ -56,14 +56,13 @@ arm() {
 }
 
 # build NAME SEED: the models of a seed: "seed", the demo's, or "strong", whose reward model has read
-# more comparisons, of more writers. Whoever needs them first builds them; others wait.
+# more comparisons, of more writers.
 build() {
     local more=() log=$FOLDER/build_$1_$2.log
     [[ $1 == seed ]] || more=(--writers varied --comparisons 20000)
-    mkdir -p demo/build
-    flock "demo/build/.$1_$2.lock" \
-        "$PYTHON" demo/build.py --output "demo/build/$1_$2" --seed "$2" "${more[@]}" \
-        >>"$log" 2>&1 || { tail -n 3 "$log" >&2 && return 1; }
+    "$PYTHON" demo/build.py --output "demo/build/$1_$2" --seed "$2" "${more[@]}" >>"$log" 2>&1 ||
+        { tail -n 3 "$log" >&2 && return 1; }
+    echo "models, $1 $2: done"
 }
 
 # run_one REWARD ARM SEED
@@ -76,8 +75,6 @@ run_one() (
     export REWARD_MODEL= REWARD_FN= GOLD_FN= WRITER REF TRAIN_ARGS
     reward "$1" "$3"
     arm "$2"
-    build seed "$3"
-    [[ $1 != strong ]] || build strong "$3"
     # summary.jsonl has a row for every iteration, and one for the initial policy
     if [[ ! -e $RUN/summary.jsonl ]] || (($(wc -l <"$RUN/summary.jsonl") <= ITERS)); then
         mkdir -p "$RUN"
@@ -100,6 +97,11 @@ in_parallel() {
     for name in $ARMS; do arm "$name"; done
 )
 mkdir -p "$FOLDER"
+# Models first: the runs of a seed share them.
+for seed in $SEEDS; do
+    echo "seed $seed"
+    [[ " $REWARDS " != *" strong "* ]] || echo "strong $seed"
+done | in_parallel build
 # Seed by seed, so that whatever has been run can be compared.
 for seed in $SEEDS; do
     for reward in $REWARDS; do
