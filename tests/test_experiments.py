@@ -1,14 +1,21 @@
-"""experiments/online_offline.sh: its arms and rewards are those that docs/experiments.md lists."""
+"""experiments/online_offline.sh: its arms and rewards are those that docs/experiments.md lists, and
+the page's tables are those of the rows that were published.
+"""
 
 import os
+import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
 import dpo_train
 from arguments import parse
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import compare
 
 SCRIPT = ROOT / "experiments/online_offline.sh"
 ARMS = {
@@ -67,3 +74,41 @@ def test_an_unknown_name_is_told_before_anything_is_built(wrong, tmp_path):
     ((name, words),) = wrong.items()
     assert f"{name}: there is no {words.split()[-1]}" in done.stderr
     assert not (ROOT / "demo/build/seed_987").exists()
+
+
+# ---- docs/experiments.md -------------------------------------------------------------------------
+
+RESULTS = ROOT / "bench/results"
+ROWS = [RESULTS / "online_offline.jsonl", RESULTS / "online_offline_fresh_prompts.jsonl"]
+
+
+def words_of(text: str) -> set[tuple[str, ...]]:
+    """The words of each line: tables may be set narrower in a page."""
+    return {tuple(line.split()) for line in text.splitlines() if line.strip()}
+
+
+def tables_of_rows() -> set[tuple[str, ...]]:
+    """Every line of every table that tools/compare.py makes of the published rows."""
+    lines: set[tuple[str, ...]] = set()
+    for path in ROWS:
+        for comparison in compare.read_rows(path):
+            compare.put_first(comparison, "online")
+            for _, table in compare.tables(comparison):
+                lines |= words_of(compare.plain(table))
+    return lines
+
+
+def test_every_figure_of_a_table_is_one_of_the_published_rows():
+    page = (ROOT / "docs/experiments.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```$", page, re.M | re.S)
+    assert len(blocks) >= 5
+    published = tables_of_rows() | words_of((RESULTS / "agreement.txt").read_text())
+    for block in blocks:
+        assert words_of(block) <= published
+
+
+def test_the_rows_are_of_ten_seeds_and_five_arms():
+    for comparison in compare.read_rows(ROWS[0]):
+        assert {arm.name for arm in comparison.arms} == set(ARMS)
+        if comparison.name == "truth":
+            assert all(sorted(arm.runs) == list(range(2, 12)) for arm in comparison.arms)
