@@ -25,8 +25,9 @@ fi
 : "${ITERS:=6}"
 : "${PROMPTS_PER_ITER:=512}"
 : "${BATCH_SIZE:=32}"
+: "${LEARNING_RATE:=2e-4}" # of all arms but sft
 : "${FOLDER:=runs/online_offline}"
-export ITERS PROMPTS_PER_ITER BATCH_SIZE FOLDER OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export ITERS PROMPTS_PER_ITER BATCH_SIZE LEARNING_RATE FOLDER OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # ---- What is run ---------------------------------------------------------------------------------
 
@@ -43,7 +44,7 @@ reward() {
 
 # arm NAME: who writes the answers, what the reference is, what is trained on.
 arm() {
-    TRAIN_ARGS="--batch_size $BATCH_SIZE --learning_rate 2e-4"
+    TRAIN_ARGS="--batch_size $BATCH_SIZE --learning_rate $LEARNING_RATE"
     case $1 in
         online) WRITER=policy REF=prev ;;
         online_init) WRITER=policy REF=init ;;
