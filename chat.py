@@ -52,9 +52,9 @@ def render(tokenizer, turns: list[dict], where: str, template_kwargs: dict, **ho
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise Stop(
-            f"{where}: the prompt is a conversation, but {name} has no chat template. Use an "
-            "instruct model, add the model's chat_template.jinja to its folder, or give prompts "
-            "as strings."
+            f"{where}: the prompt is a conversation, but {name} has no chat template. Use a model "
+            "that has one, add the model's chat_template.jinja to its folder, or give prompts as "
+            "strings."
         )
     try:
         return tokenizer.apply_chat_template(turns, return_dict=False, **how, **template_kwargs)
@@ -198,8 +198,9 @@ def encode_pair(tokenizer, row: dict, where: str, stop_ids: list[int]) -> list[l
     """Token ids of (prompt, chosen, rejected), for preference data that came without token ids.
 
     prompt, chosen and rejected of the row are three strings, or a conversation and two lists of one
-    turn each, the assistant's. An answer ends with its first stop id. An answer without one keeps
-    all of its tokens: we add no end, because the policy never meets an end that we invent.
+    turn each, the assistant's. A text answer ends with the tokenizer's EOS. An answer in turns ends
+    as the template writes it, and with its first stop id; if it holds none, all of its tokens are
+    kept and no end is added: the policy never meets an end that we invent.
 
     Returns None when the prompt's ids do not begin the ids of prompt + answer. The boundary then
     lies within a token, and there is no right place to cut.

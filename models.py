@@ -113,11 +113,13 @@ def load_generation_config(name: str, config):
     generation. A damaged one stops: the ids that end an answer may stand nowhere else.
     """
     repository, commit = locate(name)
-    try:
-        cached_file(repository, "generation_config.json", revision=commit)
-    except OSError:  # there is none
-        return transformers.GenerationConfig.from_model_config(config)
-    with loading(name, "generation_config.json"):
+    file = "generation_config.json"
+    with loading(name, file):  # a hub that cannot be reached must not count as a file that is none
+        found = cached_file(
+            repository, file, revision=commit, _raise_exceptions_for_missing_entries=False
+        )
+        if found is None:
+            return transformers.GenerationConfig.from_model_config(config)
         return transformers.GenerationConfig.from_pretrained(repository, revision=commit)
 
 

@@ -36,10 +36,8 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,8 +119,9 @@ def is_finish_reason(value) -> bool:
     return value in ("stop", "length")
 
 
-def is_nothing(value) -> bool:
-    return not value
+def is_empty(value) -> bool:
+    """Not 0 and not false, which are values."""
+    return value is None or value in ("", [], {})
 
 
 def optional(kind: Kind) -> Kind:
@@ -136,7 +135,7 @@ def optional(kind: Kind) -> Kind:
 
 def forbidden(reason: str) -> Kind:
     """The key must be missing or empty."""
-    return Kind(f"left out ({reason})", is_nothing, optional=True)
+    return Kind(f"left out ({reason})", is_empty, optional=True)
 
 
 TEXT = Kind("a string", is_text)
@@ -221,7 +220,6 @@ def read_jsonl(path, shape: dict | Kind) -> Iterator[dict]:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             row = parse_json(line, where, "A line must hold one JSON object")
-            check_kind(row, OBJECT, f"{where}: the row")
             check_shape(row, shape, where)
             yield row
     if number == 0:
@@ -256,7 +254,7 @@ def parse_json(content: bytes, where: str, remedy: str):
         deep = text.count("[") + text.count("{") > DEEPEST and is_deeper(value, DEEPEST)
     except RecursionError:
         deep = True
-    except ValueError as e:  # a number that is none, or of too many digits, is no JSONDecodeError
+    except ValueError as e:  # JSONDecodeError, or what finite_float, refuse_constant or int() raise
         raise Stop(f"{where}: not JSON ({e}). {remedy}.") from None
     if deep:
         raise Stop(f"{where}: more than {DEEPEST} brackets within brackets. {remedy}.")
@@ -349,120 +347,10 @@ def finite(value: float, where: str) -> float:
     """`value`, or Stop naming the place: a NaN in a ranking would poison every later stage."""
     if not is_number(value):
         raise Stop(
-            f"{where}: the value is {value}, and not a finite number. "
-            "Nothing was written from it; correct its source and run again."
+            f"{where}: the value is {value}; it must be finite, and at most {LARGEST_NUMBER:g} in "
+            "size. Nothing was written from it; correct its source and run again."
         )
     return value
-
-
-# ---- candidates on their way through the rewards -----------------------------------------------
-
-
-@dataclass
-class Merged:
-    total: int  # rows
-    rows: Iterator[dict]
-    counts: dict[str, dict]  # ids that all files have, and ids that some lack
-
-
-def merge_by_id(paths: list, shape: dict) -> Merged:
-    """The rows of one file, or of several joined by id, with all their candidates in one row.
-
-    Only ids and byte offsets are held in memory. A row has the keys of all files; where two files
-    have different values, the first file's is kept. Prompts must not differ, in words or in token
-    ids.
-    """
-    totals = [count_rows(path, shape) for path in paths]
-    if len(paths) == 1:
-        return Merged(totals[0], read_jsonl(paths[0], shape), {})
-
-    places: dict[str, list[tuple[str, int]]] = {}  # id -> its (file, byte) in each file
-    for path in paths:
-        with open(path, "rb") as file:
-            byte = 0
-            for line in file:
-                id = json.loads(line)["id"]
-                places.setdefault(id, []).append((path, byte))
-                byte += len(line)
-
-    in_all = [found for found in places.values() if len(found) == len(paths)]
-    in_some = len(places) - len(in_all)
-    dropped = {"kept_though_in_some_files_only": in_some} if in_some else {}
-    balance = {"in": len(places), "out": len(in_all), "dropped": dropped}
-    return Merged(len(places), _merged_rows(paths, places), {"ids": balance})
-
-
-def _merged_rows(paths: list, places: dict[str, list[tuple[str, int]]]) -> Iterator[dict]:
-    files = {path: open(path, "rb") for path in paths}
-    for id, found in places.items():
-        merged = None
-        for path, byte in found:
-            files[path].seek(byte)
-            row = json.loads(files[path].readline())
-            if merged is None:
-                merged = row
-                continue
-            for key in ("prompt", "prompt_token_ids"):
-                if merged[key] != row[key]:
-                    first_path, _ = found[0]
-                    raise Stop(
-                        f'{path}: id "{id}": {key} differs from that in {first_path}. Candidates '
-                        "of different prompts cannot be merged: generate both files from one "
-                        "prompts.jsonl."
-                    )
-            candidates = merged["candidates"] + row["candidates"]
-            merged = merged | {k: v for k, v in row.items() if k not in merged}
-            merged["candidates"] = candidates
-        yield merged
-
-
-@dataclass
-class Answer:
-    """A candidate on its way through the rewards."""
-
-    row: dict
-    index: int  # in the input's row
-    candidate: dict
-    text: str  # what the rewards see
-    source: str  # the file, or files, for messages
-    dropped: str | None = None  # why it has no reward
-
-    def __str__(self):
-        return f'{self.source}: row id "{self.row["id"]}", candidate {self.index}'
-
-
-def answers_of(rows: list[dict], strip_reasoning: bool, files: list[str]) -> list[Answer]:
-    """All candidates of `rows`, row by row. strip_reasoning: rewards see what follows </think>.
-
-    files: where the rows came from, for messages.
-    """
-    source = ", ".join(map(str, files))
-    answers = []
-    for row in rows:
-        for index, candidate in enumerate(row["candidates"]):
-            text = candidate["text"]
-            if strip_reasoning:
-                text = text.split("</think>", 1)[-1].lstrip()
-            answers.append(Answer(row, index, candidate, text, source))
-    return answers
-
-
-def drop_unscored(rows: list[dict], answers: list[Answer]) -> dict[str, dict]:
-    """Remove candidates without a reward from their rows, in place. Returns the balances."""
-    kept: dict[int, list[dict]] = {id(row): [] for row in rows}
-    dropped: Counter = Counter()
-    for answer in answers:
-        if answer.dropped:
-            dropped[answer.dropped] += 1
-        else:
-            kept[id(answer.row)].append(answer.candidate)
-    for row in rows:
-        row["candidates"] = kept[id(row)]
-    out = len(answers) - dropped.total()
-    return {
-        "rows": {"in": len(rows), "out": len(rows), "dropped": {}},
-        "candidates": {"in": len(answers), "out": out, "dropped": dropped},
-    }
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -473,8 +361,8 @@ def dump(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-WRITING = "writing "  # and a path: the note of an error
-UNFINISHED = ".iterdpo-unfinished"  # no file of a user's ends so: what does, may be removed
+WRITING = "writing "  # begins the note that `writing` adds to an error
+UNFINISHED = ".iterdpo-unfinished"  # no file of a user has this ending: one that has may be removed
 
 
 @contextmanager
@@ -503,7 +391,7 @@ def whole(path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path) -> Iterator[None]:
-    """An error within gets a note that names the file: of a full disk the system says no more."""
+    """Add a note with the file's name to an error: that of a full disk names no file."""
     try:
         yield
     except Exception as error:

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 score.py …             one GPU per rank; the same file comes out
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 score.py …
 
-Each candidate y of a prompt x gains "rewards", one number from each of them, and "reward", by which
-pairs are made:
+Each candidate y of a prompt x gains "rewards", one number per model or function, and "reward", by
+which pairs are made:
 
     reward(x, y) = sum_k weight_k * rewards_k(x, y) - missing_eos_penalty * cut_off(y)
 
@@ -26,8 +26,9 @@ any reward. Then rewards that the input has are kept; if it has none, "rewards" 
 
 What has to be right, because each of these was wrong in some public project:
 
-  - The reward model sees its own chat template, tokenised once (no second BOS), and the whole text
-    that is trained on: an answer longer than the model can read is dropped and counted, never cut.
+  - The reward model sees its own chat template (a prompt that is a string goes without one),
+    tokenised once (no second BOS), and the whole text that is trained on: an answer longer than the
+    model can read is dropped and counted, never cut.
   - A score is the same alone and in a batch. Answers are packed, not padded, and the prompt that
     they share is computed once for all of them. At every start the first batch is checked.
   - Several candidate files (of two policies, say) are joined by id, never by position.
@@ -36,25 +37,27 @@ What has to be right, because each of these was wrong in some public project:
 
 Memory does not grow with the rows: every model is loaded once and stays, and the rows pass through
 all models part by part, so that a kill costs one part. Models that do not fit into memory together
-can run one after another: score the first run's output again. The first run's rewards are kept
-beside the new ones, and "reward" is the sum over the last run's.
+can run one after another: score the first run's output again, with another NAME=. The first run's
+rewards are kept beside the new ones, but only watched: "reward" is the sum over the last run's.
 """
 
+import functools
 import importlib.util
 import inspect
 import os
 import re
 import sys
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 # Batches differ in size, which would fragment the GPU's free memory. torch reads this when it is
-# imported; the name in the inner brackets is its older one.
+# imported. If the user has set it, under this name or the old one, that value is used.
 os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 )
@@ -71,6 +74,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 import chat
 import models
 from arguments import float_of, integer_in, key_values, number_in, parse, parser
+from candidates import Answer, answers_of, drop_unscored, merge_by_id
 from kernels.attention import (
     ATTENTION,
     attention_implementation,
@@ -79,7 +83,7 @@ from kernels.attention import (
     prefix_layout,
 )
 from kernels.logprob import backbone, linear_logprob, lm_head, logprob_from_logits
-from records import CANDIDATES, Answer, Stop, answers_of, drop_unscored, finite, merge_by_id
+from records import CANDIDATES, Stop, finite
 from stage import Stage, run, seconds_since
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -190,6 +194,9 @@ def resolve(args) -> Asked:
         references=name_models(args.ref_model, only="ref"),
         functions=named(args.reward_fn, [function_name(spec) for spec in args.reward_fn]),
     )
+    for spec in asked.functions.values():
+        if ":" not in spec:
+            raise Stop(f"--reward_fn {spec}: names no function. Write FILE.py:FUNCTION.")
     check_effect(args, asked)
     names = [*asked.reward_models, *asked.functions]
     if len(set(names)) < len(names):
@@ -221,12 +228,13 @@ def check_effect(args, asked: Asked) -> None:
         ("dtype", has_model, "--reward_model or --ref_model"),
         ("chat_template_kwargs", bool(asked.reward_models), "--reward_model"),
         ("reward_weights", has_reward, "--reward_model or --reward_fn"),
+        ("strip_reasoning", has_reward, "--reward_model or --reward_fn"),
     ]
     if not has_reward and not has_model:
         raise Stop("nothing to score with: give --reward_model, --reward_fn or --ref_model.")
     for flag, is_there, needed in needs:
-        value = getattr(args, flag)
-        if value is not None and not is_there:
+        is_given = getattr(args, flag) not in (None, False)
+        if is_given and not is_there:
             raise Stop(f"--{flag} has no effect without {needed}.")
 
 
@@ -293,12 +301,12 @@ def function_name(spec: str) -> str:
 # for each of them a number, or one word that says why there is none.
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     """A prompt and an answer to it, as one model reads them."""
 
     row_id: str  # sequences of one row may have a beginning in common
     ids: tuple[int, ...]  # prompt and answer
-    prompt_length: int  # how many of them are the prompt
+    prompt_length: int  # where the answer begins; a Reference alone needs it, else it is 0
 
 
 @dataclass(kw_only=True)
@@ -306,9 +314,11 @@ class Model:
     """A network that gives each sequence a number, many at once, each as if it were alone.
 
     RewardModel and Reference define that number in three methods: `sequence`, what the network
-    reads of an answer; `alone`, the definition of the number; `read`, how to compute it from the
-    states of many sequences that were packed into one forward pass.
+    reads of an answer; `score_alone`, the definition of the number; `score_packed`, how to compute
+    it from the states of many sequences that were packed into one forward pass.
     """
+
+    too_long: ClassVar[str]  # why an answer has no number that is longer than max_length
 
     path: str
     network: nn.Module
@@ -326,17 +336,17 @@ class Model:
         return [values.get(sequence, self.too_long) for sequence in sequences]
 
     @torch.inference_mode()
-    def score_sequences(self, sequences: list[Sequence]) -> dict[Sequence, float]:
+    def score_sequences(self, sequences: list[TokenSequence]) -> dict[TokenSequence, float]:
         """The number of each sequence that is not too long for the model."""
-        values: dict[Sequence, float] = {}
+        values: dict[TokenSequence, float] = {}
         left = [s for s in sequences if len(s.ids) <= self.max_length]
         while left:
             batch = self.next_batch(left)
             try:
                 if self.packs:
-                    results = self.read(self.hidden(batch), batch)
+                    results = self.score_packed(self.hidden(batch), batch)
                 else:
-                    results = [self.alone(sequence) for sequence in batch]
+                    results = [self.score_alone(sequence) for sequence in batch]
             except torch.OutOfMemoryError:
                 self.make_batches_smaller(batch)
                 continue
@@ -349,8 +359,11 @@ class Model:
             left = left[len(batch) :]
         return values
 
-    def next_batch(self, left: list[Sequence]) -> list[Sequence]:
-        """The first sequences, as many as tokens_per_batch allows, and at least one."""
+    def next_batch(self, left: list[TokenSequence]) -> list[TokenSequence]:
+        """The first sequences, as many as tokens_per_batch allows, and at least one.
+
+        A prompt that answers share counts once for each of them here, though it is computed once.
+        """
         tokens = 0
         for count, sequence in enumerate(left):
             tokens += len(sequence.ids)
@@ -358,7 +371,7 @@ class Model:
                 return left[: max(1, count)]
         return left
 
-    def make_batches_smaller(self, batch: list[Sequence]) -> None:
+    def make_batches_smaller(self, batch: list[TokenSequence]) -> None:
         tokens = sum(len(sequence.ids) for sequence in batch)
         if len(batch) == 1:
             problem = f"{tokens} tokens do not fit into memory"
@@ -367,11 +380,11 @@ class Model:
         torch.cuda.empty_cache()
         self.warn(f"out of memory: {self.tokens_per_batch} tokens per batch from here on")
 
-    def packing_errs(self, batch: list[Sequence], results: list[float]) -> bool:
+    def packing_errs(self, batch: list[TokenSequence], results: list[float]) -> bool:
         """Whether the shortest sequence gets another number when it is computed alone."""
         lengths = [len(sequence.ids) for sequence in batch]
         shortest = lengths.index(min(lengths))
-        alone, packed = self.alone(batch[shortest]), results[shortest]
+        alone, packed = self.score_alone(batch[shortest]), results[shortest]
         absolute, relative = self.tolerance
         errs = abs(alone - packed) > absolute + relative * abs(alone)
         if errs:
@@ -381,7 +394,7 @@ class Model:
     def warn(self, message: str) -> None:
         print(f"{self.path}: {message}", file=sys.stderr)
 
-    def hidden(self, sequences: list[Sequence]) -> list[torch.Tensor]:
+    def hidden(self, sequences: list[TokenSequence]) -> list[torch.Tensor]:
         """The last layer's states [n, D] of each sequence of n tokens.
 
         The network reads one row of T tokens, [P|A|B|C][P|A|B]…, where P is what all sequences of a
@@ -411,7 +424,7 @@ class Model:
         states = states[layout.kv_index]  # [sum of n, D]: those of P once for each of its answers
         return list(states.split(layout.k_lengths))
 
-    def input_ids(self, sequence: Sequence) -> torch.Tensor:
+    def input_ids(self, sequence: TokenSequence) -> torch.Tensor:
         return torch.tensor([sequence.ids], device=self.network.device)  # [1, n]
 
 
@@ -434,23 +447,32 @@ class RewardModel(Model):
 
     tokenizer: object  # its own
     template_kwargs: dict  # for its chat template
+    warned_of_text: bool = False
     too_long = "too_long_for_reward_model"
 
-    def sequence(self, answer: Answer) -> Sequence:
+    def sequence(self, answer: Answer) -> TokenSequence:
         prompt, where = answer.row["prompt"], f"{self.path}: {answer}"
+        if isinstance(prompt, str) and self.tokenizer.chat_template and not self.warned_of_text:
+            self.warned_of_text = True
+            self.warn(
+                "has a chat template, which a prompt that is a string goes without: its scores may "
+                "mean little. tools/prepare_prompts.py --as_conversation makes conversations"
+            )
         ids = chat.encode_for_reward(
             self.tokenizer, prompt, answer.text, where, self.template_kwargs
         )
-        return Sequence(answer.row["id"], tuple(ids), prompt_length=0)
+        return TokenSequence(answer.row["id"], tuple(ids), prompt_length=0)
 
-    def alone(self, sequence: Sequence) -> float:
+    def score_alone(self, sequence: TokenSequence) -> float:
         """The definition: the model as it came."""
         logits = self.network(self.input_ids(sequence)).logits  # [1, 1]
         return logits[0, 0].item()
 
-    def read(self, states: list[torch.Tensor], sequences: list[Sequence]) -> list[float]:
+    def score_packed(
+        self, states: list[torch.Tensor], sequences: list[TokenSequence]
+    ) -> list[float]:
         pad = self.network.config.get_text_config().pad_token_id
-        last = []
+        last = []  # B of them
         for state, sequence in zip(states, sequences, strict=True):
             last.append(state[last_place(sequence.ids, pad)])  # [D]
         logits = self.network.score(torch.stack(last))  # [B, 1]
@@ -476,12 +498,13 @@ def load_reward_model(path: str, args, device) -> RewardModel:
     # With packing, the reward is one product with the last token's state. BERT's head does more.
     network_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), object)
     reads_last_state = issubclass(network_class, GenericForSequenceClassification)
-    max_length = args.max_length or positions(config)
+    max_length = min(args.max_length or sys.maxsize, positions(config))
     packs = reads_last_state and packing_refusal(config, max_length) is None
     auto_class = AutoModelForSequenceClassification
-    network = load_network(auto_class, path, config, packs, args.dtype, device)
-
-    # That product is made in fp32. In bf16 a reward near 10 moves in steps of 1/16: ties.
+    # The head is computed in fp32: in bf16 a reward near 10 moves in steps of 1/16, which makes
+    # ties. Where it is more than one product, all of the network is.
+    dtype = args.dtype if reads_last_state else "fp32"
+    network = load_network(auto_class, path, config, packs, dtype, device)
     if isinstance(getattr(network, "score", None), nn.Linear):
         network.score.float().register_forward_pre_hook(inputs_to_fp32)
 
@@ -493,7 +516,7 @@ def load_reward_model(path: str, args, device) -> RewardModel:
         max_length=max_length,
         tokens_per_batch=args.tokens_per_batch,
         packs=packs,
-        tolerance=TOLERANCE[args.dtype],
+        tolerance=TOLERANCE[dtype],
         tokenizer=tokenizer,
         template_kwargs=template_kwargs,
     )
@@ -534,18 +557,18 @@ class Reference(Model):
     vocabulary: int  # how many token ids it knows
     too_long = "too_long_for_ref_model"
 
-    def sequence(self, answer: Answer) -> Sequence:
+    def sequence(self, answer: Answer) -> TokenSequence:
         prompt_ids = answer.row["prompt_token_ids"]
         answer_ids = answer.candidate["token_ids"]
         if not prompt_ids:
             problem = "nothing precedes the first token of the answer"
             raise Stop(f"{answer}: prompt_token_ids is empty: {problem}.")
-        if max(*prompt_ids, *answer_ids) >= self.vocabulary:
+        if max([*prompt_ids, *answer_ids]) >= self.vocabulary:
             beyond = f"a token id beyond the {self.vocabulary} that {self.path} knows"
             raise Stop(f"{answer}: {beyond}. Name a reference with the policy's vocabulary.")
-        return Sequence(answer.row["id"], (*prompt_ids, *answer_ids), len(prompt_ids))
+        return TokenSequence(answer.row["id"], (*prompt_ids, *answer_ids), len(prompt_ids))
 
-    def alone(self, sequence: Sequence) -> float:
+    def score_alone(self, sequence: TokenSequence) -> float:
         """The definition, from the model's own logits."""
         input_ids = self.input_ids(sequence)
         logits = self.network(input_ids).logits[0]  # [n, V]
@@ -553,7 +576,9 @@ class Reference(Model):
         answer_ids = input_ids[0, sequence.prompt_length :]  # [|y|]
         return logprob_from_logits(logits, answer_ids).sum().item()
 
-    def read(self, states: list[torch.Tensor], sequences: list[Sequence]) -> list[float]:
+    def score_packed(
+        self, states: list[torch.Tensor], sequences: list[TokenSequence]
+    ) -> list[float]:
         before_answers: list[torch.Tensor] = []
         answer_ids: list[int] = []
         lengths: list[int] = []  # |y|
@@ -570,7 +595,7 @@ class Reference(Model):
 
 def load_reference(path: str, args, device) -> Reference:
     config = models.load_config(path)
-    max_length = args.max_length or positions(config)
+    max_length = min(args.max_length or sys.maxsize, positions(config))
     packs = packing_refusal(config, max_length) is None
     network = load_network(AutoModelForCausalLM, path, config, packs, args.dtype, device)
     return Reference(
@@ -617,8 +642,8 @@ class RewardFunction:
 class GroupRewardFunction(RewardFunction):
     """name(prompt, responses, meta) -> list[float], called once per prompt with all its answers.
 
-    All: of all candidate files, in the file's order, equal texts included. Only an answer that was
-    too long for a model that scored before is not among them: it is dropped.
+    That is, the answers of all candidate files, in their order, equal texts included. Only an
+    answer that was too long for a model that scored before is missing: it is dropped.
     """
 
     def score(self, answers: list[Answer]) -> list[float]:
@@ -666,11 +691,8 @@ def load_function(spec: str) -> RewardFunction:
     file, _, name = spec.rpartition(":")
     if not os.path.isfile(file):
         raise Stop(f"--reward_fn {spec}: no such file. It is written FILE.py:FUNCTION.")
-    sys.path.append(str(Path(file).resolve().parent))  # so that it can import files beside it
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        module = module_of(str(Path(file).resolve()))
     except SystemExit as e:
         raise Stop(f"--reward_fn {spec}: importing the file called exit({e.code}).") from None
     function = getattr(module, name, None)
@@ -680,6 +702,18 @@ def load_function(spec: str) -> RewardFunction:
     if second_parameter(function) == "responses":
         return GroupRewardFunction(spec, function)
     return RewardFunction(spec, function)
+
+
+@functools.cache
+def module_of(file: str) -> types.ModuleType:
+    """A user's file as a module. Two functions of one file share it, and whatever it loads."""
+    sys.path.append(os.path.dirname(file))  # so that it can import files beside it
+    name = f"reward functions of {file}"
+    module_spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # dataclasses and pickle look a module up by its name
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def second_parameter(function: Callable) -> str | None:
@@ -697,7 +731,7 @@ def second_parameter(function: Callable) -> str | None:
 class Scorer(NamedTuple):
     key: str  # of the candidate: "rewards" or "ref_logprobs"
     name: str  # in there
-    source: RewardModel | Reference | RewardFunction
+    scores: RewardModel | Reference | RewardFunction
 
 
 def load_scorers(asked: Asked, args) -> list[Scorer]:
@@ -725,12 +759,17 @@ def score_part(rows: list[dict], scorers: list[Scorer], args) -> dict[str, dict]
     answers = answers_of(rows, args.strip_reasoning, args.candidates)
     for scorer in scorers:
         left = [answer for answer in answers if not answer.dropped]
-        values = scorer.source.score(left)
+        values = scorer.scores.score(left)
         for answer, value in zip(left, values, strict=True):
             if isinstance(value, str):
                 answer.dropped = value
                 continue
             earlier = answer.candidate.get(scorer.key, {})
+            if scorer.name in earlier:
+                raise Stop(
+                    f'{answer}: {scorer.key} has a "{scorer.name}" from an earlier run already. '
+                    "Call this one something else: NAME=…."
+                )
             value = finite(value, f'{answer}, {scorer.key} "{scorer.name}"')
             answer.candidate[scorer.key] = earlier | {scorer.name: value}
 
@@ -743,12 +782,12 @@ def score_part(rows: list[dict], scorers: list[Scorer], args) -> dict[str, dict]
 
 
 def weighted_sum(candidate: dict, args) -> float:
-    """reward(x, y), the formula at the head of this file."""
+    """reward(x, y), the formula at the head of this file. References alone keep the input's sum."""
     if args.rewards:
-        weight_of = zip(args.rewards, args.reward_weights, strict=True)
-        total = sum(weight * candidate["rewards"][name] for name, weight in weight_of)
+        weighted = zip(args.rewards, args.reward_weights, strict=True)
+        total = sum(weight * candidate["rewards"][name] for name, weight in weighted)
     else:
-        total = candidate.get("reward", 0.0)  # a reference alone changes no reward
+        total = candidate.get("reward", 0.0)
     cut_off = candidate["finish_reason"] != "stop"
     return total - args.missing_eos_penalty * cut_off
 
@@ -769,7 +808,7 @@ def main():
     if stage.done:
         return
     merged = merge_by_id(args.candidates, CANDIDATES)
-    stage.counts |= merged.counts
+    merged.warn_of_incomplete(stage)
     scorers = load_scorers(asked, args)
 
     started, answers = time.monotonic(), 0

@@ -1,7 +1,8 @@
 """How any stage runs: its place among the ranks, what is done already, and what it leaves behind.
 
 Beside every output X stands X.meta.json: arguments, sha256 of every input and of X, versions, rows
-in, rows out, rows dropped by reason (in = out + dropped, or the stage fails). A stage whose output
+in, rows out, rows dropped by reason. Such a balance is {"in": n, "out": n, "dropped": {reason: n}},
+and in = out + dropped, or the stage fails. A stage whose output
 exists with the same arguments and inputs says so and exits 0; with others it stops and names the
 difference. It also stops where X is no longer what was written.
 
@@ -65,7 +66,7 @@ META = {  # X.meta.json
     "sha256": TEXT,
 }
 
-ROWS_OF = "rows of "  # and a file: the balance of one of several inputs, beside that of all "rows"
+ROWS_OF = "rows of "  # + a file's name: the balance of one of several inputs; "rows" has them all
 
 REPLACED = ".iterdpo-replaced"  # the old output, until the new one is whole
 LONGEST_NAME = 200  # bytes; file systems take 255, and the names beside the output are longer
@@ -273,7 +274,7 @@ class Stage:
                 if was == now:
                     continue
                 # Two hashes tell a person nothing; two commits, names or numbers do.
-                is_commit = str(now).startswith("hub:")
+                is_commit = "hub:" in str(now)  # of one model, or of one in a list
                 only_hashes = group == "inputs" and was and now and not is_commit
                 difference = "content changed" if only_hashes else f"was {was}, is {now}"
                 lines.append(f"  --{name}: {difference}")
@@ -665,8 +666,8 @@ def has_lost_a_rank(error: Exception) -> bool:
 
 
 def wait_for_torchrun() -> None:
-    """torchrun ends all ranks of a machine when one has failed, within a second: nothing need be
-    said here then. On another machine nobody comes.
+    """torchrun ends all ranks of its machine within a second of a failure, and this one need say
+    nothing. A rank on another machine is not ended: it goes on from here, to its message.
     """
     end_on_sigterm()  # the trainer may have put another action in its place
     time.sleep(5)
@@ -675,8 +676,10 @@ def wait_for_torchrun() -> None:
 def fault_of_the_machine(error: Exception) -> str | None:
     """The message for a person where the disk is full or a path is refused; None for a bug.
 
-    A library may have wrapped the error, and safetensors makes another one of it. So all errors
-    that led to this one are looked at, and their words.
+    A library may have wrapped the error, and safetensors makes another one of it. So for a full
+    disk all errors that led to this one are looked at, and their words. For a path it is only this
+    one and what it was raised from: a path that was refused before, and done without, is not to
+    blame.
     """
     for cause in causes(error):
         is_full = isinstance(cause, OSError) and cause.errno in NO_SPACE
@@ -688,23 +691,32 @@ def fault_of_the_machine(error: Exception) -> str | None:
                 f"{where}: no space left. Free some and run the same command again: finished work "
                 "is kept."
             )
+    for cause in causes(error, with_context=False):
         if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
-            return f"{cause.filename}: {cause.strerror}. {REMEDY}."
+            notes = [note for note in notes_of(error) if not note.startswith(WRITING)]
+            where = f" ({', '.join(notes)})" if notes else ""
+            return f"{cause.filename}: {cause.strerror}{where}. {REMEDY}."
     return None
 
 
 def file_being_written(error: Exception) -> str:
     """The innermost file that records.writing has noted."""
     for cause in causes(error):
-        for note in getattr(cause, "__notes__", []):
+        for note in notes_of(cause):
             if note.startswith(WRITING):
                 return note.removeprefix(WRITING)
     return "writing"
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, the one it came from, and so on."""
+def notes_of(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def causes(error: BaseException | None, with_context: bool = True) -> Iterator[BaseException]:
+    """The error, the one it was raised from, and so on. with_context: or while handling which."""
     while error is not None:
         yield error
-        hidden = error.__suppress_context__
-        error = error.__cause__ or (None if hidden else error.__context__)
+        context = None
+        if with_context and not error.__suppress_context__:
+            context = error.__context__
+        error = error.__cause__ or context

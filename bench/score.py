@@ -154,7 +154,7 @@ def load(args, attention: str, device: str):
     return network.to(device).eval()
 
 
-def random_answers(args, vocabulary: int) -> list[score.Sequence]:
+def random_answers(args, vocabulary: int) -> list[score.TokenSequence]:
     """Prompt and answer as random tokens; the answers of one row share their prompt."""
     rng = random.Random(0)
     sequences = []
@@ -162,11 +162,11 @@ def random_answers(args, vocabulary: int) -> list[score.Sequence]:
         shared = rng.choices(range(5, vocabulary), k=prompt)
         for n in answers:
             ids = shared + rng.choices(range(5, vocabulary), k=n)
-            sequences.append(score.Sequence(f"row {i}", tuple(ids), prompt_length=0))
+            sequences.append(score.TokenSequence(f"row {i}", tuple(ids), prompt_length=0))
     return sequences
 
 
-def ours(args, network, sequences: list[score.Sequence], tokens: int) -> list[float]:
+def ours(args, network, sequences: list[score.TokenSequence], tokens: int) -> list[float]:
     model = score.RewardModel(
         path=args.model or "a random Llama",
         network=network,
@@ -182,7 +182,7 @@ def ours(args, network, sequences: list[score.Sequence], tokens: int) -> list[fl
     return [values[sequence] for sequence in sequences]
 
 
-def ways_to_score(args, plain, packing, sequences: list[score.Sequence]) -> dict:
+def ways_to_score(args, plain, packing, sequences: list[score.TokenSequence]) -> dict:
     """name -> function without arguments that returns the scores."""
     ids = [list(sequence.ids) for sequence in sequences]
     ways = {}

@@ -317,10 +317,31 @@ AttentionMaskInterface.register(ATTENTION, packed_mask)
 # ---- which models ------------------------------------------------------------------------------
 
 
+# RoBERTa and what was made of it count positions from pad_token_id + 1.
+COUNT_FROM_PAD = {
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+
+
 def positions(config) -> int:
     """Tokens that the model can read; sys.maxsize where its config sets no limit (XLNet's: -1)."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit and limit > 0 else sys.maxsize
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or limit < 0:
+        return sys.maxsize
+    if config.model_type in COUNT_FROM_PAD:
+        return limit - config.pad_token_id - 1  # 512 of 514
+    return limit
 
 
 def causal_lm_refusal(config) -> str | None:

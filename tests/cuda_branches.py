@@ -283,7 +283,7 @@ def scorer(kind: str, dtype: str) -> str:
     """score.py's packed batches: answers to a prompt share it."""
     prompts = {"one": ([5] * 40, [[6] * 3, [7] * 90, [8] * 17]), "two": ([9] * 12, [[6] * 18])}
     sequences = [
-        score.Sequence(name, (*prompt, *answer), len(prompt))
+        score.TokenSequence(name, (*prompt, *answer), len(prompt))
         for name, (prompt, answers) in prompts.items()
         for answer in answers
     ]

@@ -17,8 +17,9 @@ import dpo_train
 import make_pairs
 import models
 import score
+from candidates import merge_by_id
 from conftest import ROOT
-from records import PROMPT, SCORED, Stop, count_rows, dump, merge_by_id, read_jsonl
+from records import PROMPT, SCORED, Stop, count_rows, dump, read_jsonl
 from small_models import causal_lm
 from stage import run
 from test_dpo_train import make_pairs as pair_rows_of

@@ -407,7 +407,7 @@ def test_another_weight_is_another_run(judge):
     assert len(server.requests) == 2
 
 
-def test_files_are_merged_by_id(judge):
+def test_files_are_merged_by_id(judge, tmp_path):
     """PITFALLS 11: answers of two files meet, whatever the order of the rows."""
     first = rows(["a", "bb"], ["x", "yy"], ["only here", "and here!"])
     second = rows(["ccc"], ["zzz"])[::-1]
@@ -415,7 +415,8 @@ def test_files_are_merged_by_id(judge):
     texts = [[c["text"] for c in row["candidates"]] for row in scored]
     assert texts == [["a", "bb", "ccc"], ["x", "yy", "zzz"], ["only here", "and here!"]]
     assert wins(scored) == [[0, 0.5, 1], [0, 0.5, 1], [0.5, 0.5]]
-    assert counts["ids"] == {"in": 3, "out": 2, "dropped": {"kept_though_in_some_files_only": 1}}
+    warning = "1 of 3 ids are not in all files: their rows have fewer candidates"
+    assert records.read_json(tmp_path / "s.jsonl.meta.json", {}, "")["warnings"] == [warning]
     assert counts["candidates"]["in"] == 8
 
     second[0]["prompt_token_ids"] = [2]

@@ -21,6 +21,7 @@ from transformers import (
     BertConfig,
 )
 
+import candidates
 import records
 import score
 import small_models
@@ -143,7 +144,7 @@ def loaded(path, load=score.load_reward_model):
 
 
 def answers_of(rows):
-    return records.answers_of(rows, strip_reasoning=False, files=["c.jsonl"])
+    return candidates.answers_of(rows, strip_reasoning=False, files=["c.jsonl"])
 
 
 # ---- one score, whatever is in the batch -------------------------------------------------------
@@ -233,7 +234,7 @@ def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path, arch, load):
     data[4]["candidates"] = data[4]["candidates"][:1]
     data[5] |= {k: data[4][k] for k in ("prompt", "prompt_token_ids")}
     answers = answers_of(data)
-    alone = [m.alone(m.sequence(a)) for a in answers]
+    alone = [m.score_alone(m.sequence(a)) for a in answers]
     seen = []
     m.network.base_model.register_forward_pre_hook(
         lambda _, a, k: seen.append((a[0] if a else k["input_ids"]).numel()), with_kwargs=True
@@ -324,7 +325,7 @@ def test_llama4s_text_model_is_a_reference(tmp_path):
     """Its base_model is the whole model, head included."""
     small_models.causal_lm(tmp_path / "ref", "llama4_text", **small_models.LLAMA4)
     answers, m = answers_of(rows(3)), loaded(tmp_path / "ref", score.load_reference)
-    alone = [m.alone(m.sequence(a)) for a in answers]
+    alone = [m.score_alone(m.sequence(a)) for a in answers]
     assert m.score(answers) == pytest.approx(alone, abs=1e-4)
 
 
@@ -337,7 +338,7 @@ def test_one_bos_and_the_reward_models_own_template(folder, text):
     m = loaded(folder / "rm")
     bos = m.tokenizer.bos_token_id
     for row in rows(3, text=text):
-        a = records.Answer(row, 1, row["candidates"][1], row["candidates"][1]["text"], "c.jsonl")
+        a = candidates.Answer(row, 1, row["candidates"][1], row["candidates"][1]["text"], "c.jsonl")
         ids = m.sequence(a).ids
         assert ids[0] == bos and ids.count(bos) == 1
         seen = m.tokenizer.decode(ids)
@@ -586,7 +587,9 @@ def test_files_are_merged_by_id(tmp_path, run, folder):
         assert row["note"] == alone["note"]
     assert len(merged[8]["candidates"]) == 4
     counts = meta(out)["counts"]
-    assert counts["ids"] == {"in": 9, "out": 7, "dropped": {"kept_though_in_some_files_only": 2}}
+    assert meta(out)["warnings"] == [
+        "2 of 9 ids are not in all files: their rows have fewer candidates"
+    ]
     assert counts["rows"]["out"] == 9 and counts["candidates"]["out"] == 64
 
     second[3]["prompt_token_ids"] = [1]
