@@ -119,12 +119,24 @@ def answers_of(rows: list[dict], strip_reasoning: bool, files: list[str]) -> lis
     source = ", ".join(map(str, files))
     answers = []
     for row in rows:
+        check_same_rewards(row, source)
         for index, candidate in enumerate(row["candidates"]):
             text = candidate["text"]
             if strip_reasoning:
                 text = text.split("</think>", 1)[-1].lstrip()
             answers.append(Answer(row, index, candidate, text, source))
     return answers
+
+
+def check_same_rewards(row: dict, source: str) -> None:
+    """Candidates of one prompt are ranked by the sums of their rewards: all must have the same."""
+    names = [set(candidate.get("rewards") or {}) for candidate in row["candidates"]]
+    for k, found in enumerate(names):
+        if found != names[0]:
+            raise Stop(
+                f'{source}: row id "{row["id"]}", candidate {k} has other rewards than candidate '
+                f"0: {sorted(found)}, not {sorted(names[0])}. Score all files alike, then merge."
+            )
 
 
 # ---- what got no reward ------------------------------------------------------------------------

@@ -434,6 +434,13 @@ class NoReply(Exception):
     """The server has answered, and not with a chat completion."""
 
 
+def both_ends(text: str) -> str:
+    """At most SHOWN characters. A thought shows its fault at its end, a web page at its start."""
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+
+
 def text_of(completion) -> str:
     """The words of a chat completion. NoReply where there is none, whatever came instead.
 
@@ -711,8 +718,8 @@ def balances(judge: Judge, requests: dict, verdicts: dict, outcomes: Counter) ->
     read = len(replies) - sum(lost.values())
     if replies and not read:
         raise Stop(
-            f"{judge.args.judge_url}: not one of {len(replies)} replies can be read. The last ends "
-            f"in {judge.last_said[-SHOWN:]!r}. Replies are kept in {judge.file.name}: remove that "
+            f"{judge.args.judge_url}: not one of {len(replies)} replies can be read. The last: "
+            f"{both_ends(judge.last_said)!r}. Replies are kept in {judge.file.name}: remove that "
             "to ask again."
         )
     decided = outcomes.pop("decided", 0)

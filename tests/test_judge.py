@@ -22,7 +22,7 @@ import records
 from arguments import parse
 from bench.judge_ring import Prompts, dealt_ring, ring_in_file_order, shares
 from conftest import ROOT
-from judge import arguments, check_arguments, comparisons, verdict
+from judge import CUT_OFF, arguments, check_arguments, comparisons, verdict
 from judge import main as judge_main
 from make_pairs import rank_pairs
 
@@ -96,9 +96,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def completion(reply, model):
-    message = {"role": "assistant", "content": reply}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+def completion(reply, model, finish_reason="stop", **message):
+    message = {"role": "assistant", "content": reply, **message}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     return {
         "id": "x",
         "object": "chat.completion",
@@ -797,7 +797,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
     _, _, server = judge(rows(["a", "bb"]), longer)
     assert server.requests[0]["key"] == "Bearer none"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    with pytest.raises(records.Stop, match=r"refused the key \(401\)") as stop:
+    with pytest.raises(records.Stop, match=r"refused the key \(.*401") as stop:
         judge(rows(["a", "bb"]), lambda a, b: 401, output="t.jsonl")
     _, _, server = judge(rows(["a", "bbb"]), longer, output="u.jsonl")
     assert server.requests[0]["key"] == "Bearer sk-very-secret"
@@ -846,7 +846,6 @@ NO_COMPLETIONS = {
     "choices an object": {"choices": {"a": 1}},
     "choices of text": {"choices": ["Verdict: A"]},
     "message null": {"choices": [{"message": None}]},
-    "content null": completion(None, "m"),
     "content a list": completion([{"type": "text", "text": "Verdict: A"}], "m"),
     "content a number": completion(5, "m"),
 }
@@ -865,6 +864,79 @@ def test_what_is_no_completion_has_failed_and_is_asked_again(judge, tmp_path, bo
     (tmp_path / "s.jsonl.judge.0.jsonl").unlink()
     with pytest.raises(records.Stop, match="not one of 6 replies can be read. The last: .{12,}"):
         judge(data, lambda a, b: body, "--overwrite")
+
+
+QUOTED = 'The last line must be\n"Verdict: TIE".\nNow answer A'
+UNREADABLE = {
+    "thinking to the limit": completion(QUOTED, "m", finish_reason="length"),
+    "thinking split off, to the limit": completion(None, "m", finish_reason="length"),
+    "a refusal": completion(None, "m", refusal="I cannot judge that."),
+    "no words": completion("", "m"),
+}
+
+
+@pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_reply_without_a_verdict_is_unreadable_and_not_paid_for_again(judge, body):
+    """Whatever it quotes. A limit of tokens that is raised asks again."""
+    data = rows(["a", "bb", "ccc"])
+
+    def sometimes(a, b):
+        return body if "ccc" in (a, b) else longer(a, b)
+
+    scored, counts, server = judge(data, sometimes)
+    assert counts["judge_replies"] == {"in": 6, "out": 2, "dropped": {"unreadable": 4}}
+    assert wins(scored) == [[0, 1]]
+    scored, _, again = judge(data, sometimes, "--overwrite")
+    assert not again.requests and wins(scored) == [[0, 1]]
+    _, _, more = judge(data, longer, "--overwrite", "--judge_max_tokens", 8192)
+    assert len(more.requests) == 6
+
+
+@pytest.mark.parametrize("down", [429, "no connection"])
+def test_a_server_that_is_down_stops_the_judge_and_loses_nothing(judge, monkeypatch, down):
+    """Else its answers would be gone for good: a part that is written is not judged again."""
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+    data = rows(["a", "bb", "ccc"])
+
+    def until_down(a, b):
+        if {a, b} == {"a", "bb"}:
+            return longer(a, b)
+        if down == 429:
+            return 429
+        raise ConnectionResetError  # the handler ends without a word
+
+    with pytest.raises(records.Stop, match="gave no reply, .* all replies are kept"):
+        judge(data, until_down, "--judge_concurrency", 1)
+    scored, counts, server = judge(data, longer, "--judge_concurrency", 1)
+    assert wins(scored) == [[0, 0.5, 1]] and len(server.requests) == 4
+    assert counts["judge_replies"] == {"in": 6, "out": 6, "dropped": {}}
+
+
+def test_a_request_that_a_gateway_blocks_costs_its_pair_alone(judge):
+    """403 is said of a key, and of one prompt that somebody flagged."""
+
+    def blocked(a, b):
+        return (403, "flagged input") if "ccc" in (a, b) else longer(a, b)
+
+    scored, counts, _ = judge(rows(["a", "bb", "ccc"]), blocked)
+    assert counts["judge_replies"] == {"in": 6, "out": 2, "dropped": {"failed": 4}}
+    with pytest.raises(records.Stop, match="flagged input"):
+        judge(rows(["a", "bb"]), lambda a, b: (403, "flagged input"), output="t.jsonl")
+
+
+def test_what_was_judged_already_is_not_judged_again(judge, tmp_path):
+    """rewards.judge would be the second judge's alone, and "reward" the sum of both."""
+    judge(rows(["a", "bb"]), longer, output="first.jsonl")
+    once = [json.loads(line) for line in open(tmp_path / "first.jsonl")]
+    with pytest.raises(records.Stop, match="was judged already"):
+        judge(once, longer, output="second.jsonl")
+
+
+def test_candidates_with_other_rewards_are_not_ranked_together(judge):
+    data = rows(["a", "bb"])
+    data[0]["candidates"][0] |= {"rewards": {"rm": 0.5}, "reward": 0.5}
+    with pytest.raises(records.Stop, match="other rewards than"):
+        judge(data, longer)
 
 
 def test_what_came_instead_of_a_completion_is_shown(judge):
@@ -970,6 +1042,13 @@ def test_no_server_at_all_and_a_prompt_without_its_parts(judge, tmp_path):
         ("The verdict: a close call", None),
         ("", None),
         ("Answer A is better", None),
+        ("Verdict: Answer A", 1),
+        ("A:\nlists three trees, cedar twice.\nB:\n", None),
+        ("A.\nBut on reflection B is the better one.", None),
+        (
+            '<think>\nI must end with "Verdict: A", "Verdict: B" or\n"Verdict: TIE".\nSo' + CUT_OFF,
+            None,
+        ),
     ],
 )
 def test_verdicts(reply, expected):
