@@ -48,10 +48,10 @@ are divided, the gradient is the same. What happens, in the order of main():
      from hidden states, and logits are never held (kernels/logprob.py). FSDP2 shards the weights
      (training/fsdp.py), which are fp32, always: at a learning rate of 5e-7, AdamW on bf16 weights
      would round nearly every update away. The model stays in evaluation mode (training/network.py),
-     so that policy and reference are the same function. In between, and before the first step
-     and after the last, the same losses and rewards of held-out pairs (--eval_pairs). With
-     --lora_rank the weights stay as they are, and small factors beside them are trained
-     (training/lora.py).
+     so that policy and reference are the same function. Before the first step, every --eval_every
+     steps and after the last, it computes the same losses and rewards of held-out pairs
+     (--eval_pairs). With --lora_rank the weights stay as they are, and small factors beside them
+     are trained (training/lora.py).
   5. Save a Hugging Face folder. With --lora_rank the factors are added to the weights first.
 
 SIGTERM or Ctrl-C in training saves a checkpoint, and the same command resumes from it.
@@ -60,15 +60,11 @@ SIGTERM or Ctrl-C in training saves a checkpoint, and the same command resumes f
 import gc
 import math
 import os
-import random
 import signal
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 # Microbatches differ in size, which would fragment the GPU's free memory. torch reads this when it
@@ -77,7 +73,6 @@ os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 )
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -86,327 +81,40 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import models
-from arguments import integer_in, number_in, parse, parser
-from kernels.attention import attention_implementation
+from arguments import parse, parser
+from kernels.attention import attention_implementation, positions
 from kernels.logprob import backbone, linear_logprob, lm_head
 
 # Stop is an error for the user: run prints it as one line, without a traceback.
 # whole gives a temporary path, for a file or a folder, which gets its name when it is complete.
 # say and progress print on rank 0 only.
 from records import Stop, whole
-from stage import Stage, progress, ranks, run, say, seconds_since, seed_of
-from training import checks, fsdp, lora, network, speed, tracker
-from training.batches import cost, feed, lengths_of, microbatches, shortest_and_longest
+from stage import Stage, progress, ranks, run, say, seconds_since
+from training import checks, flags, fsdp, lora, network, speed
+from training.batches import (
+    StepPlan,
+    answer_lengths,
+    feed,
+    indices_of,
+    lengths_of,
+    plan_all_steps,
+    plan_evaluation,
+    plan_step,
+    shortest_and_longest,
+)
 from training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from training.log import TrainLog
+from training.log import open_log, row_of_step, show
 from training.pairs import load_held_out, load_pairs
+from training.reference import check_finite, load_reference, save_reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INTERRUPTED = 75  # the exit code EX_TEMPFAIL: for iterate.sh, an interruption and no failure
 
-# A run may be resumed with other values of these arguments. Some change the rounding, the others
-# change nothing.
-FREE = (
-    "tokens_per_batch",
-    "gradient_checkpointing",
-    "cpu_offload",
-    "shard_size",
-    "save_every",
-    "max_logprob_gap",
-    "iteration",  # which --beta it means is in the arguments
-    "report_to",
-    "run_name",
-    "logging_dir",
-    "steps_before",
-)
-
-
-# ---- arguments ---------------------------------------------------------------------------------
-
 
 def arguments():
     p = parser(__doc__)
-    add_files(p.add_argument)
-    add_loss(p.add_argument)
-    add_optimizer(p.add_argument)
-    add_lora(p.add_argument)
-    add_memory_and_speed(p.add_argument)
-    add_evaluation(p.add_argument)
-    add_watching(p.add_argument)
-    add_tracker(p.add_argument)
+    flags.add_flags(p)
     return p
-
-
-def add_files(add) -> None:
-    add(
-        "--model", required=True, help="the policy to start from: a folder or a hub name[@revision]"
-    )
-    add("--ref_model", help="the reference; default: --model itself, which costs no second model")
-    add("--pairs", nargs="+", required=True, help="preference pairs, one file or several")
-    add(
-        "--output",
-        required=True,
-        help="folder of the trained policy; its log is OUTPUT.train.jsonl",
-    )
-    add(
-        "--max_length",
-        type=integer_in("[1, inf)"),
-        help="pairs with a longer prompt + answer are dropped; default: the model's positions",
-    )
-
-
-def add_loss(add) -> None:
-    add(
-        "--beta",
-        type=number_in("[0, inf)"),
-        nargs="+",
-        default=[0.1],
-        help="0.1, as in the DPO paper. Several: one per epoch, counted over all iterations of a "
-        "loop; the last holds for all later epochs. So values beyond the end are no error",
-    )
-    add(
-        "--iteration",
-        type=integer_in("[1, inf)"),
-        default=1,
-        help="of the loop: epoch e = 0, 1, … of iteration i has the --beta number (i - 1) * "
-        "num_train_epochs + e, from 0; default 1",
-    )
-    add("--loss_type", choices=("sigmoid", "ipo", "hinge", "robust"), default="sigmoid")
-    add(
-        "--label_smoothing",
-        type=number_in("[0, 0.5)"),
-        help="share of flipped labels (sigmoid: default 0; robust: needed)",
-    )
-    add(
-        "--nll_coef",
-        type=number_in("[0, inf)"),
-        default=0.0,
-        help="weight of the chosen answer's loss per token; default 0: DPO alone",
-    )
-    add(
-        "--length_coef",
-        type=number_in("(-inf, inf)"),
-        help="alpha in the equations above: discounts length; default 0",
-    )
-
-
-def add_optimizer(add) -> None:
-    # The defaults are those of OpenRLHF 0.9.5, its last release with an iterative DPO loop.
-    add(
-        "--learning_rate",
-        type=number_in("(0, 1]"),
-        default=5e-7,
-        help="5e-7 suits full fine-tuning of 1B parameters and more",
-    )
-    add(
-        "--batch_size",
-        type=integer_in("[1, inf)"),
-        default=128,
-        help="pairs per optimizer step, over all ranks",
-    )
-    add(
-        "--num_train_epochs",
-        type=integer_in("[1, inf)"),
-        default=1,
-        help="1: the next iteration has fresh pairs",
-    )
-    add(
-        "--lr_scheduler",
-        choices=("cosine", "constant"),
-        default="cosine",
-        help="after the warm-up: down to a tenth, or constant",
-    )
-    add(
-        "--warmup_ratio",
-        type=number_in("[0, 1]"),
-        default=0.03,
-        help="share of the steps with a rising rate",
-    )
-    add(
-        "--weight_decay",
-        type=number_in("[0, inf)"),
-        default=0.0,
-        help="0: beta holds the policy back already",
-    )
-    add(
-        "--adam_betas",
-        type=number_in("[0, 1)"),
-        nargs=2,
-        default=[0.9, 0.95],
-        metavar=("B1", "B2"),
-    )
-    add(
-        "--max_grad_norm",
-        type=number_in("[0, inf)"),
-        default=1.0,
-        help="clip the gradient's norm; 0: do not",
-    )
-
-
-def add_lora(add) -> None:
-    add(
-        "--lora_rank",
-        type=integer_in("[1, inf)"),
-        help="train factors of this rank beside frozen weights (LoRA), with a --learning_rate of "
-        "5e-6 or more; 16 is usual; default: full training",
-    )
-    add(
-        "--lora_alpha",
-        type=number_in("(0, inf)"),
-        help="the factors' product is multiplied by alpha / rank; default: twice the rank",
-    )
-    add(
-        "--lora_targets",
-        nargs="+",
-        help="names of linear layers, as peft's target_modules: q_proj, mlp.up_proj, …; default: "
-        "all in the decoder layers",
-    )
-
-
-def add_memory_and_speed(add) -> None:
-    add(
-        "--dtype",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="dtype of the matrix products; auto: bf16 on a GPU, fp32 on a CPU. "
-        "Trained weights and log-probs are fp32 either way",
-    )
-    add(
-        "--save_dtype",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="dtype of the saved folder; auto: that of the model's files",
-    )
-    add(
-        "--tokens_per_batch",
-        type=integer_in("[1, inf)"),
-        default=16384,
-        help="tokens in one forward pass of one rank; 16k fill a large GPU",
-    )
-    add(
-        "--packing",
-        choices=("auto", "prefix", "padded"),
-        default="auto",
-        help="prefix: no padding, and each prompt once; padded: for models with attention that "
-        "the mode 'prefix' cannot express (windows, soft-caps); auto: prefix wherever possible",
-    )
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="recompute layers: a third more time, activations of one layer instead of all",
-    )
-    add(
-        "--cpu_offload",
-        action="store_true",
-        help="weights and Adam states in host memory (GPU only)",
-    )
-    add(
-        "--shard_size",
-        type=integer_in("[1, inf)"),
-        help="ranks that share one copy of the weights; default: all. With the number of GPUs per "
-        "machine, each machine holds a copy (HSDP)",
-    )
-
-
-def add_evaluation(add) -> None:
-    add(
-        "--eval_pairs",
-        nargs="+",
-        help="held-out pairs.jsonl: loss, accuracy and rewards on them before and after training",
-    )
-    add(
-        "--eval_every",
-        type=integer_in("[0, inf)"),
-        default=0,
-        help="steps between evaluations; 0: before and after training only",
-    )
-
-
-def add_watching(add) -> None:
-    add(
-        "--save_every",
-        type=integer_in("[0, inf)"),
-        default=0,
-        help="steps between checkpoints of 12 bytes per trained weight; 0: only when interrupted, "
-        "as an iteration is short",
-    )
-    add(
-        "--max_logprob_gap",
-        type=number_in("(0, inf)"),
-        help="the audit's tolerance, in nats: the mean over answers of |difference| / sqrt(|y|), "
-        "as rounding errors add up like a random walk; default 1e-3 in fp32, 0.1 in bf16 "
-        "(provisional)",
-    )
-    add("--seed", type=integer_in("[0, inf)"), default=0, help="seed for shuffling the pairs")
-
-
-def add_tracker(add) -> None:
-    add(
-        "--report_to",
-        choices=tracker.TRACKERS,
-        default="none",
-        help="show the log's rows there, too; training/tracker.py says how",
-    )
-    add("--run_name", help="of the run there; default: the name of --output")
-    add("--logging_dir", help="for the tracker's files; default: OUTPUT.tracker")
-    add(
-        "--steps_before",
-        type=integer_in("[0, inf)"),
-        default=0,
-        help="steps of the loop's earlier iterations: the tracker counts on from there",
-    )
-
-
-def check_arguments(args, device_type: str, world: int) -> None:
-    """A flag without effect is an error: the run is not what its author thinks."""
-    check_loss_arguments(args)
-    if args.cpu_offload and device_type == "cpu":
-        raise Stop("--cpu_offload has no effect without a GPU")
-    check_shard_size(args.shard_size, world)
-    if args.eval_every and not args.eval_pairs:
-        raise Stop("--eval_every has no effect without --eval_pairs")
-    tracker.check_arguments(args)
-    lora.settle_arguments(args)
-    comment_on_rate(args)
-
-
-def comment_on_rate(args) -> None:
-    if args.learning_rate > 5e-7:
-        return
-    if args.lora_rank:
-        say(
-            f"note: --learning_rate {args.learning_rate:g} is one of full training, and LoRA wants "
-            f"five to ten times as much: begin with {lora.RATE:g}"
-        )
-    elif args.batch_size < 128:
-        say(
-            f"note: --batch_size {args.batch_size} at --learning_rate {args.learning_rate:g}: the "
-            "rate was tuned for 128 pairs per step, and smaller batches have given worse results "
-            "at it (RLHFlow/Online-RLHF issue 3). Raise one of the two"
-        )
-
-
-def check_shard_size(shard_size: int | None, world: int) -> None:
-    if shard_size is None:
-        return
-    if world == 1:
-        raise Stop(f"--shard_size {shard_size} has no effect with one rank: leave it out")
-    if world % shard_size:
-        raise Stop(f"--shard_size {shard_size} does not divide the {world} ranks")
-
-
-def check_loss_arguments(args) -> None:
-    smoothing = args.label_smoothing
-    if args.loss_type in ("hinge", "ipo") and smoothing is not None:
-        raise Stop(f"--label_smoothing has no effect with --loss_type {args.loss_type}")
-    if args.loss_type == "robust" and not 0 < (smoothing or 0) < 0.5:
-        raise Stop("--loss_type robust needs --label_smoothing between 0 and 0.5")
-    if args.loss_type == "ipo" and args.length_coef is not None:
-        raise Stop("--length_coef has no effect with --loss_type ipo")
-    if args.loss_type == "ipo" and 0 in args.beta:
-        raise Stop("--beta 0 with --loss_type ipo: its target is 1 / (2 beta)")
-    if not any(args.beta) and args.nll_coef == 0:
-        raise Stop("--beta 0 trains nothing, unless --nll_coef is above 0")
 
 
 # ---- the loss ----------------------------------------------------------------------------------
@@ -467,33 +175,6 @@ def loss_of_pairs(policy: Tensor, reference: Tensor, lengths: Tensor, beta: floa
     return loss + args.nll_coef * nll_per_token
 
 
-# ---- which pairs, in which order ---------------------------------------------------------------
-
-
-def plan_step(pairs: list[dict], indices: list[int], args) -> list[list[list[int]]]:
-    """Share the pairs of one step among the ranks: [rank][microbatch] -> indices into pairs."""
-    _, world = ranks()
-    costs = {i: cost(pairs[i], args.packing) for i in indices}
-    return microbatches(costs, args.tokens_per_batch, world, args.packing)
-
-
-def plan_all_steps(pairs: list[dict], args) -> list:
-    """The plan of every step of every epoch. It follows from the seed: no checkpoint holds it."""
-    plans = []
-    for epoch in range(args.num_train_epochs):
-        order = list(range(len(pairs)))
-        random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
-        for start in range(0, len(order), args.batch_size):
-            indices = order[start : start + args.batch_size]
-            plans.append(plan_step(pairs, indices, args))
-    return plans
-
-
-def indices_of(plan: list) -> list[int]:
-    """The pairs of a step, of all ranks. plan: [rank][microbatch] -> indices."""
-    return [i for share in plan for batch in share for i in batch]
-
-
 # ---- the policy --------------------------------------------------------------------------------
 
 
@@ -537,7 +218,7 @@ class Policy(torch.nn.Module):
         return torch.stack([chosen, rejected], dim=1)  # [n, 2]
 
 
-def whole_policy(path: str, config, args, with_factors: bool, dtype=None) -> Policy:
+def unsharded_policy(path: str, config, args, with_factors: bool, dtype=None) -> Policy:
     """A Policy on torch's default device, without its weights.
 
     path: of the policy or the reference, for messages. with_factors: of LoRA, which a reference has
@@ -560,7 +241,7 @@ def build_policy(
 ) -> Policy:
     """A sharded Policy on the meta device: its tensors have shapes, but no memory."""
     with torch.device("meta"):
-        policy = whole_policy(path, config, args, with_factors)
+        policy = unsharded_policy(path, config, args, with_factors)
     dtype = DTYPES[args.dtype]
     return fsdp.shard(policy, dtype, args.shard_size, args.cpu_offload, device_type, world)
 
@@ -576,7 +257,7 @@ def load_policy(
     config = models.load_config(path)
     noise = network.random_fields(config)  # dropout, router jitter; build_policy switches it off
     if noise:
-        say(f"{path}: switched off in training: {network.listed(noise)}")
+        say(f"{path}: switched off in training: {network.names_and_values(noise)}")
 
     with_factors = factor_seed is not None
     policy = build_policy(path, config, args, with_factors, device.type, world)
@@ -628,18 +309,17 @@ def first_logprobs(policy, pair: dict, args, device, path: str) -> Tensor:
 
 
 def logprobs_of_one(policy, pair: dict, args, device) -> Tensor:
-    """[2], of a pair alone. All ranks call it together: FSDP gathers the weights from all ranks."""
+    """Log-probs of one pair, [2]. All ranks call it together: FSDP gathers weights from all."""
     plans = [plan_step([pair], [0], args)]  # one rank computes the pair, the others a stand-in
     return all_logprobs(policy, [pair], plans, args.packing, device)[0]
 
 
 @torch.no_grad()
-def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -> Tensor:
-    """Log-probs of all pairs, [n, 2] fp32 on the CPU.
+def all_logprobs(policy, pairs: list[dict], plans: list[StepPlan], packing: str, device) -> Tensor:
+    """Log-probs of all pairs, [n, 2] fp32 on the CPU. plans: they name each pair once.
 
-    plans: [step][rank] -> microbatches of indices into pairs, each pair once. All ranks have the
-    same number of microbatches, because FSDP's collectives need every rank. Where one is empty,
-    feed puts in some pair with weight 0.
+    All ranks have the same number of microbatches, because FSDP's collectives need every rank.
+    Where one is empty, feed puts in some pair with weight 0.
     """
     rank, _ = ranks()
     result = torch.zeros(len(pairs), 2, device=device)
@@ -659,12 +339,28 @@ def all_logprobs(policy, pairs: list[dict], plans: list, packing: str, device) -
 # ---- one step ----------------------------------------------------------------------------------
 
 
+class StopSignals:
+    """From here on, SIGTERM and Ctrl-C only set `received`; they no longer end the process.
+
+    A step looks at it when its last microbatch is done. A signal during the export has no effect:
+    the export is nearly done, and worth waiting for.
+    """
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
+
+    def receive(self, *_) -> None:
+        self.received = True
+
+
 class StepSettings(NamedTuple):
-    microbatches: int  # how many this rank has; all ranks have the same number
+    microbatch_count: int  # of this rank; all ranks have the same number
     pair_count: int  # of all ranks
     beta: float
     learning_rate: float
-    told_to_stop: bool  # this rank has received SIGTERM or Ctrl-C
+    signals: StopSignals  # of this rank
 
 
 class Step(NamedTuple):
@@ -687,12 +383,12 @@ def training_step(
     _, world = ranks()
     totals: dict[str, Tensor] = {}  # of the metrics, summed over pairs
     losses = []
-    for k in range(settings.microbatches):
+    for k in range(settings.microbatch_count):
         batch = next(batches)
-        # Several copies of the model (HSDP) add up their gradients after the last microbatch only.
-        # Within a copy FSDP reduces gradients to shards after each one: whole, they would take 4
-        # bytes per weight on every rank (28 GB for 7B).
-        policy.set_requires_all_reduce(k == settings.microbatches - 1)
+        # Within a copy of the model, gradients are reduced to shards after every microbatch: whole
+        # ones would take 4 bytes per weight on every rank (28 GB for 7B). Between copies (HSDP)
+        # they are added up once, after the last.
+        policy.set_requires_all_reduce(k == settings.microbatch_count - 1)
 
         # forward
         logprobs = policy(batch)  # [n, 2]
@@ -715,12 +411,13 @@ def training_step(
     # microbatch. The update below changes the shards, so those copies must go.
     fsdp.reshard(policy)
 
-    # add up over all ranks. "stop" is summed too: if one rank was told to stop, all stop
-    totals["stop"] = torch.full_like(totals["loss"], float(settings.told_to_stop))
-    sums = torch.stack(list(totals.values()))
+    # add up over all ranks, and their votes, too: if one rank was told to stop, all stop
+    vote = torch.full_like(totals["loss"], float(settings.signals.received))
+    sums = torch.stack([*totals.values(), vote])
     dist.all_reduce(sums)
-    means = dict(zip(totals, (sums / settings.pair_count).tolist(), strict=True))
-    stop = means.pop("stop") > 0
+    *sums, votes = sums.tolist()
+    means = {name: s / settings.pair_count for name, s in zip(totals, sums, strict=True)}
+    stop = votes > 0
 
     # clip the gradient
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
@@ -774,14 +471,24 @@ def learning_rate(step: int, steps: int, args) -> float:
 # ---- all steps ---------------------------------------------------------------------------------
 
 
-def train(policy, pairs, reference, plans: list, held_out, args, stage: Stage, device) -> dict:
+class Data(NamedTuple):
+    """What is trained and evaluated on."""
+
+    pairs: list[dict]  # those to train on, and behind them those of --eval_pairs
+    reference: Tensor  # [n, 2], of all of them
+    plans: list[StepPlan]  # of all steps
+    eval_plans: list[StepPlan]  # of the held-out pairs
+    steps_per_epoch: int
+
+
+def train(policy, data: Data, args, stage: Stage, device) -> dict:
     """Every step, with one row per step in train.jsonl. Returns figures for the metadata.
 
-    reference: [n, 2]. plans: [step][rank] -> microbatches of indices into pairs. held_out: the
-    HeldOut pairs, for evaluations. stage.parts is the folder of the unfinished run, with its log
-    and checkpoint. SIGTERM and Ctrl-C end training after a step, with a checkpoint.
+    stage.parts is the folder of the unfinished run, with its log and checkpoint. SIGTERM and Ctrl-C
+    end training after a step, with a checkpoint.
     """
     rank, world = ranks()
+    pairs, plans = data.pairs, data.plans
     steps = len(plans)
     optimizer = make_optimizer(policy, args, device)
     steps_done = load_checkpoint(stage.parts, policy, optimizer, steps)
@@ -789,59 +496,54 @@ def train(policy, pairs, reference, plans: list, held_out, args, stage: Stage, d
     log = open_log(stage, steps_done, args)
     bar = progress(steps, "train", "step", steps_done)
     signals = StopSignals()
-    reference_on_device = reference.to(device)  # [n, 2]
-    # One stream of batches for all steps, so that the next is prepared while this one is computed
+    reference = data.reference.to(device)  # [n, 2]
+    # one stream of batches over all steps
     mine = chain.from_iterable(plan[rank] for plan in plans[steps_done:])
     batches = feed(pairs, mine, args.packing, device)
-    steps_per_epoch = steps // args.num_train_epochs
     total_seconds = 0.0
 
-    for number in range(steps_done, steps):
-        if eval_is_due(number, args):
-            evaluate(policy, held_out, number, args, device, log)
+    for index in range(steps_done, steps):
+        if eval_is_due(index, args):
+            evaluate(policy, data, index, args, device, log)
 
         began = time.monotonic()
-        indices = indices_of(plans[number])
+        in_step = indices_of(plans[index])  # the pairs of all ranks
         settings = StepSettings(
-            microbatches=len(plans[number][rank]),
-            pair_count=len(indices),
-            beta=args.beta[number // steps_per_epoch],
-            learning_rate=learning_rate(number, steps, args),
-            told_to_stop=signals.received,
+            microbatch_count=len(plans[index][rank]),
+            pair_count=len(in_step),
+            beta=args.beta[index // data.steps_per_epoch],
+            learning_rate=learning_rate(index, steps, args),
+            signals=signals,
         )
-        step = training_step(policy, optimizer, batches, reference_on_device, settings, args)
+        step = training_step(policy, optimizer, batches, reference, settings, args)
+        done = index + 1
         if not step.is_finite():
-            raise not_finite(step, number, pairs, stage)
-        if number == 0 and args.ref_model is None:
-            expected = loss_if_policy_is_reference(pairs, reference, indices, settings.beta, args)
+            raise not_finite(step, done, pairs, stage)
+        if index == 0 and args.ref_model is None:
+            expected = loss_if_policy_is_reference(data, in_step, settings.beta, args)
             checks.check_first_loss(step.metrics["loss"], expected, args.dtype)
 
         # report
         seconds = seconds_of_step(began, device)
         total_seconds += seconds
-        tokens = sum(sum(lengths_of(pairs[i])) for i in indices)  # prompt + chosen + rejected
+        tokens = sum(sum(lengths_of(pairs[i])) for i in in_step)  # prompt + chosen + rejected
         if log:
-            log.write(log_row(number, steps_per_epoch, step, settings, tokens, seconds))
+            log.write(row_of_step(done, data.steps_per_epoch, step, settings, tokens, seconds))
         show(bar, step.metrics, tokens / seconds)
 
-        if step.stop or checkpoint_is_due(number + 1, steps, args.save_every):
-            save_checkpoint(stage.parts, policy, optimizer, number + 1)
+        if step.stop or checkpoint_is_due(done, steps, args.save_every):
+            save_checkpoint(stage.parts, policy, optimizer, done)
         if step.stop:
-            leave_interrupted(number + 1, steps)
+            leave_interrupted(done, steps)
 
     if args.eval_pairs:
-        evaluate(policy, held_out, steps, args, device, log)
+        evaluate(policy, data, steps, args, device, log)
+        if is_any_told_to_stop(signals, device):
+            save_checkpoint(stage.parts, policy, optimizer, steps)
+            leave_interrupted(steps, steps)
     bar.close()
-    done = [lengths_of(pairs[i]) for plan in plans[steps_done:] for i in indices_of(plan)]
-    return speed.figures(policy, done, total_seconds, device, args.dtype, world)
-
-
-def open_log(stage: Stage, steps_done: int, args) -> TrainLog | None:
-    """Rank 0 writes the log, from the step that the checkpoint has come to."""
-    if stage.rank > 0:
-        return None
-    shown = tracker.of_training(args, stage.output, steps_done)
-    return TrainLog(stage.parts / "train.jsonl", steps_done, shown)
+    trained = [lengths_of(pairs[i]) for plan in plans[steps_done:] for i in indices_of(plan)]
+    return speed.figures(policy, trained, total_seconds, device, args.dtype, world)
 
 
 def make_optimizer(policy, args, device):
@@ -861,19 +563,10 @@ def checkpoint_is_due(done: int, steps: int, save_every: int) -> bool:
     return done % save_every == 0 or done == steps
 
 
-def betas_of_epochs(args) -> list[float]:
-    """The beta of each epoch of this run. --beta lists those of all iterations' epochs."""
-    first = (args.iteration - 1) * args.num_train_epochs
-    last = len(args.beta) - 1  # it holds for all later epochs
-    return [args.beta[min(first + epoch, last)] for epoch in range(args.num_train_epochs)]
-
-
-def loss_if_policy_is_reference(
-    pairs: list[dict], reference: Tensor, indices: list[int], beta: float, args
-) -> float:
+def loss_if_policy_is_reference(data: Data, indices: list[int], beta: float, args) -> float:
     """The mean loss of a step whose policy is the reference: ln 2, unless flags add to it."""
-    logprobs = reference[indices]  # [n, 2]
-    lengths = torch.tensor([lengths_of(pairs[i])[1:] for i in indices])  # [n, 2]
+    logprobs = data.reference[indices]  # [n, 2]
+    lengths = answer_lengths(data.pairs, indices)  # [n, 2]
     return loss_of_pairs(logprobs, logprobs, lengths, beta, args).mean().item()
 
 
@@ -884,37 +577,21 @@ def seconds_of_step(began: float, device) -> float:
     return seconds_since(began)
 
 
+def is_any_told_to_stop(signals: StopSignals, device) -> bool:
+    """Whether a rank has received a signal. All ranks ask together, and learn the same."""
+    votes = torch.tensor(float(signals.received), device=device)
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
 def leave_interrupted(steps_done: int, steps: int) -> None:
     say(f"interrupted: saved after step {steps_done} of {steps}; the same command resumes")
     fsdp.leave()
     sys.exit(INTERRUPTED)
 
 
-def log_row(number, steps_per_epoch, step: Step, settings: StepSettings, tokens, seconds) -> dict:
-    """A line of train.jsonl."""
-    return {
-        "step": number + 1,
-        "epoch": (number + 1) / steps_per_epoch,
-        **step.metrics,
-        "grad_norm": step.grad_norm,
-        "learning_rate": settings.learning_rate,
-        "beta": settings.beta,
-        "pairs": settings.pair_count,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-    }
-
-
-def show(bar, metrics: dict[str, float], tokens_per_second: float) -> None:
-    """Move the progress bar by one step."""
-    loss = f"{metrics['loss']:.4f}"
-    accuracy = f"{metrics['rewards/accuracies']:.2f}"
-    bar.set_postfix(loss=loss, acc=accuracy, tok_s=f"{tokens_per_second:.0f}", refresh=False)
-    bar.update()
-
-
 def not_finite(step: Step, number: int, pairs: list[dict], stage: Stage) -> Stop:
-    """The message for a step with NaN or infinity in it."""
+    """The message for a step with NaN or infinity in it. number: of the step, from 1."""
     bad = []
     for rows, loss in step.losses:
         for row in rows[~loss.isfinite()].tolist():
@@ -922,48 +599,14 @@ def not_finite(step: Step, number: int, pairs: list[dict], stage: Stage) -> Stop
     kept = [folder.name for folder in checkpoints(stage.parts)]
     loss, norm = step.metrics["loss"], step.grad_norm
     return Stop(
-        f"step {number + 1}: loss {loss:g}, gradient norm {norm:g}: not finite; no update was "
+        f"step {number}: loss {loss:g}, gradient norm {norm:g}: not finite; no update was "
         f"made. This rank's pairs with such a loss: {bad[:8] or 'none'}. "
         f"Last checkpoint: {kept or 'none'}. "
         "Look at those pairs, or begin again (--overwrite) with a lower --learning_rate."
     )
 
 
-class StopSignals:
-    """From here on, SIGTERM and Ctrl-C only set `received`; they no longer end the process.
-
-    `train` looks at it, once per step. A signal during the export has no effect: the export
-    is nearly done, and worth waiting for.
-    """
-
-    def __init__(self):
-        self.received = False
-        signal.signal(signal.SIGTERM, self.receive)
-        signal.signal(signal.SIGINT, self.receive)
-
-    def receive(self, *_) -> None:
-        self.received = True
-
-
 # ---- evaluation on held-out pairs --------------------------------------------------------------
-
-
-class HeldOut(NamedTuple):
-    """The pairs of --eval_pairs. They stand in `pairs` behind those that are trained on."""
-
-    pairs: list[dict]
-    reference: Tensor  # [n, 2], of all `pairs`
-    plans: list  # [step][rank] -> microbatches of indices of held-out pairs
-    steps_per_epoch: int  # of the training
-
-
-def plan_evaluation(pairs: list[dict], first: int, args) -> list:
-    """HeldOut.plans: pairs[first:], as many at a time as in a step of the training."""
-    plans = []
-    for start in range(first, len(pairs), args.batch_size):
-        end = min(start + args.batch_size, len(pairs))
-        plans.append(plan_step(pairs, list(range(start, end)), args))
-    return plans
 
 
 def eval_is_due(steps_done: int, args) -> bool:
@@ -975,27 +618,26 @@ def eval_is_due(steps_done: int, args) -> bool:
     return steps_done == 0
 
 
-@torch.no_grad()
-def evaluate(policy, held_out: HeldOut, steps_done: int, args, device, log) -> None:
+def evaluate(policy, data: Data, steps_done: int, args, device, log) -> None:
     """Write a row of means over the held-out pairs into the log, if this rank has one.
 
     The names are Hugging Face's: those of a step, behind "eval_". beta is that of the last step
     done, or of the first step. Raises Stop where a log-prob is not finite.
     """
-    pairs = held_out.pairs
-    rows = sorted(i for plan in held_out.plans for i in indices_of(plan))  # the m held-out pairs
-    logprobs = all_logprobs(policy, pairs, held_out.plans, args.packing, device)[rows]  # [m, 2]
+    rows = sorted(i for plan in data.eval_plans for i in indices_of(plan))  # the m held-out pairs
+    logprobs = all_logprobs(policy, data.pairs, data.eval_plans, args.packing, device)  # [n, 2]
+    logprobs = logprobs[rows]  # [m, 2]
     if not logprobs.isfinite().all():
         raise Stop(
             f"step {steps_done}: log-probs of held-out pairs are not finite any more: begin again "
             "(--overwrite) with a lower --learning_rate."
         )
-    refs = held_out.reference[rows]  # [m, 2]
-    lengths = torch.tensor([lengths_of(pairs[i])[1:] for i in rows])  # [m, 2]
-    beta = args.beta[max(0, steps_done - 1) // held_out.steps_per_epoch]
+    refs = data.reference[rows]  # [m, 2]
+    lengths = answer_lengths(data.pairs, rows)  # [m, 2]
+    beta = args.beta[max(0, steps_done - 1) // data.steps_per_epoch]
     loss = loss_of_pairs(logprobs, refs, lengths, beta, args)  # [m]
 
-    row = {"step": steps_done, "epoch": steps_done / held_out.steps_per_epoch}
+    row = {"step": steps_done, "epoch": steps_done / data.steps_per_epoch}
     for name, values in metrics_of(loss, logprobs, refs, lengths, beta).items():
         row[f"eval_{name}"] = values.double().mean().item()
     if log:
@@ -1009,44 +651,21 @@ def evaluate(policy, held_out: HeldOut, steps_done: int, args, device, log) -> N
 # ---- the reference -----------------------------------------------------------------------------
 
 
-def load_reference(file: Path, pair_count: int) -> Tensor | None:
-    """The reference's log-probs of an interrupted run, [n, 2] fp32; None if there are none.
+def reference_of_another_model(
+    args, config, pairs: list[dict], plans: list[StepPlan], longest: int, device
+) -> Tensor:
+    """The log-probs of --ref_model, [n, 2]. Afterwards the model's memory is free again.
 
-    An .npz file holds a checksum, so that damage is noticed.
+    longest: tokens of the longest prompt and answer.
     """
-    rank, _ = ranks()
-    found = [None]  # only rank 0 looks: a shared file system may not show all ranks the same
-    if rank == 0 and file.exists():
-        try:
-            with np.load(file) as content:
-                logprobs = content["logprobs"]
-            if logprobs.shape != (pair_count, 2) or logprobs.dtype != np.float32:
-                raise ValueError(f"it holds {logprobs.dtype} {logprobs.shape}")
-            found = [torch.from_numpy(logprobs)]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-            say(f"{file}: is damaged ({e}); the reference is computed again")
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def save_reference(file: Path, reference: Tensor, pairs: list[dict]) -> None:
-    """Check the reference's log-probs, and keep them for a run that is interrupted and resumed.
-
-    Raises Stop where one is not finite, and names the pairs.
-    """
-    if not reference.isfinite().all():
-        rows = (~reference.isfinite()).any(1).nonzero().flatten().tolist()
-        bad = [pairs[row]["id"] for row in rows[:8]]
-        raise Stop(f"the reference's log-probs are not finite for the pairs {bad}")
-    rank, _ = ranks()
-    if rank == 0:
-        with whole(file) as temporary, open(temporary, "wb") as out:
-            np.savez(out, logprobs=reference.numpy())
-
-
-def reference_of_another_model(args, config, pairs: list[dict], plans: list, device) -> Tensor:
-    """The log-probs of --ref_model, [n, 2]. Afterwards the model's memory is free again."""
     theirs = models.load_config(args.ref_model)
+    if longest > positions(theirs):
+        raise Stop(
+            f"--ref_model {args.ref_model}: reads {positions(theirs)} tokens, and the longest "
+            f"prompt with its answer has {longest}. --max_length {positions(theirs)} drops what is "
+            "longer."
+        )
+    network.choose_packing(args.packing, theirs, longest, args.ref_model)  # refuses what it cannot
     if theirs.get_text_config().vocab_size != config.get_text_config().vocab_size:
         names = f"--ref_model {args.ref_model} and --model {args.model}"
         raise Stop(f"{names} have vocabularies of different sizes")
@@ -1089,15 +708,16 @@ def main():
     transformers_logging.disable_progress_bar()
     device = fsdp.start()
     rank, world = ranks()
-    check_arguments(args, device.type, world)
-    if args.dtype == "auto":
-        args.dtype = "bf16" if device.type == "cuda" else "fp32"
-    args.beta = betas_of_epochs(args)
+    flags.settle_arguments(args, device.type, world)
     # The stage hashes its inputs. If the output exists and was made from the same inputs and flags,
     # it is done; if from others, this stops.
-    inputs = {"model": args.model, "ref_model": args.ref_model, "pairs": args.pairs}
-    inputs["eval_pairs"] = args.eval_pairs
-    stage = Stage(args, inputs, args.output, free=FREE)
+    inputs = {
+        "model": args.model,
+        "ref_model": args.ref_model,
+        "pairs": args.pairs,
+        "eval_pairs": args.eval_pairs,
+    }
+    stage = Stage(args, inputs, args.output, free=flags.FREE)
     if stage.done:
         fsdp.leave()
         return
@@ -1118,25 +738,29 @@ def main():
     args.packing = network.choose_packing(args.packing, config, longest, args.model)
     plans = plan_all_steps(pairs[:trained], args)
     eval_plans = plan_evaluation(pairs, trained, args)
+    steps_per_epoch = len(plans) // args.num_train_epochs
 
     # 2. The reference, in the microbatches of the first epoch: so its rounding errors are those of
     # the policy's first pass, and the first loss is ln 2
-    first_epoch = plans[: len(plans) // args.num_train_epochs] + eval_plans
+    first_epoch = plans[:steps_per_epoch] + eval_plans
     reference_file = stage.parts / "reference.npz"
     reference = load_reference(reference_file, len(pairs))
-    if args.ref_model and reference is None:
-        reference = reference_of_another_model(args, config, pairs, first_epoch, device)
+    is_kept = reference is not None
+    if args.ref_model and not is_kept:
+        reference = reference_of_another_model(args, config, pairs, first_epoch, longest, device)
     policy = load_policy(args.model, args, device, pairs, lora.factor_seed(args, model_hash))
     if reference is None:
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
-    save_reference(reference_file, reference, pairs)
+    check_finite(reference, pairs)
+    if not is_kept:
+        save_reference(reference_file, reference)
 
     # 3. Audit the answers that this policy wrote, or its reference
     audit = audit_answers(policy, pairs, reference, stage.hashes, args, device)
 
     # 4. Train
-    held_out = HeldOut(pairs, reference, eval_plans, len(plans) // args.num_train_epochs)
-    figures = train(policy, pairs, reference, plans, held_out, args, stage, device)
+    data = Data(pairs, reference, plans, eval_plans, steps_per_epoch)
+    figures = train(policy, data, args, stage, device)
 
     # 5. Save
     weights = fsdp.gather_weights(policy)

@@ -712,7 +712,7 @@ MUTANTS = [
         "training/batches.py",
         "weight = 1.0 if group else 0.0",
         "weight = 1.0",
-        ("tests/test_fsdp.py::test_microbatches_arrive_in_order_and_are_built_one_ahead",),
+        ("tests/test_fsdp.py::test_microbatches_arrive_in_order_and_one_at_a_time",),
     ),
     Mutant(
         "audit-never-stops",

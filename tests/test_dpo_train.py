@@ -25,8 +25,9 @@ from kernels.attention import ATTENTION
 from records import dump
 from small_models import LLAMA4, causal_lm
 from stage import hash_path
-from training import checks, network
+from training import batches, checks, network
 from training.batches import PARTS, collate, cost, microbatches, shortest_and_longest
+from training.flags import betas_of_epochs
 from training.pairs import few_steps
 
 
@@ -340,7 +341,7 @@ def plain_training(model, rows, plans, args):
     norms = []
     for number, plan in enumerate(plans):
         losses = []
-        for i in dpo_train.indices_of(plan):
+        for i in batches.indices_of(plan):
             margin = 0.0
             for name, sign in (("chosen", 1), ("rejected", -1)):
                 ids = rows[i][f"{name}_token_ids"]
@@ -363,7 +364,7 @@ def test_a_training_is_a_plain_loop_over_its_steps(run):
     argv = run.argv("policy", *flags.split())
     args = dpo_train.arguments().parse_args(argv)
     args.packing = "prefix"
-    plans = dpo_train.plan_all_steps(arrays(run.rows), args)
+    plans = batches.plan_all_steps(arrays(run.rows), args)
     expected, norms = plain_training(run.model, run.rows, plans, args)
 
     run("policy", *flags.split())
@@ -378,9 +379,7 @@ def test_the_order_of_the_pairs_is_another_in_each_epoch_and_for_each_seed():
     pairs = arrays(make_lengths([(3, 2, 2)] * 40))
     orders = []
     for args.seed in (0, 0, 1):
-        orders.append(
-            [dpo_train.indices_of(plan) for plan in dpo_train.plan_all_steps(pairs, args)]
-        )
+        orders.append([batches.indices_of(plan) for plan in batches.plan_all_steps(pairs, args)])
     assert orders[0] == orders[1]
     different = [*orders[0], *orders[2], list(range(40))]
     assert len({tuple(order) for order in different}) == 5
@@ -412,8 +411,8 @@ def test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move(run):
 def test_a_plan_keeps_to_the_batch_size_and_to_the_tokens_of_a_forward_pass():
     args = SimpleNamespace(num_train_epochs=1, batch_size=30, tokens_per_batch=70, seed=0)
     args.packing = "prefix"
-    plans = dpo_train.plan_all_steps(arrays(make_lengths([(3, 2, 2)] * 40)), args)
-    assert [len(dpo_train.indices_of(plan)) for plan in plans] == [30, 10]
+    plans = batches.plan_all_steps(arrays(make_lengths([(3, 2, 2)] * 40)), args)
+    assert [len(batches.indices_of(plan)) for plan in plans] == [30, 10]
     assert [[len(batch) for batch in plan[0]] for plan in plans] == [[10, 10, 10], [10]]
 
 
@@ -443,9 +442,10 @@ def test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained
     trained = {}
     train = dpo_train.train
 
-    def train_and_look(policy, pairs, reference, plans, held_out, args, stage, device):
-        figures = train(policy, pairs, reference, plans, held_out, args, stage, device)
-        trained["logprobs"] = all_logprobs(policy, pairs, plans[:1], args.packing, device)
+    def train_and_look(policy, data, args, stage, device):
+        figures = train(policy, data, args, stage, device)
+        plans = data.plans[:1]
+        trained["logprobs"] = all_logprobs(policy, data.pairs, plans, args.packing, device)
         return figures
 
     monkeypatch.setattr(dpo_train, "train", train_and_look)
@@ -1012,7 +1012,25 @@ def test_beta_is_a_list_over_the_epochs_of_all_iterations(flags, betas):
     """As in TRL's online DPO; the last value holds for all later epochs."""
     files = ["--model", "m", "--pairs", "p", "--output", "o"]
     args = dpo_train.arguments().parse_args([*files, *flags.split()])
-    assert dpo_train.betas_of_epochs(args) == betas
+    assert betas_of_epochs(args) == betas
+
+
+def test_a_beta_of_0_in_this_iteration_trains_nothing_whatever_the_others_are(run):
+    said = run.fails("--beta", "0.1", "0", "--iteration", "2")
+    assert "--beta 0 trains nothing" in said
+    run("policy", "--beta", "0.1", "0", "--iteration", "1")
+
+
+def test_a_reference_that_reads_fewer_tokens_is_refused_with_its_limit(run):
+    causal_lm(run.folder / "short", tie=True, max_position_embeddings=16)
+    longest = max(
+        len(row["prompt_token_ids"])
+        + max(len(row["chosen_token_ids"]), len(row["rejected_token_ids"]))
+        for row in run.rows
+    )
+    said = run.fails("--ref_model", run.folder / "short")
+    assert f"reads 16 tokens, and the longest prompt with its answer has {longest}" in said
+    run("policy", "--ref_model", run.folder / "short", "--max_length", "16")
 
 
 def test_two_iterations_with_one_beta_are_the_same_training(run):

@@ -35,13 +35,19 @@ def evaluations(run, output="*"):
     return [row for row in run.log(output) if is_evaluation(row)]
 
 
+def with_prompt(row, token_ids):
+    """The same answers to another prompt, for which nobody has computed their log-probs."""
+    row = {key: value for key, value in row.items() if not key.endswith("_logprob")}
+    return row | {"prompt_token_ids": token_ids}
+
+
 def without_speed(rows):
     return [row | {"tokens_per_second": 0} for row in rows]
 
 
 def test_before_training_the_loss_is_ln_2_and_training_lowers_it(run):
-    """The held-out pairs have the prompts and answers of the trained ones, in another order."""
-    rows = [{**row, "id": f"other {row['id']}"} for row in run.rows]
+    """The held-out pairs are the trained ones with a token more in each prompt."""
+    rows = [with_prompt(row, [*row["prompt_token_ids"], 7]) for row in run.rows]
     path = write(run.folder / "same.jsonl", rows)
     run("policy", "--eval_pairs", path, "--num_train_epochs", "4", "--lr_scheduler", "constant")
     first, last = evaluations(run)
@@ -100,20 +106,47 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, held_out):
 
     def disturbed(*arguments):
         numbers.append(1)
-        if len(numbers) == 4:  # a checkpoint of step 4, which is evaluated
+        if len(numbers) == 4:  # in step 4, which is evaluated
             signal.raise_signal(signal.SIGTERM)
         if len(numbers) == 8:  # steps 5, 6 and the evaluation of 6 are in the log
             raise KeyboardInterrupt
         return training_step(*arguments)
 
     run.monkeypatch.setattr(dpo_train, "training_step", disturbed)
-    for ending in (SystemExit, KeyboardInterrupt):
-        with pytest.raises(ending):
-            run("broken", *flags)
+    with pytest.raises(SystemExit):
+        run("broken", *flags)
+    assert "saved after step 4 of 12" in run.capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", *flags)
     run("broken", *flags)
     a, b = (run.folder / name / "model.safetensors" for name in ("whole", "broken"))
     assert a.read_bytes() == b.read_bytes()
     assert without_speed(run.log("whole")) == without_speed(run.log("broken"))
+
+
+@pytest.mark.parametrize("when", ["the last step", "the last evaluation"])
+def test_a_signal_at_the_very_end_leaves_a_checkpoint(run, held_out, when):
+    """Whoever sent it may kill the process within seconds, and the export may take minutes."""
+    flags = ["--eval_pairs", held_out]
+    run("whole", *flags)
+    name = "training_step" if when == "the last step" else "evaluate"
+    function, calls = getattr(dpo_train, name), []
+
+    def disturbed(*arguments):
+        calls.append(1)
+        if len(calls) == (3 if name == "training_step" else 2):
+            signal.raise_signal(signal.SIGTERM)
+        return function(*arguments)
+
+    run.monkeypatch.setattr(dpo_train, name, disturbed)
+    with pytest.raises(SystemExit) as end:
+        run("broken", *flags)
+    assert end.value.code == dpo_train.INTERRUPTED
+    assert "saved after step 3 of 3" in run.capsys.readouterr().out
+    run("broken", *flags)
+    assert without_speed(run.log("whole")) == without_speed(run.log("broken"))
+    a, b = (run.folder / name / "model.safetensors" for name in ("whole", "broken"))
+    assert a.read_bytes() == b.read_bytes()
 
 
 def test_a_resumed_run_computes_no_reference_again(run, held_out):
@@ -170,12 +203,13 @@ def test_a_pair_that_is_also_trained_on_is_refused_with_its_place(run, held_out)
     run("policy", "--eval_pairs", held_out)
 
 
-def test_a_pair_without_an_id_is_known_by_its_prompt(run, held_out):
-    for row in run.rows:
-        del row["id"]
-    write(run.pairs, run.rows)
-    write(held_out, run.rows[7:9])
+@pytest.mark.parametrize("id", ["another", 0, None, ["a"]], ids=str)
+def test_a_pair_is_known_by_its_tokens_and_not_by_its_id(run, held_out, id):
+    """Ids of other files mean other prompts: 0, 1, … are everywhere. Some have none."""
+    write(held_out, [row | {"id": id} for row in run.rows[7:9]])
     assert "pairs.jsonl:8" in run.fails("--eval_pairs", held_out)
+    write(held_out, [with_prompt(row, [5, 5, 5, 7]) for row in run.rows[:3]])
+    run("policy", "--eval_pairs", held_out)
 
 
 def test_pairs_that_cannot_be_evaluated_are_counted(run, held_out):

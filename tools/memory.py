@@ -30,7 +30,7 @@ from kernels.device import counted_as_gpu
 from kernels.logprob import backbone
 from records import Stop
 from stage import run, say
-from training import lora, network
+from training import flags, lora, network
 from training.batches import collate, cost
 from training.fsdp import layers_of, room_to_stay_gathered
 
@@ -44,8 +44,8 @@ def arguments():
     p.add_argument(
         "--world_size", type=integer_in("[1, inf)"), default=1, help="number of GPUs; default 1"
     )
-    dpo_train.add_lora(p.add_argument)
-    dpo_train.add_memory_and_speed(p.add_argument)
+    flags.add_lora(p.add_argument)
+    flags.add_memory_and_speed(p.add_argument)
     return p
 
 
@@ -203,7 +203,7 @@ def rows_of(args) -> tuple[dict[str, int], object]:
     """predict()'s rows for these arguments, and the sharded policy on the meta device."""
     if args.world_size < 1:
         raise Stop("--world_size must be at least 1")
-    dpo_train.check_shard_size(args.shard_size, args.world_size)
+    flags.check_shard_size(args.shard_size, args.world_size)
     if args.dtype == "auto":
         args.dtype = "bf16"  # as on a GPU
     lora.settle_arguments(args)
@@ -217,7 +217,7 @@ def rows_of(args) -> tuple[dict[str, int], object]:
     policy = dpo_train.build_policy(args.model, config, args, with_factors, "cpu", args.world_size)
 
     def make_policy():
-        return dpo_train.whole_policy(args.model, config, args, with_factors, dtype)
+        return dpo_train.unsharded_policy(args.model, config, args, with_factors, dtype)
 
     rows = predict(policy, make_policy, args.tokens_per_batch, args.packing, dtype)
     return rows, policy

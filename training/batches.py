@@ -8,11 +8,13 @@ out for a forward pass:
     padded   input_ids [2n, L]    [P|C], [P|R], …   one row per sequence, padded on the right, for
                                                     models whose attention cannot be packed
 
-With UltraFeedback's lengths (p 200, c and r 350) that is 900 and about 1900 tokens per pair.
+With UltraFeedback's mean lengths (p 200, c and r 350) a pair takes 900 tokens, or 1100 and what is
+lost to padding.
 """
 
 import heapq
 import math
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from kernels.attention import Layout, prefix_layout
+from stage import ranks, seed_of
 
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -27,6 +30,15 @@ PARTS = ("prompt", "chosen", "rejected")
 def lengths_of(pair: dict) -> tuple[int, int, int]:
     """(p, c, r): the tokens of prompt, chosen and rejected."""
     return len(pair["prompt"]), len(pair["chosen"]), len(pair["rejected"])
+
+
+def answer_lengths(pairs: list[dict], indices: list[int]) -> torch.Tensor:
+    """[n, 2]: |y| of the (chosen, rejected) answers of these pairs."""
+    lengths = []
+    for i in indices:
+        _, c, r = lengths_of(pairs[i])
+        lengths.append((c, r))
+    return torch.tensor(lengths)
 
 
 # ---- which pairs share a microbatch ------------------------------------------------------------
@@ -43,7 +55,7 @@ def cost(pair: dict, packing: str) -> int:
 def shortest_and_longest(pairs: list[dict], packing: str, budget: int) -> tuple[dict, dict]:
     """The cheapest pair, and the most expensive that fits into `budget` tokens, else the cheapest.
 
-    For checks: the longest shows most, and if it fits, training runs microbatches as large anyway.
+    Both are for checks. The longest shows most, and training runs microbatches of its size anyway.
     """
     by_cost = sorted(pairs, key=lambda pair: cost(pair, packing))
     shortest = by_cost[0]
@@ -91,8 +103,8 @@ def bins_of_like_weight(
     """
     budget = max(budget, costs[order[0]])
     least = math.ceil(sum(costs.values()) / budget / world)
-    for rounds in range(least, len(order) + 1):
-        bins: list[list[int]] = [[] for _ in range(rounds * world)]
+    for per_rank in range(least, len(order) + 1):
+        bins: list[list[int]] = [[] for _ in range(per_rank * world)]
         loads = [(0, b) for b in range(len(bins))]  # a heap of (tokens, bin)
         for pair in order:
             load, lightest = loads[0]
@@ -101,6 +113,52 @@ def bins_of_like_weight(
         if max(loads)[0] <= budget:
             break
     return bins
+
+
+# ---- which pairs make a step -------------------------------------------------------------------
+
+# A step's pairs, as indices into all pairs: [rank][microbatch][pair]. All ranks have the same
+# number of microbatches, and one may be empty.
+StepPlan = list[list[list[int]]]
+
+
+def plan_step(pairs: list[dict], indices: list[int], args) -> StepPlan:
+    """Share the pairs of one step among the ranks.
+
+    args: packing, tokens_per_batch.
+    """
+    _, world = ranks()
+    costs = {i: cost(pairs[i], args.packing) for i in indices}
+    return microbatches(costs, args.tokens_per_batch, world, args.packing)
+
+
+def plan_all_steps(pairs: list[dict], args) -> list[StepPlan]:
+    """The plan of every step of every epoch. It follows from the seed: no checkpoint holds it.
+
+    args: num_train_epochs, batch_size, seed, and those of plan_step.
+    """
+    plans = []
+    for epoch in range(args.num_train_epochs):
+        order = list(range(len(pairs)))
+        random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)
+        for start in range(0, len(order), args.batch_size):
+            indices = order[start : start + args.batch_size]
+            plans.append(plan_step(pairs, indices, args))
+    return plans
+
+
+def indices_of(plan: StepPlan) -> list[int]:
+    """The pairs of a step, of all ranks."""
+    return [i for share in plan for batch in share for i in batch]
+
+
+def plan_evaluation(pairs: list[dict], first: int, args) -> list[StepPlan]:
+    """The plans of one pass over pairs[first:], as many at a time as in a step of the training."""
+    plans = []
+    for start in range(first, len(pairs), args.batch_size):
+        end = min(start + args.batch_size, len(pairs))
+        plans.append(plan_step(pairs, list(range(start, end)), args))
+    return plans
 
 
 # ---- the tensors of a microbatch ---------------------------------------------------------------
@@ -206,8 +264,8 @@ def to_device(x, device: torch.device):
         )
     if not isinstance(x, torch.Tensor):
         return x
-    gpu_exists = device.type == "cuda" and torch.cuda.is_available()  # not under FakeTensorMode
-    if gpu_exists:
+    is_a_real_gpu = device.type == "cuda" and torch.cuda.is_available()  # not FakeTensorMode's
+    if is_a_real_gpu:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
@@ -219,18 +277,13 @@ def feed(pairs: list[dict], groups: Iterable[list[int]], packing: str, device) -
     weights  [n] fp32: 1, or 0 for a stand-in. An empty group is pair 0 with weight 0, for a rank
              that has no pairs left and takes part in the collectives only
 
-    It works one group ahead: the next batch is built and copied while a GPU works on this one.
+    A GPU works on a batch while its caller is here again already, and builds the next one.
     """
     device = torch.device(device)
-    ready = None
     for group in groups:
         rows = group or [0]
         weight = 1.0 if group else 0.0
         batch = collate([pairs[i] for i in rows], packing, device)
         batch["rows"] = to_device(torch.tensor(rows), device)
         batch["weights"] = to_device(torch.full((len(rows),), weight), device)
-        if ready is not None:
-            yield ready
-        ready = batch
-    if ready is not None:
-        yield ready
+        yield batch

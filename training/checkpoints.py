@@ -1,4 +1,4 @@
-"""Checkpoints of a training: whole or not there at all, and believed in nothing but their numbers.
+"""Checkpoints of a training: whole or absent, and read as data: nothing in them is executed.
 
     save_checkpoint    shards of trained weights and Adam states, written by all ranks together
     load_checkpoint    and back; another number of ranks may resume from them

@@ -18,7 +18,7 @@ import torch
 from kernels.logprob import logprob_from_logits
 from records import Stop
 from stage import say
-from training.network import listed
+from training.network import names_and_values
 
 
 def gap_per_token(a: torch.Tensor, b: torch.Tensor, pair: dict) -> float:
@@ -42,7 +42,7 @@ def check_repeat(first, second, pair: dict, device_type: str, fields: dict, wher
     tolerance = 0.0 if device_type == "cpu" else 1e-3  # nats per token
     gap = gap_per_token(first, second, pair)
     if not gap <= tolerance:
-        suspects = listed(fields) or "none of the config's fields, so the model's own code"
+        suspects = names_and_values(fields) or "no field of the config, so the model's own code"
         raise Stop(
             f"{where}: two forward passes of the same pair ({pair['id']}) differ by {gap:.2g} nats "
             f"per token: randomness is left on: {suspects}. Policy and reference must be the same "
@@ -175,7 +175,7 @@ def audit_gaps(pairs: list[dict], logprobs: torch.Tensor, model_hash: str) -> li
 
 def check_first_loss(loss: float, expected: float, dtype: str) -> None:
     """expected: the mean loss while policy = reference; ln 2 for the sigmoid loss."""
-    say(f"step 0: loss {loss:.7f}; policy = reference makes it {expected:.7f}")
+    say(f"first step: loss {loss:.7f}; policy = reference makes it {expected:.7f}")
     tolerance = 1e-4 if dtype == "fp32" else 2e-2
     if not abs(loss - expected) <= tolerance * max(1, abs(expected)):
         raise Stop(

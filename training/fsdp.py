@@ -117,10 +117,10 @@ def mesh_of(device_type: str, world: int, size: int | None) -> DeviceMesh:
 def room_to_stay_gathered(policy, dtype: torch.dtype, offload: bool) -> int:
     """Bytes of a GPU that must be free at the start for all weights to stay gathered in `dtype`.
 
-    The copy and what stands beside it, unless that is in host memory (16 bytes per weight in
-    training: fp32 weights, gradients and Adam's states; a frozen weight as it is), may take a
-    quarter of the GPU. The rest is for activations. With gradient checkpointing, which keeps few
-    of those, they may take half.
+    The gathered copy may take, with what stands beside it, a quarter of the GPU; or half of it with
+    gradient checkpointing, which keeps few activations. Beside it stand 16 bytes per trained weight
+    (the fp32 weight, its gradient, Adam's two states) and a frozen weight as it is; nothing with
+    offload.
     """
     copy, beside = 0, 0
     for parameter in policy.parameters():
@@ -164,13 +164,13 @@ def load_weights(policy, source, more: dict, device, offload: bool) -> None:
     model.tie_weights()
     check_tie(model)
 
-    weights = source.state_dict() | more if source else {}
+    weights = {} if source is None else source.state_dict() | more
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
 
     # Rotary frequencies and similar buffers are in no state dict.
     for name, buffer in model.named_buffers():
-        if source:
+        if source is not None:
             value = source.get_buffer(name).to(device, buffer.dtype)
         else:
             value = torch.empty_like(buffer, device=device)
@@ -226,6 +226,9 @@ def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> dict[st
     result = models.load_model(AutoModelForCausalLM, model, dtype or "auto", "eager")
     total, changed = 0, 0
     for name, before in result.named_parameters():  # a tied weight once
+        total += before.numel()
+        if name not in weights:  # frozen by the model's own code, as AFMoE's biases of routers
+            continue
         after = weights[name].to(before.dtype)
         if not after.isfinite().all():
             raise Stop(
@@ -233,8 +236,7 @@ def export(weights: dict, model: str, dtype, tokenizer, folder: Path) -> dict[st
                 "Begin again (--overwrite) with a lower --learning_rate, or with --save_dtype fp32."
             )
         changed += (after != before).sum().item()
-        total += before.numel()
-    result.load_state_dict(weights)
+    result.load_state_dict(result.state_dict() | weights)
     write_folder(result, tokenizer, folder)
     return {"changed_weights": changed / total}
 

@@ -16,15 +16,45 @@ import json
 from pathlib import Path
 
 from records import Stop, dump, write_whole, writing
-from training.tracker import TrainingTracker
+from stage import Stage
+from training.tracker import TrainingTracker, is_evaluation, of_training
 
 
-def is_evaluation(row: dict) -> bool:
-    return "eval_loss" in row
+def open_log(stage: Stage, steps_done: int, args) -> "TrainLog | None":
+    """Rank 0 writes the log, from the step that the checkpoint has come to."""
+    if stage.rank > 0:
+        return None
+    shown = of_training(args, stage.output, steps_done)
+    return TrainLog(stage.parts / "train.jsonl", steps_done, shown)
+
+
+def row_of_step(done: int, steps_per_epoch: int, step, settings, tokens: int, seconds: float):
+    """The row of a Step and its StepSettings (dpo_train.py). done: its number, from 1."""
+    return {
+        "step": done,
+        "epoch": done / steps_per_epoch,
+        **step.metrics,
+        "grad_norm": step.grad_norm,
+        "learning_rate": settings.learning_rate,
+        "beta": settings.beta,
+        "pairs": settings.pair_count,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def show(bar, metrics: dict[str, float], tokens_per_second: float) -> None:
+    """Move the progress bar by one step."""
+    loss = f"{metrics['loss']:.4f}"
+    accuracy = f"{metrics['rewards/accuracies']:.2f}"
+    bar.set_postfix(loss=loss, acc=accuracy, tok_s=f"{tokens_per_second:.0f}", refresh=False)
+    bar.update()
 
 
 class TrainLog:
-    """path: train.jsonl. steps_done: by an interrupted run; what comes after them is cut off."""
+    """path: train.jsonl. steps_done: the steps that an interrupted run's checkpoint holds; rows
+    behind them are cut off.
+    """
 
     def __init__(self, path: Path, steps_done: int, tracker: TrainingTracker | None = None):
         self.path = path

@@ -105,5 +105,5 @@ def switch_off_dropout(config) -> None:
             setattr(owner, name, 0.0)
 
 
-def listed(fields: dict[str, float]) -> str:
+def names_and_values(fields: dict[str, float]) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in fields.items())

@@ -43,7 +43,7 @@ PREFERENCE = {
     "rejected_logprob": optional(NUMBER),
     "tools": forbidden("no stage renders tools"),
 }
-WITH_TOKEN_IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+TOKEN_ID_KEYS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
 def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
@@ -66,8 +66,7 @@ def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
 def load_held_out(args, tokenizer, config, stage: Stage, trained: list[dict]) -> list[dict]:
     """The pairs of args.eval_pairs; none where it is not given. Raises Stop for one of `trained`.
 
-    Two pairs are the same if prompt and answers are: the prompt by its id, or by its tokens where
-    the row has no id.
+    Two pairs are the same if all of their tokens are.
     """
     if not args.eval_pairs:
         return []
@@ -82,10 +81,8 @@ def load_held_out(args, tokenizer, config, stage: Stage, trained: list[dict]) ->
     return held_out
 
 
-def identity(pair: dict) -> tuple:
-    has_no_id = pair["id"] == pair["where"]
-    prompt = pair["prompt"].tobytes() if has_no_id else pair["id"]
-    return prompt, pair["chosen"].tobytes(), pair["rejected"].tobytes()
+def identity(pair: dict) -> tuple[bytes, ...]:
+    return tuple(pair[part].tobytes() for part in ("prompt", "chosen", "rejected"))
 
 
 def read_pairs(paths: list[str], name: str, reader: "Reader", stage: Stage) -> list[dict]:
@@ -150,13 +147,13 @@ class Reader:
 
     def read(self, row: dict, where: str) -> dict | None:
         """The pair of a row; None where it is dropped."""
-        token_ids = [row.get(key) for key in WITH_TOKEN_IDS]
+        token_ids = [row.get(key) for key in TOKEN_ID_KEYS]
         if token_ids == [None, None, None]:
             token_ids = self.render(row, where)
         elif None in token_ids:
             together = "prompt_, chosen_ and rejected_token_ids come together, or not at all"
             raise Stop(f"{where}: {together}")
-        reason = self.why_not(token_ids)
+        reason = self.reason_to_drop(token_ids)
         if reason:
             self.dropped[reason] += 1
             return None
@@ -184,7 +181,7 @@ class Reader:
             self.endless += 1
         return token_ids
 
-    def why_not(self, token_ids: list[list[int]] | None) -> str | None:
+    def reason_to_drop(self, token_ids: list[list[int]] | None) -> str | None:
         """The reason why these cannot be trained on; None where they can."""
         if token_ids is None:
             return "template_not_prefix"

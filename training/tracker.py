@@ -86,7 +86,9 @@ class Tracker:
     def write_state(self) -> None:
         write_whole(self.path, json.dumps(self.state))
 
-    def send(self, place: list[int], step: int, row: dict[str, float], table: Table = ()) -> None:
+    def send(
+        self, place: list[int], step: int, row: dict[str, float], table: Table | None = None
+    ) -> None:
         """place: of the row in the loop; places are compared as lists are. step: on the axis."""
         if place <= self.state["sent"]:
             return
@@ -95,6 +97,11 @@ class Tracker:
         self.client.log(row, step)
         if table:
             self.client.log_table("completions", table, step)
+
+
+def is_evaluation(row: dict) -> bool:
+    """Whether a row of train.jsonl is one of an evaluation, and not of a step."""
+    return "eval_loss" in row
 
 
 class TrainingTracker:
@@ -106,7 +113,7 @@ class TrainingTracker:
         self.steps_before = steps_before
 
     def show(self, row: dict[str, float]) -> None:
-        follows_its_step = int("eval_loss" in row)
+        follows_its_step = int(is_evaluation(row))
         place = [self.iteration, 0, row["step"], follows_its_step]
         step = self.steps_before + row["step"]
         figures = {name: value for name, value in row.items() if name != "step"}
