@@ -62,6 +62,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # may be resumed with others.
 PACE = ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager")
 
+LEAST_TEMPERATURE = 0.01  # vLLM would take this for anything between it and 0
+
 
 def arguments() -> argparse.ArgumentParser:
     p = parser(__doc__)
@@ -75,10 +77,11 @@ def arguments() -> argparse.ArgumentParser:
         "--backend",
         choices=("auto", "vllm", "hf"),
         default="auto",
-        help="hf is transformers; default auto: vllm where it is installed and a GPU is, else hf",
+        help="hf is transformers; default auto: vllm if installed and there is a GPU, else hf",
     )
     add_sampling_arguments(p)
     add_length_arguments(p)
+    add_prompt_and_seed_arguments(p)
     add_computing_arguments(p)
     return p
 
@@ -136,12 +139,16 @@ def add_length_arguments(p: argparse.ArgumentParser) -> None:
         help="longer prompts are dropped; default: what --max_new_tokens leaves of the context",
     )
 
+
+def add_prompt_and_seed_arguments(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument
+
     # What else an answer depends on
     add(
         "--chat_template_kwargs",
         nargs="+",
         metavar="KEY=JSON",
-        help="for the chat template, as enable_thinking=false",
+        help="for the chat template, e.g. enable_thinking=false",
     )
     add(
         "--seed",
@@ -179,7 +186,7 @@ def add_computing_arguments(p: argparse.ArgumentParser) -> None:
         "--engine_args",
         nargs="+",
         metavar="KEY=VALUE",
-        help="vllm only: its EngineArgs, as max_num_seqs=512; give paths as absolute ones",
+        help="vllm only: its EngineArgs, e.g. max_num_seqs=512; paths must be absolute",
     )
 
 
@@ -201,8 +208,10 @@ def read_arguments() -> argparse.Namespace:
 
     check_sampling(args)
     if args.batch_size is not None and args.batch_size < args.num_samples:
-        together = f"the {args.num_samples} samples of a prompt run together"
-        raise Stop(f"--batch_size {args.batch_size}: {together}.")
+        raise Stop(
+            f"--batch_size {args.batch_size}: the {args.num_samples} samples of a prompt run "
+            "together."
+        )
     return args
 
 
@@ -215,8 +224,12 @@ def check_sampling(args) -> None:
             "--top_p, --top_k and --min_p have no effect at --temperature 0: leave them out."
         )
     if args.num_samples < len(args.temperature):
-        shares = f"{len(args.temperature)} temperatures for {args.num_samples} samples"
-        raise Stop(f"{shares}: some would get none.")
+        raise Stop(
+            f"{len(args.temperature)} temperatures for {args.num_samples} samples: some would get "
+            "none."
+        )
+    if any(0 < temperature < LEAST_TEMPERATURE for temperature in args.temperature):
+        raise Stop(f"--temperature: 0 (greedy), or at least {LEAST_TEMPERATURE}.")
     if temperatures(args).count(0.0) > 1:
         raise Stop(
             "--temperature 0 writes the same answer every time: give it one of the --num_samples."
@@ -252,18 +265,22 @@ class Policy:
         defaults = models.load_generation_config(self.name, self.config)
         self.stop_ids, shown = chat.find_stop_ids(self.tokenizer, defaults, self.template_kwargs)
         if not shown:
-            known = f"so answers end at {self.stop_ids}"
-            say(f"note: the chat template shows no answer of an assistant, {known}")
+            say(
+                "note: the chat template shows no answer of an assistant, so answers end at "
+                f"{self.stop_ids}"
+            )
         if not self.stop_ids:
-            remedy = "Set eos_token_id in generation_config.json"
-            raise Stop(f"{self.name}: nothing says where an answer ends. {remedy}.")
+            raise Stop(
+                f"{self.name}: nothing says where an answer ends. Set eos_token_id in "
+                "generation_config.json."
+            )
 
         # how many tokens fit: of prompt and answer together, and of a prompt
-        asked = key_values("engine_args", args.engine_args).get("max_model_len")
-        self.context = asked or positions(self.config)
+        self.asked_context = asked_context(args)
+        self.context = self.asked_context or positions(self.config)
         room = self.context - args.max_new_tokens
         self.max_prompt_length = min(room, args.max_prompt_length or room)
-        self.longest = self.max_prompt_length  # of the prompts to come; check_prompts finds it
+        self.longest: int | None = None  # tokens of the longest prompt; check_prompts finds it
 
     def encode(self, prompt: str | list[dict], where: str) -> list[int]:
         """Token ids of a prompt, with one BOS if the tokenizer adds one."""
@@ -273,7 +290,7 @@ class Policy:
         return ids
 
     def check_prompts(self, path: str) -> int:
-        """Encode all prompts before the first is answered; return how many there are.
+        """Encode all prompts before the first is answered, set self.longest, return their number.
 
         A mistake in line 90,000 shows now, and not after hours of sampling.
         """
@@ -285,8 +302,10 @@ class Policy:
             if isinstance(prompt, str):
                 texts += 1
             elif prompt[-1]["role"] == "assistant":
-                reason = "the conversation ends in an assistant turn: nothing is left to answer"
-                raise Stop(f"{where}: {reason}. Remove it.")
+                raise Stop(
+                    f"{where}: the conversation ends in an assistant turn: nothing is left to "
+                    "answer. Remove it."
+                )
             lengths.add(len(self.encode(prompt, where)))
 
         if self.template_kwargs and texts == total:
@@ -300,6 +319,14 @@ class Policy:
             )
         self.longest = max(fitting)
         return total
+
+
+def asked_context(args) -> int | None:
+    """max_model_len of --engine_args, in tokens; None where it is not given."""
+    length = key_values("engine_args", args.engine_args).get("max_model_len")
+    if length is not None and (type(length) is not int or length < 1):
+        raise Stop(f"--engine_args max_model_len={length}: give a number of tokens.")
+    return length
 
 
 @dataclass
@@ -343,7 +370,7 @@ class Sampler:
         self.num_samples = args.num_samples
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]  # B
 
-        # 0 becomes 1e-5: the scores are then so far apart that the noise decides nothing (greedy).
+        # 0 becomes 1e-5 (greedy): the noise then decides between logits that are equal to 1e-4.
         of_all_rows = torch.tensor(temperatures(args) * len(seeds), device=device)  # [B*N]
         self.temperatures = of_all_rows.clamp_min(1e-5)[:, None]  # [B*N, 1]
 
@@ -385,9 +412,9 @@ def hf_samples(
     model = hf_model(args, policy)
     sequences = args.batch_size or (64 if model.device.type == "cuda" else 512)
     per_batch = max(1, sequences // args.num_samples)
-    for _, part in itertools.groupby(prompts, key=lambda prompt: prompt.part.index):
+    for _, of_part in itertools.groupby(prompts, key=lambda prompt: prompt.part.index):
         # the longest first: what does not fit into memory fails at once
-        longest_first = sorted(part, key=lambda prompt: -len(prompt.ids))
+        longest_first = sorted(of_part, key=lambda prompt: -len(prompt.ids))
         for i in range(0, len(longest_first), per_batch):
             batch = longest_first[i : i + per_batch]
             prompt_ids = [prompt.ids for prompt in batch]
@@ -548,7 +575,7 @@ def check_batches(name: str, policy: Policy, model) -> None:
         gap = batch_gap(policy, model)
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:  # whatever an argument leads to that its code did not expect
+    except Exception as e:  # of any kind: the model's code may not expect these arguments
         raise Stop(
             f"{name}: {kind} does not run in padded batches with a cache "
             f"({type(e).__name__}: {e}), as --backend hf wants it. Try --backend vllm."
@@ -599,7 +626,7 @@ if __name__ == "__mp_main__":  # the name of this file in a process that vLLM sp
 
 LENGTH_STEP = 1024  # tokens; max_model_len is a multiple of it, see engine_length
 
-# By these variables torchrun tells a process that it is one of several; below, prefixes of more.
+# torchrun sets these variables in each of its processes, and more that begin with the prefixes.
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_")
 
@@ -728,11 +755,15 @@ def share_of_gpus(local_rank: int, local_world: int, each: int) -> list[str]:
     """The GPUs of this rank, `each` of them, by their names in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     if count < each:
-        sees = f"a process sees {count} here, and only one part of cards that MIG divides"
-        raise Stop(f"--tensor_parallel_size {each} takes {each} GPUs: {sees}.")
+        raise Stop(
+            f"--tensor_parallel_size {each} takes {each} GPUs, and this process sees {count} (of "
+            "cards that MIG divides, a process sees one part)."
+        )
     if count < local_world * each:
-        remedy = f"start {count // each} (--nproc_per_node)"
-        raise Stop(f"{count} GPUs for {local_world} ranks of {each}: {remedy}.")
+        raise Stop(
+            f"{count} GPUs for {local_world} ranks of {each}: start {count // each} "
+            "(--nproc_per_node)."
+        )
     numbers = ",".join(map(str, range(count)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
     return visible[local_rank * each : (local_rank + 1) * each]
@@ -777,23 +808,24 @@ def vllm_settings(args, policy: Policy) -> dict:
         disable_log_stats=True,
         tensor_parallel_size=args.tensor_parallel_size or 1,
     )
+    length = policy.asked_context or engine_length(policy, args.max_new_tokens)
     defaults = dict(
         enable_prefix_caching=True,  # N samples share a prompt, and many prompts a system turn
-        max_model_len=engine_length(policy, args.max_new_tokens),
-        hf_overrides={},
+        max_model_len=length,
     )
+    head = {}
     if torch.cuda.is_available():
         # fp32 logits, as the trainer's; vLLM's own default rounds them to bf16. A GPU's product of
         # bf16 factors gives them directly. On a CPU vLLM would copy the head to fp32 at every step.
-        defaults["hf_overrides"] = {"head_dtype": "float32"}
+        head = {"head_dtype": "float32"}
     else:
-        # After a piece of a prompt the random numbers are rewound, which a CPU's generator cannot
-        # do (vLLM 0.32).
+        # With chunked prefill, vLLM rewinds the random generator after each chunk, which a CPU's
+        # cannot do (vLLM 0.32).
         defaults["enable_chunked_prefill"] = False
-        defaults["max_num_batched_tokens"] = max(4096, defaults["max_model_len"])
+        defaults["max_num_batched_tokens"] = max(4096, length)
     asked = key_values("engine_args", args.engine_args)
     check_engine_args(asked, ours)
-    overrides = merge_overrides(defaults["hf_overrides"], asked.get("hf_overrides", {}))
+    overrides = merge_overrides(head, asked.get("hf_overrides", {}))
     return ours | defaults | asked | {"hf_overrides": overrides}
 
 
@@ -812,7 +844,7 @@ def merge_overrides(ours: dict, asked: dict) -> dict:
     """Changes to the model's config, key by key: the user's keys win, our other keys stay."""
     if not isinstance(asked, dict):
         example = 'hf_overrides={"head_dtype":"model"}'
-        raise Stop(f"--engine_args hf_overrides={asked}: give a JSON object, as '{example}'.")
+        raise Stop(f"--engine_args hf_overrides={asked}: give a JSON object, e.g. '{example}'.")
     return ours | asked
 
 
@@ -922,8 +954,7 @@ def main() -> None:
 
     with stage.progress(total) as bar:
         parts = Parts(args, policy, stage, bar)
-        nothing_left = next(parts.missing(), None) is None
-        if not nothing_left:  # else no model is loaded
+        if next(parts.missing(), None):  # where nothing is missing, no model is loaded
             answer_prompts(args, policy, parts, stage.hashes["model"])
     stage.join(total)
 

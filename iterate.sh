@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Online iterative DPO, the whole loop. With no settings at all it builds the offline demo and runs it:
+# Online iterative DPO, the whole loop. Without MODEL it builds the offline demo and runs that:
 #
 #     bash iterate.sh
 #
@@ -18,8 +18,9 @@
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
-. tools/environment.sh # count_gpus, install, and PYTHON
-. tools/loop.sh        # setting, stage, everywhere, once, score: how the lines below run
+. tools/environment.sh # the python to run, and what is installed
+. tools/loop.sh        # the functions that are called below. Of the variables below, score reads
+                       # rewards and candidates, evaluate reads watched; begin sets tracker
 from_folder "$caller" MODEL PROMPTS HELDOUT RUN REWARD_MODEL REWARD_FN GOLD_FN JUDGE OPPONENT \
     ENHANCER
 files_from_folder "$caller" EXTRA_PAIRS
@@ -38,8 +39,8 @@ setting SEED 0
 # Who rewards: at least one of the first three, or any mixture of them
 setting REWARD_MODEL      # a sequence classifier with one label
 setting REWARD_FN         # a python function, file.py:name
-setting JUDGE             # a language model that compares answers; vLLM serves it here, or
-setting JUDGE_URL         # the http://…/v1 of a server that offers JUDGE; its key in OPENAI_API_KEY
+setting JUDGE             # a language model that compares answers; served here, unless there is a
+setting JUDGE_URL         # http://…/v1 of a server that offers JUDGE; its key in OPENAI_API_KEY
 setting JUDGE_SERVER_ARGS # more arguments for the server that is started here
 setting OPPONENT          # whose answers a judge compares held-out ones with: a file of answers, or
                           # "meta.reference"; default: the initial policy's
@@ -50,15 +51,16 @@ setting ITERS 3
 setting PROMPTS_PER_ITER # default: all of PROMPTS, every iteration
 setting NUM_SAMPLES 8    # answers to each prompt
 setting EVAL_SAMPLES 4   # answers to each held-out prompt
-setting WRITER policy    # who answers the prompts: "policy", the current one, or "init", the first
-                         # one: the offline control, whose answers never change with the policy
+setting WRITER policy    # who answers the prompts: "policy" (the current one) or "init" (the first:
+                         # offline DPO, as a control)
 setting REF prev         # the reference: "prev", the policy before this iteration, or "init", the first
 setting HISTORY 0        # also train on the pairs of this many earlier iterations
-setting EXTRA_PAIRS      # preference pairs of other origin, one or more files: trained on as well,
+setting EXTRA_PAIRS      # files of other preference pairs, which are trained on as well
 setting EXTRA_PAIRS_ITERS first # in the "first" iteration, or in "all"
 setting ENHANCER         # "prev", "init" or a model: a second policy that answers the same prompts
 setting KEEP all         # "last" removes a policy when nothing needs it any more
-setting EVAL_PAIRS_SHARE # 0.05: hold out the pairs of so many prompts, and evaluate training on them
+setting EVAL_PAIRS_SHARE # e.g. 0.05: hold out the pairs of this share of the prompts, and evaluate
+                         # training on them
 setting REPORT_TO none   # or tensorboard, wandb, trackio: one run there for the whole loop
 
 # More arguments for a stage; see its --help
@@ -90,7 +92,7 @@ report 0
 
 for ((i = 1; i <= ITERS; i++)); do
     now=$(folder_of "$i")
-    if is_done_and_gone "$now"; then
+    if is_done_and_gone "$now"; then # KEEP=last has removed what would be needed to look again
         previous=$policy
         policy=$now/policy
         continue
@@ -142,7 +144,9 @@ for ((i = 1; i <= ITERS; i++)); do
     for ((j = i - 1; j >= 1 && j >= i - HISTORY; j--)); do
         pairs+=("$(folder_of "$j")/pairs.jsonl")
     done
-    ((i > 1)) && [[ $EXTRA_PAIRS_ITERS == first ]] || pairs+=($EXTRA_PAIRS)
+    if ((i == 1)) || [[ $EXTRA_PAIRS_ITERS == all ]]; then
+        pairs+=($EXTRA_PAIRS)
+    fi
     reference=()
     [[ $REF == prev ]] || reference=(--ref_model "$MODEL")
     steps=()

@@ -9,12 +9,12 @@ For one prompt with candidates y_1 … y_N, let
 
 and order the candidates by s. Equal s are put in random order: in the file, candidates are ordered
 by source (two policies, two temperatures), and with that order one source would be the chosen one
-and the other the rejected one. The strategy says which two form a pair; pair k = 0, 1, … of
+and the other the rejected one. The strategy says which two form a pair; pair k = 1, 2, … of
 --pairs_per_prompt is
 
     max_min      the k-th best and the k-th worst: the widest margin, as RLHFlow and OpenRLHF do
-    max_random   the best and the k-th of the others, in random order ("RLHF Workflow", 2405.07863)
-    max_second   the k-th best and the (k+1)-th: hard pairs, close to the policy's frontier
+    max_random   the best and another one, drawn at random ("RLHF Workflow", 2405.07863)
+    max_second   the k-th best and the (k+1)-th best: hard pairs, close to the policy's frontier
     random       two drawn at random, the better one chosen: the control, without selection effect
 
 The chosen answer is always the one with the larger s, and score_chosen and score_rejected hold s: a
@@ -29,18 +29,20 @@ What makes no pair is counted by reason, and never dropped silently:
     single_candidate   there is nothing to compare with
     held_out           not for training: its prompt fell to --eval_output
 
+As answers that were cut off make no pair, a penalty on them (score.py --missing_eos_penalty) would
+decide nothing: it needs --keep_truncated here, and without that this stage stops. --keep_truncated
+without such a penalty only prints a note.
+
 --eval_share 0.05 --eval_output FILE writes the pairs of every twentieth prompt to FILE instead, for
 dpo_train.py --eval_pairs. Which prompts these are follows from (seed, iteration, id), so all pairs
 of a prompt are on the same side. FILE.meta.json holds the same as that of --output.
-
-So a penalty on answers that were cut off (score.py --missing_eos_penalty) decides nothing here,
-unless --keep_truncated lets them take part: the one without the other stops.
 
 Rows stream through, so memory does not grow with the file. A prompt's random choices depend on
 (seed, iteration, id) alone: shuffle the rows and the same pairs come out.
 """
 
 import itertools
+import math
 import os
 import random
 from collections import Counter
@@ -93,8 +95,8 @@ def arguments():
     add(
         "--keep_truncated",
         action="store_true",
-        help='let answers with finish_reason "length" take part; for score.py '
-        "--missing_eos_penalty, or they are ranked as if they were finished",
+        help='let answers with finish_reason "length" take part: with score.py '
+        "--missing_eos_penalty, else they are ranked as if they were finished",
     )
 
     # Which are not for training
@@ -158,13 +160,13 @@ def rank_pairs(
 # ---- the pairs of one prompt -------------------------------------------------------------------
 
 
-class Answer(NamedTuple):
+class Ranked(NamedTuple):
     index: int  # in the row's candidates
     candidate: dict
     score: float  # s_i above
 
 
-def usable_answers(row: dict, args, where: str) -> list[Answer]:
+def usable_answers(row: dict, args, where: str) -> list[Ranked]:
     """The candidates that may take part in a pair, with their scores."""
     answers = []
     for index, candidate in enumerate(row["candidates"]):
@@ -174,22 +176,23 @@ def usable_answers(row: dict, args, where: str) -> list[Answer]:
             f'{where}: id "{row["id"]}", candidate {index}, score',
         )
         if candidate["finish_reason"] == "stop" or args.keep_truncated:
-            answers.append(Answer(index, candidate, score))
+            answers.append(Ranked(index, candidate, score))
     return answers
 
 
-def refusal(chosen: Answer, rejected: Answer, min_margin: float) -> str | None:
+def refusal(chosen: Ranked, rejected: Ranked, min_margin: float) -> str | None:
     """Why these two make no pair; None where they make one."""
     if chosen.candidate["text"] == rejected.candidate["text"]:
         return "identical"
     if chosen.score == rejected.score:
         return "tie"
-    if chosen.score - rejected.score < min_margin:
+    margin = chosen.score - rejected.score
+    if margin < min_margin and not math.isclose(margin, min_margin):  # 0.3 - 0.1 is not quite 0.2
         return "margin"
     return None
 
 
-def make_pairs(row: dict, answers: list[Answer], args) -> tuple[list[dict], Counter]:
+def make_pairs(row: dict, answers: list[Ranked], args) -> tuple[list[dict], Counter]:
     """The pairs of one scored row, and how many were refused, by reason."""
     pairs: list[dict] = []
     refused: Counter = Counter()
@@ -208,7 +211,7 @@ def make_pairs(row: dict, answers: list[Answer], args) -> tuple[list[dict], Coun
     return pairs, refused
 
 
-def pair_of(row: dict, chosen: Answer, rejected: Answer, iteration: int) -> dict:
+def pair_of(row: dict, chosen: Ranked, rejected: Ranked, iteration: int) -> dict:
     """One line of pairs.jsonl."""
     travels_along = {k: v for k, v in row.items() if k not in ("candidates", "meta")}
     return {
@@ -236,7 +239,7 @@ def completion(prompt: str | list[dict], text: str) -> str | list[dict]:
     return [{"role": "assistant", "content": text}]
 
 
-def why_no_pair(row: dict, answers: list[Answer], refused: Counter) -> str:
+def why_no_pair(row: dict, answers: list[Ranked], refused: Counter) -> str:
     """The one reason under which a row without a pair is counted."""
     if refused:
         return next(iter(refused))  # of its first pair
@@ -392,7 +395,10 @@ def main():
     stage = Stage(args, {"scored": args.scored}, args.output, free=("eval_output",))
     if stage.done:
         if args.eval_output and not Path(args.eval_output).exists():
-            raise Stop(f"{args.eval_output}: is gone. --overwrite makes both files again.")
+            raise Stop(
+                f"{args.eval_output}: no such file, though {args.output} is done. Give the name "
+                "that was given then, or --overwrite to make both again."
+            )
         return
     count_rows(args.scored, TO_PAIR)
     check_penalty(args)
@@ -403,9 +409,9 @@ def main():
         balances = write_pairs(args, temporary, eval_temporary)
         for what, balance in balances.items():
             stage.count(what, balance.total, balance.out, balance.dropped)
-        check_share(args, balances["pairs"])
-        if balances["pairs"].out == 0:
+        if not balances["pairs"].out and not balances["pairs"].dropped["held_out"]:
             stop_without_pairs(args.scored, balances["rows"])
+        check_share(args, balances["pairs"])
         warn_of_lost_prompts(stage, balances["rows"])
         stage.write_meta()
         if args.eval_output:

@@ -388,7 +388,7 @@ MUTANTS = [
     Mutant(
         "answers-of-the-second-policy-lost",
         "Rows of several files are joined, with the answers of all of them.",
-        "records.py",
+        "candidates.py",
         'merged["candidates"] + row["candidates"]',
         'merged["candidates"]',
         ("tests/test_score.py::test_files_are_merged_by_id",),
@@ -578,7 +578,7 @@ MUTANTS = [
         "beta-of-the-first-epoch-only",
         "Each epoch has its own --beta.",
         "dpo_train.py",
-        "beta=args.beta[number // steps_per_epoch]",
+        "beta=args.beta[index // data.steps_per_epoch]",
         "beta=args.beta[0]",
         (
             TRAINER + "test_every_loss_trains_and_passes_its_own_step_0_check"
@@ -587,9 +587,54 @@ MUTANTS = [
     ),
     # ---- the trainer ---------------------------------------------------------------------------
     Mutant(
+        "frozen-weights-end-the-export",
+        "A model whose own code freezes weights is saved with them as they were.",
+        "training/fsdp.py",
+        "result.load_state_dict(result.state_dict() | weights)",
+        "result.load_state_dict(weights)",
+        (
+            "tests/test_which_models.py::"
+            "test_weights_that_the_models_own_code_freezes_are_exported_as_they_were",
+        ),
+    ),
+    Mutant(
+        "a-rank-stops-alone",
+        "A signal during a step ends training behind that step.",
+        "dpo_train.py",
+        "float(settings.signals.received)",
+        "0.0",
+        (RESUMED,),
+    ),
+    Mutant(
+        "a-thought-is-a-verdict",
+        "A judge's reply that was cut off is no verdict, whatever it quotes.",
+        "judge.py",
+        "return text + CUT_OFF if was_cut_off else text",
+        "return text",
+        (
+            "tests/test_judge.py::test_a_reply_without_a_verdict_is_unreadable_and_not_paid_for_again",
+        ),
+    ),
+    Mutant(
+        "a-server-that-is-down-loses-answers",
+        "A judge that is down stops the stage, and its answers are not dropped.",
+        "judge.py",
+        'return getattr(error, "status_code", None) in (401, 404, 429)',
+        'return getattr(error, "status_code", None) in (401, 404)',
+        ("tests/test_judge.py::test_a_server_that_is_down_stops_the_judge_and_loses_nothing",),
+    ),
+    Mutant(
+        "a-file-twice",
+        "A file that is given twice does not count twice.",
+        "candidates.py",
+        "        if real in seen:",
+        "        if False:",
+        ("tests/test_score.py::test_a_file_that_is_given_twice_is_refused",),
+    ),
+    Mutant(
         "learning-rate-default",
         "Without --learning_rate it is 5e-7.",
-        "dpo_train.py",
+        "training/flags.py",
         "default=5e-7",
         "default=5e-6",
         (NO_FLAGS,),
@@ -597,7 +642,7 @@ MUTANTS = [
     Mutant(
         "batch-size-default",
         "Without --batch_size a step has 128 pairs.",
-        "dpo_train.py",
+        "training/flags.py",
         "default=128",
         "default=64",
         (NO_FLAGS,),
@@ -653,7 +698,7 @@ MUTANTS = [
     Mutant(
         "pairs-in-the-order-of-the-file",
         "The pairs are shuffled, by seed and epoch.",
-        "dpo_train.py",
+        "training/batches.py",
         'random.Random(seed_of("dpo_train", args.seed, epoch)).shuffle(order)',
         "pass",
         (TRAINER + "test_the_order_of_the_pairs_is_another_in_each_epoch_and_for_each_seed",),
@@ -661,7 +706,7 @@ MUTANTS = [
     Mutant(
         "same-order-every-epoch",
         "Each epoch has an order of its own.",
-        "dpo_train.py",
+        "training/batches.py",
         'seed_of("dpo_train", args.seed, epoch)',
         'seed_of("dpo_train", args.seed)',
         (TRAINER + "test_the_order_of_the_pairs_is_another_in_each_epoch_and_for_each_seed",),
@@ -669,7 +714,7 @@ MUTANTS = [
     Mutant(
         "budget-of-tokens-ignored",
         "A forward pass has at most --tokens_per_batch tokens.",
-        "dpo_train.py",
+        "training/batches.py",
         "microbatches(costs, args.tokens_per_batch,",
         "microbatches(costs, 10**9,",
         (TRAINER + "test_a_plan_keeps_to_the_batch_size_and_to_the_tokens_of_a_forward_pass",),
@@ -826,7 +871,7 @@ MUTANTS = [
         "old-weights-exported",
         "What is saved is what was trained.",
         "training/fsdp.py",
-        "result.load_state_dict(weights)",
+        "result.load_state_dict(result.state_dict() | weights)",
         "pass",
         (
             TRAINER + "test_pitfalls_27_every_architecture_trains_and_is_exported_as_it_was_trained"
@@ -893,7 +938,7 @@ MUTANTS = [
     Mutant(
         "beta-of-the-first-iteration-only",
         "--beta lists the epochs of all iterations.",
-        "dpo_train.py",
+        "training/flags.py",
         "first = (args.iteration - 1) * args.num_train_epochs",
         "first = 0",
         (TRAINER + "test_beta_is_a_list_over_the_epochs_of_all_iterations",),

@@ -903,8 +903,7 @@ def test_an_interrupted_training_goes_on_after_its_checkpoint_with_adams_states(
     with pytest.raises(SystemExit) as stop:
         run("broken", *flags)
     assert stop.value.code == dpo_train.INTERRUPTED
-    made = len(steps)
-    assert 3 <= made < 6
+    assert len(steps) == 3
     run("broken", *flags)
     assert len(steps) == 6
     assert distance(run.weights("whole"), run.weights("broken")) == 0

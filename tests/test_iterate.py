@@ -421,7 +421,7 @@ def test_a_signal_to_all_processes_leaves_training_its_last_words(world, tmp_pat
 @pytest.mark.slow
 def test_two_machines_are_one_loop(world, whole, tmp_path):
     """Two loops with a shared RUN that meet through torchrun, here on one machine: the same answers
-    and pairs.
+    and pairs. One of them removes the policy that nothing needs any more.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -429,7 +429,8 @@ def test_two_machines_are_one_loop(world, whole, tmp_path):
     meet = f"--nnodes 2 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port}"
     machines = []
     for node in (0, 1):
-        more = settings(world, tmp_path / "run", TORCHRUN_ARGS=meet, NODE_RANK=node)
+        more = {"TORCHRUN_ARGS": meet, "NODE_RANK": node, "ITERS": 2, "KEEP": "last"}
+        more = settings(world, tmp_path / "run", **more)
         log = open(tmp_path / f"node{node}.log", "w")
         machines.append(
             subprocess.Popen(["bash", ROOT / "iterate.sh"], env=more, stdout=log, stderr=log)
@@ -438,8 +439,9 @@ def test_two_machines_are_one_loop(world, whole, tmp_path):
         assert machine.wait(300) == 0, (tmp_path / f"node{node}.log").read_text()[-3000:]
     for name in ("iter_01/candidates.jsonl", "iter_01/scored.jsonl", "iter_01/pairs.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (whole[0] / name).read_bytes(), name
-    meta = json.loads((tmp_path / "run/iter_01/policy.meta.json").read_text())
+    meta = json.loads((tmp_path / "run/iter_02/policy.meta.json").read_text())
     assert meta["world_size"] == 2
+    assert not (tmp_path / "run/iter_01/policy").exists()
 
 
 def test_a_policy_that_is_needed_again_is_not_removed(world, tmp_path):

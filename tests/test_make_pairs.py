@@ -421,3 +421,20 @@ def test_rows_stream(tmp_path):
     ]
     subprocess.run(command, check=True, preexec_fn=little_memory)
     assert sum(1 for _ in open(tmp_path / "p.jsonl")) == 4000
+
+
+def test_a_margin_in_tenths_is_what_it_looks_like(pairs_of):
+    """0.3 - 0.1 is 0.19999999999999998."""
+    data = [row("a", candidate(0.3), candidate(0.1)), row("b", candidate(0.3), candidate(0.2))]
+    pairs, counts = pairs_of(data, "--min_margin", 0.2)
+    assert [pair["id"] for pair in pairs] == ["a"]
+    assert counts["rows"]["dropped"] == {"margin": 1}
+
+
+def test_ties_are_blamed_and_not_the_share_that_is_held_out(stage, tmp_path):
+    data = [row(f"p{i}", candidate(1, "x"), candidate(1, "y")) for i in range(50)]
+    (tmp_path / "scored.jsonl").write_text("".join(map(dump, data)))
+    flags = ["--scored", tmp_path / "scored.jsonl", "--output", tmp_path / "pairs.jsonl"]
+    flags += ["--eval_share", 0.1, "--eval_output", tmp_path / "eval.jsonl"]
+    said = stage("make_pairs.py", *flags, check=False).stderr
+    assert "no pair could be made from 50 prompts" in said and "50  tie" in said

@@ -509,3 +509,19 @@ def test_a_broken_file_is_one_message(tmp_path, run, name):
     ) as stopped:
         run(generate, "--model", tmp_path / "model")
     assert "\n" not in str(stopped.value)
+
+
+def test_a_hub_that_fails_is_no_missing_generation_config(hub, tmp_path, monkeypatch):
+    """The ids that end an answer may stand nowhere else: Qwen2.5 would lose one of its two."""
+    causal_lm(tmp_path / "m")
+    (tmp_path / "m/generation_config.json").unlink()
+    commit = publish(hub, "org/m", tmp_path / "m")
+    config = models.load_config(f"org/m@{commit}")
+    assert models.load_generation_config(f"org/m@{commit}", config).eos_token_id is not None
+
+    def fails(*_, **__):
+        raise OSError("There was a specific connection error: 503") from ConnectionError("503")
+
+    monkeypatch.setattr(models, "cached_file", fails)
+    with pytest.raises(Stop, match="generation_config.json cannot be loaded .*503"):
+        models.load_generation_config(f"org/m@{commit}", config)

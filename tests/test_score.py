@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    RobertaConfig,
 )
 
 import candidates
@@ -26,6 +27,7 @@ import records
 import score
 import small_models
 from conftest import ROOT
+from kernels.attention import positions
 
 WORDS = "plum fig pear name three the user asks for fruits".split()
 
@@ -136,9 +138,10 @@ def definition(path, row, candidate):
         return model(ids).logits[0, 0].item()
 
 
-def loaded(path, load=score.load_reward_model):
+def loaded(path, load=score.load_reward_model, max_length=None):
     argv = ["--candidates", "c", "--output", "o", "--reward_model", str(path)]
     args = score.arguments().parse_args(argv)
+    args.max_length = max_length
     score.resolve(args)
     return load(str(path), args, "cpu")
 
@@ -889,6 +892,8 @@ def test_models_that_are_no_reward_models(tmp_path, run, folder):
             "--reward_weights has no effect without --reward_model or --reward_fn",
         ),
         (["--reward_fn", "f.py:length", "--max_length", "5"], "--max_length has no effect"),
+        (["--ref_model", "ref", "--strip_reasoning"], "--strip_reasoning has no effect without"),
+        (["--reward_fn", "f.py"], "f.py: names no function"),
         (["--reward_fn", "f.py:length", "--dtype", "fp32"], "--dtype has no effect"),
         (
             ["--reward_fn", "f.py:length", "--chat_template_kwargs", "a=1"],
@@ -970,3 +975,94 @@ def test_the_same_answer_twice_is_an_exact_tie(tmp_path, run, folder):
     for row in read(tmp_path / "s.jsonl"):
         scores = [c["reward"] for c in row["candidates"]]
         assert scores[0::2] == scores[1::2]
+
+
+def test_a_file_that_is_given_twice_is_refused(tmp_path, run, folder):
+    """By whatever path: each of its candidates would count twice."""
+    path = write(tmp_path / "c.jsonl", rows(2))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for second in (path, tmp_path / "link.jsonl", tmp_path / "." / "c.jsonl"):
+        with pytest.raises(records.Stop, match="is given twice"):
+            run([path, second], tmp_path / "s.jsonl", "--reward_fn", folder / "f.py:length")
+
+
+def test_a_second_reward_of_the_same_name_is_refused(tmp_path, run, folder):
+    """Two models are both called rm where each is the only one of its run."""
+    path = write(tmp_path / "c.jsonl", rows(2))
+    run(path, tmp_path / "s.jsonl", "--reward_model", folder / "rm")
+    with pytest.raises(records.Stop, match='rewards has a "rm" from an earlier run'):
+        run(tmp_path / "s.jsonl", tmp_path / "t.jsonl", "--reward_model", folder / "rm")
+    run(tmp_path / "s.jsonl", tmp_path / "t.jsonl", "--reward_model", f"again={folder / 'rm'}")
+    for row in read(tmp_path / "t.jsonl"):
+        for one in row["candidates"]:
+            assert one["rewards"]["rm"] == one["rewards"]["again"] == one["reward"]
+
+
+def test_a_reward_model_with_a_template_warns_of_prompts_that_are_strings(
+    tmp_path, run, folder, capsys
+):
+    data = rows(3, text=True)
+    assert isinstance(data[0]["prompt"], str)
+    path = write(tmp_path / "c.jsonl", data)
+    run(path, tmp_path / "s.jsonl", "--reward_model", folder / "rm")
+    assert (
+        capsys.readouterr().err.count("has a chat template, which a prompt that is a string") == 1
+    )
+
+
+def test_a_reward_file_is_a_module_like_any_other(tmp_path, run):
+    """dataclasses look it up by its name, and two functions share what it has loaded."""
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "import pickle\nfrom dataclasses import dataclass\n"
+        "loaded = []\nloaded.append('a model')\n"
+        "@dataclass\nclass Judge:\n    weight: float = 2.0\n"
+        "def a(prompt, response, meta):\n"
+        "    loaded.append('one more')\n    return pickle.loads(pickle.dumps(Judge())).weight\n"
+        "def b(prompt, response, meta): return float(len(loaded))\n"
+    )
+    path = write(tmp_path / "c.jsonl", rows(1, candidates=2))
+    run(path, tmp_path / "s.jsonl", "--reward_fn", tmp_path / "mine.py:a", tmp_path / "mine.py:b")
+    found = [one["rewards"] for one in read(tmp_path / "s.jsonl")[0]["candidates"]]
+    assert found == [{"a": 2.0, "b": 3.0}] * 2  # the model, and two calls of a
+
+
+def test_an_error_in_a_reward_function_is_not_hidden_behind_one_that_it_has_handled(
+    tmp_path, stage
+):
+    (tmp_path / "mine.py").write_text(
+        "def handled(prompt, response, meta):\n"
+        "    try:\n        open('cache.json')\n"
+        "    except FileNotFoundError:\n        raise ValueError('no index built')\n"
+        "def missing(prompt, response, meta):\n    open('answers.json')\n"
+    )
+    path = write(tmp_path / "c.jsonl", rows(1))
+
+    def fails(function):
+        flags = ["--candidates", path, "--output", tmp_path / "s.jsonl"]
+        flags += ["--reward_fn", tmp_path / f"mine.py:{function}"]
+        return stage("score.py", *flags, check=False).stderr
+
+    said = fails("handled")
+    assert "ValueError: no index built" in said and "Check the path" not in said
+    said = fails("missing")
+    assert "answers.json: No such file or directory (in --reward_fn" in said
+    assert 'row id "p0", candidate 0). Check the path' in said
+
+
+def test_a_limit_of_tokens_is_at_most_what_a_model_can_read(folder):
+    """One --max_length for models of several sizes; RoBERTa counts positions from its pad token."""
+    own = loaded(folder / "rm").max_length
+    assert loaded(folder / "rm", max_length=10 * own).max_length == own
+    assert loaded(folder / "rm", max_length=7).max_length == 7
+    assert positions(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert positions(BertConfig(max_position_embeddings=512)) == 512
+
+
+def test_a_reference_of_one_prompt_token_and_no_answer(tmp_path, run, folder):
+    data = rows(1)
+    data[0]["prompt_token_ids"] = [5]
+    data[0]["candidates"][0]["token_ids"] = []
+    path = write(tmp_path / "c.jsonl", data)
+    run(path, tmp_path / "s.jsonl", "--ref_model", folder / "ref")
+    assert read(tmp_path / "s.jsonl")[0]["candidates"][0]["ref_logprobs"] == {"ref": 0.0}

@@ -160,7 +160,7 @@ begin() {
     REWARD_MODEL=$(pinned "$REWARD_MODEL")
     ENHANCER=$(pinned "$ENHANCER")
     once "$RUN/start.log" "$RUN/config.json" tools/start_run.py "${SETTINGS[@]}"
-    find "$RUN" -maxdepth 2 -name policy.gone -exec rm -rf {} +
+    ((NODE_RANK > 0)) || find "$RUN" -maxdepth 2 -name policy.gone -exec rm -rf {} +
 }
 
 # folder_of ITERATION
@@ -176,7 +176,7 @@ is_done_and_gone() {
 
 # discard POLICY: it is renamed first, because a half removed folder would be taken for a policy.
 discard() {
-    [[ $1 != "$MODEL" ]] || return 0
+    ((NODE_RANK == 0)) && [[ $1 != "$MODEL" ]] || return 0
     mv "$1" "$1.gone"
     rm -rf "$1.gone"
 }
