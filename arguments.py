@@ -42,7 +42,16 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse
     words = sys.argv[1:] if argv is None else argv
     for word in words:
         check_utf8(word, "the command line")
-    return p.parse_args([_with_underscores(word) for word in words])
+    args = p.parse_args([_with_underscores(word) for word in words])
+    check_not_empty(args)
+    return args
+
+
+def check_not_empty(args: argparse.Namespace) -> None:
+    """Stop at an empty word, as a variable that is not set leaves it: it would count as no flag."""
+    for name, value in vars(args).items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise Stop(f"--{name} is given, and empty: name something, or leave the flag out.")
 
 
 def check_utf8(word: str, where: str) -> None:

@@ -833,6 +833,8 @@ def check_engine_args(asked: dict, ours: dict) -> None:
     from vllm import EngineArgs
 
     known = inspect.signature(EngineArgs).parameters
+    if "hf_token" in asked:
+        raise Stop("--engine_args hf_token would end up in logs: put it into HF_TOKEN alone.")
     for key in asked:
         if key in ours:
             raise Stop(f"--engine_args {key}: this stage sets it itself ({key}={ours[key]}).")

@@ -17,12 +17,13 @@
 # done says so and ends.
 set -euo pipefail
 caller=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+here=$(readlink -f "${BASH_SOURCE[0]}")
+cd "${here%/*}"
 . tools/environment.sh # the python to run, and what is installed
 . tools/loop.sh        # the functions that are called below. Of the variables below, score reads
                        # rewards and candidates, evaluate reads watched; begin sets tracker
-from_folder "$caller" MODEL PROMPTS HELDOUT RUN REWARD_MODEL REWARD_FN GOLD_FN JUDGE OPPONENT \
-    ENHANCER
+from_folder "$caller" MODEL PROMPTS HELDOUT RUN REWARD_MODEL REWARD_FN GOLD_FN OPPONENT ENHANCER
+[[ -n ${JUDGE_URL:-} ]] || from_folder "$caller" JUDGE # else it is a name at that server
 files_from_folder "$caller" EXTRA_PAIRS
 
 # ---- Settings ------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ OPPONENT = PROMPT | {"candidates": [{"text": TEXT, "model": optional(TEXT)}]}
 # A key with fewer characters, like the EMPTY that some servers want, is no secret. To replace it
 # would change words of a reply.
 SHORTEST_SECRET = 8
+LONGEST_WAIT = 3600  # seconds for a reply, retries included; a server may send a blank per second
 SHOWN = 300  # characters of a server's text, in a message
 CUT_OFF = "\n[cut off at --judge_max_tokens]"  # what a reply that did not end is kept with
 
@@ -590,7 +591,7 @@ class Judge:
             if self.fault:
                 return  # the stage stops as soon as the requests in flight have ended
             try:
-                reply = await self.reply(client, request)
+                reply = await asyncio.wait_for(self.reply(client, request), LONGEST_WAIT)
             except self.openai.APIError as e:
                 if self.is_for_all(e):
                     self.fault = e
@@ -599,6 +600,9 @@ class Judge:
             # The last two: the body is said to be JSON, and is not, or is nested too deeply.
             except (NoReply, ValueError, RecursionError) as e:
                 self.last_said = without_key(str(e))
+                return
+            except TimeoutError:
+                self.last_said = f"no whole reply within {LONGEST_WAIT} seconds"
                 return
         reply = without_key(reply)
         self.last_said = reply

@@ -45,14 +45,15 @@ import itertools
 import math
 import os
 import random
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from arguments import integer_in, number_in, parse, parser
-from records import TO_PAIR, Stop, count_rows, dump, finite, read_jsonl, whole, write_whole
-from stage import Stage, meta_path_of, read_meta, run, say, seed_of
+from records import TO_PAIR, Stop, count_rows, dump, finite, read_jsonl, whole
+from stage import Stage, check_apart, hash_path, meta_path_of, read_meta, run, say, seed_of
 
 STRATEGIES = ("max_min", "max_random", "max_second", "random")
 
@@ -266,19 +267,45 @@ def check_eval_output(args) -> None:
         raise Stop("--eval_share and --eval_output come together, or not at all")
     if args.eval_output is None:
         return
-    path = Path(args.eval_output)
-    for flag in ("scored", "output"):
-        if path.resolve() == Path(getattr(args, flag)).resolve():
-            raise Stop(f"--eval_output {path}: is --{flag}. Name another file.")
-    if path.exists() and not eval_meta(args).exists():
+    check_apart("--eval_output", args.eval_output, "--output", args.output)
+    check_apart("--eval_output", args.eval_output, "--scored", args.scored)
+    if os.path.exists(args.eval_output) and not is_of_this_output(args):
         raise Stop(
-            f"{path}: exists, but not {eval_meta(args).name}: it was not made by this stage, which "
+            f"{args.eval_output}: exists, and was not made together with {args.output}: this stage "
             "does not touch it. Move it away, or use another --eval_output."
         )
 
 
-def eval_meta(args) -> Path:
-    return Path(args.eval_output + ".meta.json")
+def is_of_this_output(args) -> bool:
+    """Whether --eval_output was written with --output, by its metadata. Both may have moved."""
+    path = meta_path_of(args.eval_output)
+    if not path.exists():
+        return False
+    made_by = read_meta(path, f"Remove it and {args.eval_output}")["arguments"]
+    if not made_by.get("eval_output"):
+        return False
+    return way_to_output(**made_by) == way_to_output(**vars(args))
+
+
+def way_to_output(eval_output: str, output: str, **_) -> str:
+    return os.path.relpath(output, os.path.dirname(eval_output) or ".")
+
+
+def check_kept_eval_output(args, stage: Stage) -> None:
+    """Stop where the output is done, and the held-out pairs beside it are gone or damaged."""
+    if args.eval_output is None:
+        return
+    written = read_meta(stage.meta_path, f"Remove it and {args.output}").get("eval_output_sha256")
+    if not os.path.exists(args.eval_output):
+        raise Stop(
+            f"{args.eval_output}: no such file, though {args.output} is done. Give the name "
+            "that was given then, or --overwrite to make both again."
+        )
+    if hash_path(args.eval_output) != written:
+        raise Stop(
+            f"{args.eval_output}: is not what was written together with {args.output}: it was "
+            "damaged or edited. Restore it, or --overwrite makes both again."
+        )
 
 
 def check_share(args, pairs: "Balance") -> None:
@@ -394,11 +421,7 @@ def main():
     check_eval_output(args)
     stage = Stage(args, {"scored": args.scored}, args.output, free=("eval_output",))
     if stage.done:
-        if args.eval_output and not Path(args.eval_output).exists():
-            raise Stop(
-                f"{args.eval_output}: no such file, though {args.output} is done. Give the name "
-                "that was given then, or --overwrite to make both again."
-            )
+        check_kept_eval_output(args, stage)
         return
     count_rows(args.scored, TO_PAIR)
     check_penalty(args)
@@ -413,9 +436,11 @@ def main():
             stop_without_pairs(args.scored, balances["rows"])
         check_share(args, balances["pairs"])
         warn_of_lost_prompts(stage, balances["rows"])
-        stage.write_meta()
         if args.eval_output:
-            write_whole(eval_meta(args), stage.meta_path.read_text(encoding="utf-8"))
+            stage.write_meta(eval_output_sha256=hash_path(eval_temporary))
+            shutil.copyfile(stage.meta_path, meta_path_of(args.eval_output))
+        else:
+            stage.write_meta()
     stage.clean()
 
 

@@ -36,6 +36,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,6 +214,8 @@ def read_jsonl(path, shape: dict | Kind) -> Iterator[dict]:
     Raises Stop naming file and line for whatever is not one JSON object of this shape, and naming
     the file when it is missing or has no row at all.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Stop(f"{path}: is not a regular file, which can be read twice. Save it as one.")
     if not os.path.isfile(path):
         raise Stop(f"{path}: no such file. Check the path, or run the stage that writes it.")
     number = 0
@@ -243,12 +246,14 @@ def read_json(path, shape: dict | Kind, remedy: str) -> dict:
 def parse_json(content: bytes, where: str, remedy: str):
     """The JSON value in `content`. Raises Stop for all that a later stage could not write again."""
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # a mark at its beginning, as Windows' editors write it
     except UnicodeDecodeError as e:
         raise Stop(
             f"{where}: not UTF-8 ({e.reason} at byte {e.start}). Convert the file to UTF-8, and "
             "unpack it first where it is compressed."
         ) from None
+    if not text.strip():
+        raise Stop(f"{where}: is blank. {remedy}.")
     try:
         value = DECODER.decode(text)
         deep = text.count("[") + text.count("{") > DEEPEST and is_deeper(value, DEEPEST)
@@ -274,8 +279,19 @@ def refuse_constant(name: str):
     raise ValueError(f"{name} is no number")
 
 
-# JSON has neither NaN nor Infinity, which Python's parser takes unless it is told otherwise.
-DECODER = json.JSONDecoder(parse_float=finite_float, parse_constant=refuse_constant)
+def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """Of a key that stands twice, one reader would take the first value, and another the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f'key "{key}" stands there twice')
+    return found
+
+
+# What Python's parser takes unless it is told otherwise: NaN, Infinity, and keys that repeat.
+DECODER = json.JSONDecoder(
+    parse_float=finite_float, parse_constant=refuse_constant, object_pairs_hook=without_repeats
+)
 
 
 def is_deeper(value, most: int) -> bool:

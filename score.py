@@ -41,6 +41,7 @@ can run one after another: score the first run's output again, with another NAME
 rewards are kept beside the new ones, but only watched: "reward" is the sum over the last run's.
 """
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -629,8 +630,11 @@ class RewardFunction:
         return values
 
     def call(self, row: dict, text: str | list[str], where: str):
+        # copies: what the function does to its arguments must not reach the file
+        prompt = copy.deepcopy(row["prompt"])
+        meta = copy.deepcopy(row.get("meta") or {})
         try:
-            return self.function(row["prompt"], text, row.get("meta") or {})
+            return self.function(prompt, text, meta)
         except SystemExit as e:
             raise Stop(f"{where}: the function called exit({e.code}).") from None
         except Exception as e:

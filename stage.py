@@ -157,11 +157,13 @@ class Stage:
         self.counts: dict[str, dict] = {}
         self.warnings: list[str] = []
         self.done = False  # the output exists, and is the one that was asked for
+        self.seen: dict[Path, tuple] = {}  # rank 0: each input file as it was when it was hashed
         self.key: dict = {}  # what the result depends on: arguments, and hashes of inputs
 
         # One rank hashes what may be hundreds of gigabytes; the others read what it found.
         if self.rank == 0:
             self._check_places(inputs)
+            self.seen = {path: state_of(path) for _, path in paths_of(inputs) if path.is_file()}
             self.key = self._make_key(inputs, free)
             self._settle(args.overwrite)
         barrier()
@@ -229,6 +231,7 @@ class Stage:
             old = self.beside(REPLACED)
             remove(old)
             os.replace(self.output, old)
+            print(f"{self.output}: kept as {old.name} until the new one is whole", flush=True)
             remove(self.parts)
         elif self._something_is_done() and self._old_key() != self.key:
             remove(self.parts)
@@ -284,6 +287,16 @@ class Stage:
                 f"{where} exists and differs from what was asked for:\n{differences}\n"
                 "Use another --output, restore the setting, or pass --overwrite to redo it."
             )
+
+    def check_inputs(self) -> None:
+        """Stop where an input file has changed since it was hashed: nobody knows what was read."""
+        for path, state in self.seen.items():
+            if state_of(path) != state:
+                remove(self.parts)
+                raise Stop(
+                    f"{path}: was changed while it was read. Run the same command again: it begins "
+                    "anew."
+                )
 
     # -- rows in = rows out + dropped
 
@@ -366,6 +379,7 @@ class Stage:
             return
         parts = [self.part(index) for index in range(number_of_parts(rows))]
         while not all(part.exists() for part in parts):
+            self.check_inputs()  # a file that was cut leaves parts that nobody will write
             time.sleep(0.2)
 
         totals: dict[str, dict] = {}
@@ -393,6 +407,7 @@ class Stage:
 
         beside: suffixes of other files that the stage has written beside X.
         """
+        self.check_inputs()
         self._remove_stale(beside)
         meta = {
             "argv": sys.argv,
@@ -437,6 +452,33 @@ def meta_path_of(output) -> Path:
     """The metadata of a stage's output: X.jsonl -> X.jsonl.meta.json"""
     path = Path(output)
     return path.with_name(f"{path.name}.meta.json")
+
+
+def state_of(path: Path) -> tuple | None:
+    """What changes when a file does; None where there is no such file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def owned_by(output) -> list[Path]:
+    """The output, and what a stage makes and removes beside it."""
+    path = Path(os.path.abspath(output))
+    beside = [path.with_name(path.name + suffix) for suffix in (".parts", REPLACED, UNFINISHED)]
+    return [path.resolve(), meta_path_of(path).resolve(), *(p.resolve() for p in beside)]
+
+
+def check_apart(flag: str, first, other_flag: str, second) -> None:
+    """Stop where writing one of two files would change the other, or remove it."""
+    for a in owned_by(first):
+        for b in owned_by(second):
+            if a == b or a in b.parents or b in a.parents:
+                raise Stop(
+                    f"{flag} {first} and {other_flag} {second} get in each other's way: a stage "
+                    "also makes and removes NAME.meta.json and NAME.parts. Name another file."
+                )
 
 
 def paths_of(inputs: dict) -> Iterator[tuple[str, Path]]:
@@ -550,12 +592,12 @@ def git_state() -> dict:
 
     def git(*command: str) -> str:
         words = ["git", "-C", Path(__file__).parent, *command]
-        return subprocess.run(words, capture_output=True, text=True).stdout
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
     try:
         commit = git("rev-parse", "HEAD").strip()
         changes = git("status", "--porcelain", "-uno")
-    except OSError:
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository of it
         return {}
     return {"commit": commit, "dirty": bool(changes)}
 
@@ -611,6 +653,9 @@ def run(main: Callable[[], None]) -> None:
     # Ranks that outlive torchrun would write at the same time as those of the next start.
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    # Closed by whoever started this: print then has nowhere to write to.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     # A terminal that is not UTF-8 shows an escape where it lacks a letter.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not

@@ -16,6 +16,9 @@ install requirements.txt
 
 if [[ ${1:-} == --quick ]]; then
     : "${SEEDS:=2 3 4}" "${REWARDS:=truth demo}" "${ARMS:=online offline offline_prev sft}"
+elif (($# > 0)); then
+    echo "unknown: $*; --quick is the only flag, and everything else is a variable" >&2
+    exit 2
 fi
 # Settings were chosen on seed 0, and 1 is for trying, so the result is from others.
 : "${SEEDS:=2 3 4 5 6 7 8 9 10 11}"
@@ -44,16 +47,18 @@ reward() {
 
 # arm NAME: who writes the answers, what the reference is, what is trained on.
 arm() {
-    TRAIN_ARGS="--batch_size $BATCH_SIZE --learning_rate $LEARNING_RATE"
+    local dpo="--learning_rate $LEARNING_RATE"
+    local imitate="--learning_rate 1e-3 --beta 0 --nll_coef 1" # no reference, no rejected answer
     case $1 in
-        online) WRITER=policy REF=prev ;;
-        online_init) WRITER=policy REF=init ;;
-        offline) WRITER=init REF=init ;;
-        offline_prev) WRITER=init REF=prev ;;
-        # The best of the same answers, imitated: no reference, no rejected answer.
-        sft) WRITER=init REF=prev TRAIN_ARGS="--batch_size $BATCH_SIZE --learning_rate 1e-3 --beta 0 --nll_coef 1" ;;
+        online) WRITER=policy REF=prev HOW=$dpo ;;
+        online_init) WRITER=policy REF=init HOW=$dpo ;;
+        offline) WRITER=init REF=init HOW=$dpo ;;
+        offline_prev) WRITER=init REF=prev HOW=$dpo ;;
+        sft) WRITER=init REF=prev HOW=$imitate ;;         # of the best of the same answers
+        online_sft) WRITER=policy REF=prev HOW=$imitate ;; # of the best of its own
         *) echo "ARMS: there is no $1" >&2 && return 1 ;;
     esac
+    TRAIN_ARGS="--batch_size $BATCH_SIZE $HOW"
 }
 
 # build NAME SEED: the models of a seed: "seed", the demo's, or "strong", whose reward model has read
@@ -98,11 +103,12 @@ in_parallel() {
     for name in $ARMS; do arm "$name"; done
 )
 mkdir -p "$FOLDER"
+failed=0
 # Models first: the runs of a seed share them.
 for seed in $SEEDS; do
     echo "seed $seed"
     [[ " $REWARDS " != *" strong "* ]] || echo "strong $seed"
-done | in_parallel build
+done | in_parallel build || failed=1
 # Seed by seed, so that whatever has been run can be compared.
 for seed in $SEEDS; do
     for reward in $REWARDS; do
@@ -110,10 +116,11 @@ for seed in $SEEDS; do
             echo "$reward $arm $seed"
         done
     done
-done | in_parallel run_one
+done | in_parallel run_one || failed=1
 
 folders=()
 for reward in $REWARDS; do
     folders+=("$FOLDER/$reward")
 done
-"$PYTHON" tools/compare.py "${folders[@]}" --baseline "${ARMS%% *}" --output "$FOLDER/comparison"
+"$PYTHON" tools/compare.py "${folders[@]}" --baseline "${ARMS%% *}" --output "$FOLDER/comparison" || failed=1
+((failed == 0)) || { echo "some of it has failed; the same command makes what is missing" >&2 && exit 1; }

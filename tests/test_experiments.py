@@ -24,6 +24,7 @@ ARMS = {
     "offline": ("init", "init"),
     "offline_prev": ("init", "prev"),
     "sft": ("init", "prev"),
+    "online_sft": ("policy", "prev"),
 }
 
 
@@ -37,7 +38,14 @@ def function(name: str) -> str:
 def settings_of(call: str, *names: str) -> list[str]:
     """What a call of the function `reward` or `arm` sets."""
     shown = " ".join(f'"${{{name}:-}}"' for name in names)
-    lines = [function("reward"), function("arm"), "BATCH_SIZE=32", call, f"printf '%s\\n' {shown}"]
+    lines = [
+        function("reward"),
+        function("arm"),
+        "BATCH_SIZE=32",
+        "LEARNING_RATE=2e-4",
+        call,
+        f"printf '%s\\n' {shown}",
+    ]
     done = subprocess.run(
         ["bash", "-euc", "\n".join(lines)], capture_output=True, text=True, check=True
     )
@@ -52,7 +60,7 @@ def test_an_arm_is_a_writer_a_reference_and_flags_that_the_trainer_takes(arm, mo
     monkeypatch.setattr("sys.argv", [*command, *shlex.split(train_args)])
     args = parse(dpo_train.arguments())
     assert args.batch_size == 32
-    assert (args.beta, args.nll_coef) == (([0], 1) if arm == "sft" else ([0.1], 0))
+    assert (args.beta, args.nll_coef) == (([0], 1) if "sft" in arm else ([0.1], 0))
 
 
 def test_gold_watches_unless_it_is_the_reward():

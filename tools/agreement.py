@@ -40,11 +40,11 @@ def line_of(folder: Path) -> dict[str, str]:
     """heading -> cell"""
     runs = runs_within(folder)
     line = {"arm": f"{folder.parent.name}/{folder.name}", "seeds": str(len(runs))}
-    for iteration in sorted(runs[0].glob("iter_*")):
-        files = [path / iteration.name / "eval/scored.jsonl" for path in runs]
+    for name in sorted({path.name for folder in runs for path in folder.glob("iter_*")}):
+        files = [path / name / "eval/scored.jsonl" for path in runs]
         shares = [agreement(file) for file in files if file.exists()]
         known = [share for share in shares if share is not None]
-        line[iteration.name] = cell(known, len(runs))
+        line[name] = cell(known, len(runs))
     return line
 
 

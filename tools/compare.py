@@ -30,17 +30,19 @@ optimised, which over-optimisation raises, too.
 """
 
 import argparse
+import os
 import re
 import sys
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from compare_curves import Curve, Panel, Point, draw
-from records import NUMBER, TEXT, TEXTS, Stop, dump, read_json, read_jsonl, write_whole
+from records import NUMBER, TEXT, TEXTS, Stop, dump, optional, read_json, read_jsonl, write_whole
 from report import WIDTH, mean_and_error, plain
 from report_curves import Drawing
 from report_page import document, escape, figures, grid, paragraphs
@@ -51,6 +53,7 @@ FIGURES = ("gold", "reward", "reward_diff", "kl/init", "length", "distinct", "pa
 FIGURES += ("sampled_tokens", "accuracy", "chosen_fell")  # made here, in figures_of
 
 ROW = {"comparison": TEXT, "arm": TEXT, "seed": NUMBER, "iteration": NUMBER, "reward": NUMBER}
+ROW = {name: optional(NUMBER) for name in FIGURES} | ROW
 
 # Settings that have no influence on what a run results in, apart from rounding.
 WITHOUT_INFLUENCE = ("RUN", "KEEP", "REPORT_TO", "NPROC", "GENERATE_NPROC", "TORCHRUN_ARGS")
@@ -72,13 +75,23 @@ class Arm:
         values = {}
         for seed, rows in self.runs.items():
             for row in rows:
-                if row["iteration"] == iteration and figure in row:
+                if row["iteration"] == iteration and row.get(figure) is not None:
                     values[seed] = row[figure]
         return values
 
-    def totals(self, figure: str) -> list[float]:
-        """The figure of each seed, summed over its iterations."""
-        return [sum(row.get(figure, 0) for row in rows) for rows in self.runs.values()]
+    def values_of_all(self, figure: str, iteration: int) -> list[float]:
+        """The figure of every seed; none where one has not come so far: a mean would jump there."""
+        values = self.values(figure, iteration)
+        return list(values.values()) if len(values) == len(self.runs) else []
+
+    def totals(self, figure: str, iterations: list[int]) -> list[float]:
+        """The figure of each seed that has it in all these iterations, summed over them."""
+        by_iteration = [self.values(figure, iteration) for iteration in iterations]
+        totals = []
+        for seed in self.runs:
+            if all(seed in values for values in by_iteration):
+                totals.append(sum(values[seed] for values in by_iteration))
+        return totals
 
     def rows(self) -> list[dict]:
         return [row for rows in self.runs.values() for row in rows]
@@ -101,8 +114,17 @@ class Comparison:
         return sorted({row["iteration"] for row in self.rows()})
 
     def figure(self) -> str:
-        """What is compared."""
-        return "gold" if any("gold" in row for row in self.rows()) else "reward"
+        """What is compared. Raises Stop where some arms have a gold and others have none."""
+        with_gold = [arm.name for arm in self.arms if any("gold" in row for row in arm.rows())]
+        if not with_gold:
+            return "reward"
+        without = [arm.name for arm in self.arms if arm.name not in with_gold]
+        if without:
+            raise Stop(
+                f"{', '.join(without)}: has no gold, and {', '.join(with_gold)} has: they cannot "
+                "be compared. Run iterate.sh with the same GOLD_FN."
+            )
+        return "gold"
 
     def optimises_gold(self) -> bool:
         return all(row.get("gold") == row["reward"] for row in self.rows())
@@ -112,7 +134,7 @@ class Comparison:
 
 
 def read_paths(paths: list[Path]) -> list[Comparison]:
-    """All that the paths name, in their order."""
+    """All that the paths name, in their order; each comparison with a name of its own."""
     comparisons = []
     single = [path for path in paths if is_run(path)]
     if single:
@@ -122,6 +144,11 @@ def read_paths(paths: list[Path]) -> list[Comparison]:
             comparisons += read_rows(path)
         elif not is_run(path):
             comparisons.append(read_runs(path.name, runs_within(path)))
+    names: Counter = Counter()
+    for comparison in comparisons:
+        names[comparison.name] += 1
+        if names[comparison.name] > 1:
+            comparison.name += f" ({names[comparison.name]})"
     return comparisons
 
 
@@ -130,8 +157,13 @@ def is_run(path: Path) -> bool:
 
 
 def runs_within(folder: Path) -> list[Path]:
-    found = [config.parent for config in folder.rglob("config.json")]
-    found = sorted(path for path in found if is_run(path))
+    places = [*folder.rglob("summary.jsonl"), *folder.rglob(".lock")]  # the loop makes this first
+    found = []
+    for path in sorted({place.parent for place in places}):
+        if is_run(path):
+            found.append(path)
+        else:  # a run that crashed must not be missing in silence
+            print(f"left out: {path} has no summary.jsonl", file=sys.stderr)
     if not found:
         raise Stop(f"{folder}: there is no run here, with a summary.jsonl. Give folders of runs.")
     return found
@@ -143,7 +175,14 @@ def read_rows(path: Path) -> list[Comparison]:
     for row in read_jsonl(path, ROW):
         arms = names[row["comparison"]]
         arm = arms.setdefault(row["arm"], Arm(row["arm"], {}))
-        arm.runs.setdefault(row["seed"], []).append(row)
+        rows = arm.runs.setdefault(row["seed"], [])
+        if any(other["iteration"] == row["iteration"] for other in rows):
+            raise Stop(
+                f"{path}: iteration {row['iteration']} of seed {row['seed']}, arm "
+                f'"{row["arm"]}", comparison "{row["comparison"]}" stands there twice. Leave one '
+                "out."
+            )
+        rows.append(row)
     return [Comparison(name, list(arms.values())) for name, arms in names.items()]
 
 
@@ -157,6 +196,7 @@ class Found(NamedTuple):
 
 def read_runs(comparison: str, folders: list[Path]) -> Comparison:
     found = [read_config(folder) for folder in folders]
+    say_what_counts_as_equal(found)
     names = names_of_arms(found)
     arms: dict[str, Arm] = {}
     for one, name in zip(found, names, strict=True):
@@ -187,6 +227,14 @@ def without_seed(value: str, seed: str) -> str:
     return re.sub(rf"_{seed}\b", "_SEED", value)
 
 
+def say_what_counts_as_equal(found: list[Found]) -> None:
+    """llama_2 with the seed 2 and llama_3 with the seed 3 would count as equal, too."""
+    for name in sorted({name for one in found for name in one.settings}):
+        values = {one.settings.get(name, "") for one in found}
+        for value in sorted(value for value in values if "_SEED" in value):
+            print(f"of one arm, though it differs between seeds: {name}={value}", file=sys.stderr)
+
+
 def names_of_arms(found: list[Found]) -> list[str]:
     """The name of each run's arm."""
     folders = [one.folder.resolve().parent for one in found]
@@ -194,7 +242,8 @@ def names_of_arms(found: list[Found]) -> list[str]:
     combinations = set(zip(folders, settings, strict=True))
     each_has_its_folder = len(combinations) == len(set(folders)) == len(set(settings))
     if each_has_its_folder and len(combinations) > 1:
-        return [folder.name for folder in folders]
+        top = Path(os.path.commonpath(folders))
+        return [str(folder.relative_to(top)) for folder in folders]
 
     different = settings_that_differ(found)
     names = []
@@ -254,6 +303,20 @@ def table_of_means(comparison: Comparison, figure: str) -> Table:
     return lines
 
 
+def table_of_ranges(comparison: Comparison, figure: str) -> Table:
+    """Median [least, most]: of few seeds, one that went far decides the mean."""
+    lines = [heading(comparison)]
+    for arm in comparison.arms:
+        cells = []
+        for iteration in comparison.iterations():
+            values = list(arm.values(figure, iteration).values())
+            cells.append(
+                f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]" if values else "-"
+            )
+        lines.append([arm.name, str(len(arm.runs)), *cells])
+    return lines
+
+
 def table_of_differences(comparison: Comparison) -> Table:
     """The same for the difference to the baseline, over the seeds that both have."""
     figure = comparison.figure()
@@ -281,7 +344,7 @@ def table_of_wins(comparison: Comparison) -> Table:
             values = paired(arm, baseline, figure, iteration)
             above = sum(value > 0 for value in values)
             below = sum(value < 0 for value in values)
-            cells.append(f"{above} : {below}")
+            cells.append(f"{above} : {below}" if values else "-")
         lines.append([arm.name, str(common), *cells])
     return lines
 
@@ -298,13 +361,14 @@ def paired(arm: Arm, baseline: Arm, figure: str, iteration: int) -> list[float]:
 
 
 def table_of_costs(comparison: Comparison) -> Table:
-    """What each arm was given: means over seeds of totals over iterations."""
-    lines = [["arm", "pairs", "updates", "tokens sampled"]]
+    """What each arm was given: means of totals, over the seeds that have come as far as any."""
+    iterations = [i for i in comparison.iterations() if i > 0]
+    lines = [["arm", "seeds", "pairs", "updates", "tokens sampled"]]
     for arm in comparison.arms:
-        line = [arm.name]
+        line = [arm.name, str(len(arm.totals("steps", iterations)))]
         for figure in ("pairs", "steps", "sampled_tokens"):
-            mean, _ = mean_and_error(arm.totals(figure))
-            line.append(f"{mean:,.0f}")
+            totals = arm.totals(figure, iterations)
+            line.append(f"{fmean(totals):,.0f}" if totals else "-")
         lines.append(line)
     return lines
 
@@ -341,6 +405,8 @@ def tables(comparison: Comparison) -> list[Titled]:
     figure = comparison.figure()
     title = f"{figure.capitalize()}, on held-out prompts"
     shown = [Titled(title, table_of_means(comparison, figure))]
+    title = f"{figure.capitalize()}: median [least, most] over seeds"
+    shown.append(Titled(title, table_of_ranges(comparison, figure)))
     if len(comparison.arms) > 1:
         title = f"Its difference to {comparison.baseline().name}, paired by seed"
         shown.append(Titled(title, table_of_differences(comparison)))
@@ -349,9 +415,12 @@ def tables(comparison: Comparison) -> list[Titled]:
     if figure == "gold" and not comparison.optimises_gold():
         title = "Reward: the proxy that was optimised, above the initial policy's"
         shown.append(Titled(title, table_of_means(comparison, "reward_diff")))
-    title = "KL to the initial policy, nats per answer"
-    shown.append(Titled(title, table_of_means(comparison, "kl/init")))
-    title = "Accuracy of the implicit reward on pairs in training, mean over an iteration's steps"
+    title = "KL to the initial policy, nats per answer: median [least, most] over seeds"
+    shown.append(Titled(title, table_of_ranges(comparison, "kl/init")))
+    title = (
+        "Accuracy of the implicit reward, against the arm's reference, on pairs in training, mean "
+        "over an iteration's steps"
+    )
     shown.append(Titled(title, table_of_means(comparison, "accuracy")))
     title = (
         "Share of chosen answers that became less likely than under the arm's reference, "
@@ -385,8 +454,10 @@ def panels(comparison: Comparison) -> list[Panel]:
     first = Panel(title, of_figure, "iteration", per_iteration(comparison, figure))
     gain = per_iteration(comparison, "reward_diff")
     proxy = Panel("Reward, the proxy: gain", of_proxy, "iteration", gain)
-    distance = Panel(kl, of_kl, "iteration", per_iteration(comparison, "kl/init"))
-    last = Panel(f"{title} against distance", of_distance, kl, against_kl(comparison, figure))
+    distances = per_iteration(comparison, "kl/init")
+    distance = Panel(kl, of_kl, "iteration", distances, y_scale="distance")
+    against = against_kl(comparison, figure)
+    last = Panel(f"{title} against distance", of_distance, kl, against, x_scale="distance")
     has_proxy = figure == "gold" and not comparison.optimises_gold()
     second = proxy if has_proxy else distance
     if len(comparison.arms) == 1:
@@ -402,9 +473,9 @@ def per_iteration(comparison: Comparison, figure: str) -> list[Curve]:
     for arm in comparison.arms:
         points = []
         for iteration in comparison.iterations():
-            values = arm.values(figure, iteration)
+            values = arm.values_of_all(figure, iteration)
             if values:
-                mean, error = mean_and_error(list(values.values()))
+                mean, error = mean_and_error(values)
                 points.append(Point(iteration, mean, error or 0.0))
         curves.append(Curve(arm.name, points))
     return curves
@@ -418,7 +489,7 @@ def differences(comparison: Comparison, figure: str) -> list[Curve]:
         points = []
         for iteration in comparison.iterations():
             values = paired(arm, baseline, figure, iteration)
-            if values:
+            if len(values) == len(arm.runs.keys() & baseline.runs.keys()) > 0:
                 mean, error = mean_and_error(values)
                 points.append(Point(iteration, mean, error or 0.0))
         curves.append(Curve(arm.name, points))
@@ -471,8 +542,22 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
+def check_output_is_ours(output: str) -> None:
+    """Stop where a file that would be replaced was not written by this tool."""
+    rows = Path(f"{output}.jsonl")
+    if rows.exists():
+        read_rows(rows)  # Stop, if they are not ours
+        return
+    for path in (Path(f"{output}.html"), Path(f"{output}.png")):
+        if path.exists():
+            raise Stop(
+                f"{path}: exists, and not {rows.name}: it is not of this tool. Move it away."
+            )
+
+
 def main():
     args = arguments().parse_args()
+    check_output_is_ours(args.output)
     comparisons = read_paths(args.paths)
     rows = []
     for comparison in comparisons:

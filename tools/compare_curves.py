@@ -37,6 +37,8 @@ class Panel(NamedTuple):
     note: str  # one sentence: what it shows
     x_label: str
     curves: list[Curve]
+    x_scale: str = "linear"  # or "distance": from 1 on logarithmic
+    y_scale: str = "linear"
 
 
 def draw(names: list[str], rows: list[list[Panel]], png: str) -> list[list[Drawing]]:
@@ -95,7 +97,7 @@ def looks_of(rows: list[list[Panel]]) -> dict[str, Look]:
 
 
 def plot(ax, panel: Panel, looks: dict[str, Look]) -> None:
-    for curve in panel.curves:
+    for curve in reversed(panel.curves):  # the first is the baseline, and lies on top
         look = looks[curve.name]
         errors = [point.error for point in curve.points]
         ax.errorbar(
@@ -109,4 +111,7 @@ def plot(ax, panel: Panel, looks: dict[str, Look]) -> None:
             linewidth=1.5,
             capsize=2,
         )
+    for axis, scale in (("x", panel.x_scale), ("y", panel.y_scale)):
+        if scale == "distance":  # one arm that went far must not hide the others
+            ax.set(**{f"{axis}scale": "symlog"})
     dress(ax, panel.x_label)

@@ -49,6 +49,8 @@ files_from_folder() {
 
 gpus=$(count_gpus)
 NODE_RANK=${NODE_RANK:-0}
+# A cluster may export these for a job of many processes. A stage here is one, unless torchrun says otherwise.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 
 # processes_here: one for each GPU, or one.
 processes_here() { echo "$((gpus > 0 ? gpus : 1))"; }
@@ -89,7 +91,7 @@ check_settings() {
     [[ $KEEP == all || $ENHANCER != prev ]] ||
         die "ENHANCER=prev needs KEEP=all: it answers with a policy that KEEP=last removes"
     for function in "$REWARD_FN" "$GOLD_FN"; do # or the mistake shows after an hour of sampling
-        [[ -z $function || -f ${function%:*} ]] ||
+        [[ -z $function || $function == *:?* && -f ${function%:*} ]] ||
             die "$function: no such file. It is written FILE.py:FUNCTION; give FILE.py with its whole path"
     done
     [[ $EXTRA_PAIRS_ITERS == first || $EXTRA_PAIRS_ITERS == all ]] ||
@@ -108,6 +110,8 @@ check_settings() {
         die "JUDGE_URL, JUDGE_ARGS and JUDGE_SERVER_ARGS have no effect without JUDGE, the model's name"
     [[ $JUDGE_URL != *[@?#]* && "$JUDGE_ARGS $JUDGE_SERVER_ARGS" != *--api[-_]key* ]] ||
         die "the judge's key would end up in logs and in config.json: put it into OPENAI_API_KEY alone"
+    [[ "$GENERATE_ARGS $EVAL_ARGS $JUDGE_SERVER_ARGS" != *hf[-_]token* ]] ||
+        die "a token would end up in logs and in config.json: put it into HF_TOKEN alone"
     [[ -n $JUDGE || -z $OPPONENT ]] || die "OPPONENT has no effect without JUDGE, which compares with it"
     [[ " $JUDGE_ARGS" != *" --opponent"* ]] ||
         die "--opponent in JUDGE_ARGS would decide pairs, too: set OPPONENT, which is for evaluation"
@@ -129,9 +133,18 @@ pinned() {
 
 # ---- The run -------------------------------------------------------------------------------------
 
+# check_folder: RUN is new, or a run, which has a .lock. Somebody's logs may be there before.
+check_folder() {
+    local first
+    [[ -d $RUN && ! -e $RUN/.lock ]] || return 0
+    first=$(find "$RUN" -mindepth 1 -maxdepth 1 ! -name '*.log' -print -quit)
+    [[ -z $first ]] || die "RUN=$RUN: is no run, and holds $first. Name a new folder"
+}
+
 # begin: check the settings, install what is missing, lock the run, and record what it is.
 begin() {
     check_settings
+    check_folder
     install requirements.txt # makes .venv on the first run
     ((gpus == 0)) || install requirements-gpu.txt
     # Two processes that each take all cores run ten times slower than two that share them.
@@ -140,6 +153,7 @@ begin() {
 
     mkdir -p "$RUN" 2>/dev/null || die "RUN=$RUN: this folder cannot be made"
     if ((NODE_RANK == 0)); then # two loops must never share a run; the lock goes with the process
+        command -v flock >/dev/null || die "needs the program flock, of the package util-linux"
         { exec 9>"$RUN/.lock"; } 2>/dev/null || die "$RUN/.lock: cannot be written"
         flock --wait 5 9 || # a stage that was just killed may still hold it for a moment
             die "another loop is at work in $RUN (or a stage of a killed one is; see: fuser $RUN/.lock)"
@@ -236,6 +250,11 @@ stage() {
         [[ $script != *.py || $script == "$LAUNCHER" ]] || break
     done
     ((status == 0)) || die "$script failed with exit code $status. Its output is in $log" "$status"
+    while (($# > 1)); do
+        [[ $1 != --output || -e $2 ]] ||
+            die "$script ended without an error, and without its output $2. What it said is in $log"
+        shift
+    done
 }
 
 # everywhere LOG STAGE.py ARGS…: on all ranks of all machines.
@@ -258,6 +277,7 @@ once() {
     if ((NODE_RANK == 0)); then
         stage "$log" "$PYTHON" "$@"
     else
+        [[ -e $output ]] || echo "waiting for the first machine's $output"
         until [[ -e $output ]]; do sleep 1; done
     fi
 }

@@ -21,6 +21,7 @@ content, and shuffling the data set changes the order of the lines but not the s
 hash of each prompt and no text.
 """
 
+import os
 import re
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from arguments import integer_in, parse, parser
 from records import Stop, dump, is_conversation, parse_json, read_jsonl, remove, whole
-from stage import Stage, run, seed_of
+from stage import Stage, check_apart, run, seed_of
 from take_prompts import content_key
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -134,11 +135,22 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     """SPLIT.jsonl, SPLIT-00000-of-00002.parquet, SPLIT/anything.json; in order."""
     name = re.compile(re.escape(split) + r"([-.].*)?")
     files = []
-    for path in sorted(folder.rglob("*")):
-        in_split = name.fullmatch(path.stem) or path.parent.name == split
-        if path.suffix in SUFFIXES and in_split:
-            files.append(path)
-    return files
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for path in (Path(parent, name_here) for name_here in names):
+            in_split = name.fullmatch(path.stem) or path.parent.name == split
+            if in_split and not path.name.startswith("."):
+                check_suffix(path)
+                files.append(path)
+    return sorted(files)
+
+
+def check_suffix(path: Path) -> None:
+    """Stop at a file of the split that cannot be read: its rows would be missing without a word."""
+    if path.suffix not in SUFFIXES:
+        raise Stop(
+            f"{path}: is a file of this split, and not one of {', '.join(SUFFIXES)}. Unpack it, or "
+            "move it away."
+        )
 
 
 def read_rows(args, files: list[Path], hub) -> Iterator[Row]:
@@ -364,8 +376,8 @@ def check_arguments(args) -> None:
         )
     if args.heldout is None:
         args.heldout = 200 if args.heldout_output else 0
-    if args.heldout_output and Path(args.heldout_output).resolve() == Path(args.output).resolve():
-        raise Stop("--output and --heldout_output are the same file. Name two.")
+    if args.heldout_output:
+        check_apart("--output", args.output, "--heldout_output", args.heldout_output)
 
 
 def main():

@@ -66,7 +66,7 @@ def load_pairs(args, tokenizer, config, stage: Stage) -> list[dict]:
 def load_held_out(args, tokenizer, config, stage: Stage, trained: list[dict]) -> list[dict]:
     """The pairs of args.eval_pairs; none where it is not given. Raises Stop for one of `trained`.
 
-    Two pairs are the same if all of their tokens are.
+    Two pairs are the same if all of their tokens are, whichever answer is the chosen one.
     """
     if not args.eval_pairs:
         return []
@@ -82,7 +82,8 @@ def load_held_out(args, tokenizer, config, stage: Stage, trained: list[dict]) ->
 
 
 def identity(pair: dict) -> tuple[bytes, ...]:
-    return tuple(pair[part].tobytes() for part in ("prompt", "chosen", "rejected"))
+    answers = sorted([pair["chosen"].tobytes(), pair["rejected"].tobytes()])
+    return pair["prompt"].tobytes(), *answers
 
 
 def read_pairs(paths: list[str], name: str, reader: "Reader", stage: Stage) -> list[dict]:
