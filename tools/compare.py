@@ -84,6 +84,15 @@ class Arm:
         values = self.values(figure, iteration)
         return list(values.values()) if len(values) == len(self.runs) else []
 
+    def best(self, figure: str) -> dict[int, float]:
+        """seed -> the highest figure of its iterations."""
+        best = {}
+        for seed, rows in self.runs.items():
+            values = [row[figure] for row in rows if row.get(figure) is not None]
+            if values:
+                best[seed] = max(values)
+        return best
+
     def totals(self, figure: str, iterations: list[int]) -> list[float]:
         """The figure of each seed that has it in all these iterations, summed over them."""
         by_iteration = [self.values(figure, iteration) for iteration in iterations]
@@ -310,11 +319,45 @@ def table_of_ranges(comparison: Comparison, figure: str) -> Table:
         cells = []
         for iteration in comparison.iterations():
             values = list(arm.values(figure, iteration).values())
-            cells.append(
-                f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]" if values else "-"
-            )
+            cells.append(range_of(values, ".2f"))
         lines.append([arm.name, str(len(arm.runs)), *cells])
     return lines
+
+
+def range_of(values: list[float], style: str) -> str:
+    """Median [least, most], or "-"."""
+    if not values:
+        return "-"
+    shown = [format(value, style) for value in (median(values), min(values), max(values))]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def table_of_last_and_best(comparison: Comparison) -> Table:
+    """The difference to the baseline, paired by seed, after the last iteration, and where every run
+    is stopped at its own best one.
+
+    The best one is chosen by the figure itself, which nobody has who trains a real model.
+    """
+    figure = comparison.figure()
+    last = comparison.iterations()[-1]
+    baseline, *others = comparison.arms
+    best_of_baseline = baseline.best(figure)
+    lines = [["arm", "seeds", "last", "median [least, most]", "best", "above : below"]]
+    for arm in others:
+        at_last = paired(arm, baseline, figure, last)
+        best = arm.best(figure)
+        at_best = [best[seed] - best_of_baseline[seed] for seed in best if seed in best_of_baseline]
+        line = [arm.name, str(len(at_best)), cell(at_last, len(at_best), sign="+")]
+        line += [range_of(at_last, "+.3f"), cell(at_best, len(at_best), sign="+"), sides(at_best)]
+        lines.append(line)
+    return lines
+
+
+def sides(values: list[float]) -> str:
+    """How many are above zero, and how many below."""
+    above = sum(value > 0 for value in values)
+    below = sum(value < 0 for value in values)
+    return f"{above} : {below}" if values else "-"
 
 
 def table_of_differences(comparison: Comparison) -> Table:
@@ -341,10 +384,7 @@ def table_of_wins(comparison: Comparison) -> Table:
         common = len(arm.runs.keys() & baseline.runs.keys())
         cells = []
         for iteration in comparison.iterations():
-            values = paired(arm, baseline, figure, iteration)
-            above = sum(value > 0 for value in values)
-            below = sum(value < 0 for value in values)
-            cells.append(f"{above} : {below}" if values else "-")
+            cells.append(sides(paired(arm, baseline, figure, iteration)))
         lines.append([arm.name, str(common), *cells])
     return lines
 
@@ -405,13 +445,13 @@ def tables(comparison: Comparison) -> list[Titled]:
     figure = comparison.figure()
     title = f"{figure.capitalize()}, on held-out prompts"
     shown = [Titled(title, table_of_means(comparison, figure))]
-    title = f"{figure.capitalize()}: median [least, most] over seeds"
-    shown.append(Titled(title, table_of_ranges(comparison, figure)))
     if len(comparison.arms) > 1:
         title = f"Its difference to {comparison.baseline().name}, paired by seed"
         shown.append(Titled(title, table_of_differences(comparison)))
         title = "Seeds in which it is above : below"
         shown.append(Titled(title, table_of_wins(comparison)))
+        title = "The difference after the last iteration, and with every run at its best iteration"
+        shown.append(Titled(title, table_of_last_and_best(comparison)))
     if figure == "gold" and not comparison.optimises_gold():
         title = "Reward: the proxy that was optimised, above the initial policy's"
         shown.append(Titled(title, table_of_means(comparison, "reward_diff")))
