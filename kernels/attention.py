@@ -146,9 +146,9 @@ def _starts(lengths: list[int], device) -> torch.Tensor:
 def packed_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs
 ):
-    """query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D], and None for the weights.
+    """query [B, H, T, D], key and value [B, Hkv, T, D] -> [B, T, H, D], and None for the weights.
 
-    Without a layout the B rows are one sequence each.
+    With a layout B is 1. Without one, each row is one sequence.
     """
     _check(module, query, key, attention_mask, dropout, layout, kwargs)
     # grouped-query attention: H / Hkv query heads share a key head
@@ -164,8 +164,8 @@ def packed_attention(
     k = key[0].transpose(0, 1)  # [T, Hkv, D]
     v = value[0].transpose(0, 1)  # [T, Hkv, D]
 
-    # Pair by pair a key is gathered at most twice, so its gradient is a sum of two: the same in any
-    # order, on a GPU too.
+    # With two answers a prompt's key is gathered twice, so its gradient is a sum of two: the same
+    # in any order, bit for bit, on a GPU too.
     if layout.kv_index is not None:
         k = k.index_select(0, layout.kv_index)  # [Tk, Hkv, D]
         v = v.index_select(0, layout.kv_index)  # [Tk, Hkv, D]

@@ -10,9 +10,11 @@ docs/kernel.md derives what is done instead; the code uses its letters:
 
     g    [T]       dLoss/dl, which is known in backward only
     J    [T, V]    dl/dx, known in forward already:  dH = g . (J W),  dW = J^T (g . H),  db = J^T g
-    Q, r           J = -r . Q: a matrix, and one factor per row
     c    per row   what logits are measured from: z_y, or the row's maximum if y is hopeless
-    S, d [T]       S = sum_{v != y} exp(z_v - c),  d = z_y - c.  l and r follow from these two.
+    S, d [T]       S = sum_{v != y} exp(z_v - c),  d = z_y - c;  l = d - log(exp(d) + S)
+    Q    [T, V]    slope_v exp(z_v - c), and -slope_y S in the target's column, where
+                   slope = 1, or with a soft-cap 1 - tanh(u / cap)^2
+    r    [T]       scale / (exp(d) + S);  then J = -r . Q
 
 "." scales rows. So forward makes Q, S and d in one pass over the logits, and backward is two matrix
 products. Q is kept ("the stash") for as many rows as `stash_bytes` holds; for the others backward
@@ -41,12 +43,12 @@ try:
 except ImportError:  # a machine without a GPU needs none: rows_torch below is the same in torch
     triton = None
 
-# C, the rows of logits at a time. GPU: 2048 x 151936 in fp32 is 1.2 GB, and reading W again for
-# each chunk (2 V D bytes for 2 C V D flops) is far above the machine's balance of about 200 flops
-# per byte. CPU: where its GEMMs reach full speed.
+# C, the rows of logits at a time. GPU: 2048 x 151936 in fp32 is 1.2 GB. Each chunk reads W once,
+# which is C flops per byte: far above the 200 or so below which memory would be the limit. CPU:
+# where its GEMMs reach full speed.
 CHUNK = {"cuda": 2048, "cpu": 256}
 # Bytes of Q that are kept; rows beyond cost 4/3 the work. GPU: 16k tokens of Qwen's 151936 words in
-# bf16 are 4.6 GiB, a fifth of what autograd would hold. CPU: other programs need its memory, and
+# bf16 are 4.6 GiB, a sixth of what autograd would hold. CPU: other programs need its memory, and
 # its batches are small.
 STASH_BYTES = {"cuda": 8 << 30, "cpu": 4 << 30}
 # 8 elements per thread: 32 registers on Hopper, so that a multiprocessor is full of threads with

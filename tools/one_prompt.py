@@ -18,11 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root
 import models
 from arguments import parse, parser
-from records import PROMPT, SCORED, TEXT, TEXTS, read_json, read_jsonl, write_whole
-from stage import run
+from records import PROMPT, SCORED, TEXT, TEXTS, Stop, read_json, read_jsonl, write_whole
+from stage import read_meta, run
 from training.checks import own_logprob
-
-BETA = 0.1  # dpo_train.py's default, and the demo's
 
 
 def arguments():
@@ -37,7 +35,7 @@ def row_with(path: Path, id: str, shape: dict) -> dict:
     for row in read_jsonl(path, shape):
         if row["id"] == id:
             return row
-    raise SystemExit(f"{path}: holds no row with id {id}")
+    raise Stop(f"{path}: holds no row with the id {id}.")
 
 
 def logprob(folder: str, prompt_ids: list[int], answer_ids: list[int]) -> float:
@@ -74,7 +72,7 @@ def candidate_table(candidates: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def loss_by_hand(pair: dict, policies: dict[str, str]) -> str:
+def loss_by_hand(pair: dict, policies: dict[str, str], beta: float) -> str:
     """d and -log sigmoid(beta d) of the pair, before and after training."""
     prompt_ids = pair["prompt_token_ids"]
     before, after = [], []
@@ -82,7 +80,7 @@ def loss_by_hand(pair: dict, policies: dict[str, str]) -> str:
         before.append(logprob(policies["before"], prompt_ids, answer_ids))
         after.append(logprob(policies["after"], prompt_ids, answer_ids))
     d = (after[0] - before[0]) - (after[1] - before[1])
-    loss = math.log1p(math.exp(-BETA * d))
+    loss = math.log1p(math.exp(-beta * d))
     stored = f"{pair['chosen_logprob']:.5f} | {pair['rejected_logprob']:.5f}"
     by_hand = f"({after[0]:.5f} - {before[0]:.5f}) - ({after[1]:.5f} - {before[1]:.5f})"
     return f"""\
@@ -92,11 +90,16 @@ def loss_by_hand(pair: dict, policies: dict[str, str]) -> str:
 | log ref, computed here by transformers alone | {before[0]:.5f} | {before[1]:.5f} |
 | log pi: after the iteration's training | {after[0]:.5f} | {after[1]:.5f} |
 
-The first two lines must agree, or the audit stops the run. Before the first step pi = ref, so d = 0
-and the loss is -log sigmoid(0) = ln 2 = 0.69315. After training
+The first two rows must agree: dpo_train.py compares them, and stops the run if they do not. The
+loss is -log sigmoid(beta d) with
+
+    d = [log pi(chosen) - log ref(chosen)] - [log pi(rejected) - log ref(rejected)]
+
+and beta = {beta:g}. Before the first step pi = ref, so d = 0 and the loss is ln 2 = 0.69315. After
+training
 
     d    = {by_hand} = {d:.5f}
-    loss = -log sigmoid({BETA} * {d:.5f}) = {loss:.5f}
+    loss = -log sigmoid({beta:g} * {d:.5f}) = {loss:.5f}
 """
 
 
@@ -105,7 +108,10 @@ def page(folder: Path, id: str | None) -> str:
     config = read_json(folder / "config.json", TEXTS, remedy)
     first = folder / "iter_01"
     pairs = read_jsonl(first / "pairs.jsonl", {"id": TEXT})
-    pair = next(row for row in pairs if id in (None, row["id"]))
+    pair = next((row for row in pairs if id in (None, row["id"])), None)
+    if pair is None:
+        raise Stop(f"{first}/pairs.jsonl: holds no pair with the id {id}.")
+    beta = beta_of(first / "policy.meta.json")
     prompt = row_with(first / "prompts.jsonl", pair["id"], PROMPT)
     scored = row_with(first / "scored.jsonl", pair["id"], SCORED)
     tokenizer = models.load_tokenizer(config["MODEL"])
@@ -126,21 +132,33 @@ The first iteration of the demo, `bash iterate.sh`, seen through one prompt. Mad
 The chat template turns the conversation into token ids, `prompt_token_ids`:
 
 {token_table(tokenizer, scored["prompt_token_ids"])}
-The policy writes {len(scored["candidates"])} answers to it. The `token_ids` of the chosen one end
-in a stop id, because the policy wrote it:
+The policy writes {len(scored["candidates"])} answers to it. These are the `token_ids` of answer
+{pair["chosen_index"]}, which will be the chosen one. The last is the stop id, which the policy
+has written, too:
 
 {token_table(tokenizer, chosen["token_ids"])}
 ## scored.jsonl: what the reward makes of them
 
 {candidate_table(scored["candidates"])}
-`logprob` is log pi(y|x), summed over the answer's tokens, as the generator computed it.
+`logprob` is log pi(y|x), summed over the answer's tokens, as the generator computed it. A � in a
+text is a token that is no whole character: ids are stored, and no text is encoded again.
 
 ## pairs.jsonl: best and worst
 
 {block(shown(pair))}
 ## The loss, by hand
 
-{loss_by_hand(pair, policies)}"""
+{loss_by_hand(pair, policies, beta)}"""
+
+
+def beta_of(meta: Path) -> float:
+    """Of a training with plain DPO; Stop for another loss, which this page does not explain."""
+    arguments = read_meta(meta, "Name another run")["arguments"]
+    plain = {"loss_type": "sigmoid", "nll_coef": 0, "label_smoothing": None, "length_coef": None}
+    for flag, value in plain.items():
+        if arguments[flag] != value:
+            raise Stop(f"{meta}: --{flag} {arguments[flag]}: this page explains plain DPO alone.")
+    return arguments["beta"][0]
 
 
 def main():
