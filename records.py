@@ -18,14 +18,16 @@ One JSON object per line, UTF-8. Unknown keys are passed on unchanged.
                                         "temperature",   it was sampled at
                                         "model"}]        hash of the policy that wrote it
 
-    scored.jsonl      + per candidate "rewards": {name: float} and "reward", their weighted sum
+    scored.jsonl      + per candidate "rewards": {name: float} and "reward", their weighted sum;
+                        with score.py --ref_model "ref_logprobs": {name: float}
 
     pairs.jsonl       {"id", "iteration", "prompt",
                        "chosen": [{"role": "assistant", "content"}], "rejected",
                        "score_chosen", "score_rejected",
                        "prompt_token_ids", "chosen_token_ids", "rejected_token_ids",
                        "chosen_logprob", "rejected_logprob", "chosen_index", "rejected_index",
-                       "chosen_model", "rejected_model"}: a superset of TRL's preference format
+                       "chosen_model", "rejected_model"}: a superset of TRL's preference format,
+                                                          with the prompt's other keys, but no meta
 
 A file has its final name only when it is whole: it is written under a temporary name beside it,
 flushed to the disk, and renamed. So the final name is the done marker, and nothing can disagree

@@ -1,4 +1,4 @@
-"""The gold reward: the true reward of the demo, which no training sees.
+"""The gold reward: the true reward of the demo, which the demo's training never sees.
 
 A prompt asks for COUNT words of a CATEGORY: "please list three fruits for a game". With S the set
 of distinct words of that category in the answer,

@@ -14,7 +14,7 @@ choices by maximum likelihood (Ouyang et al. 2022, arXiv:2203.02155, equation 1)
 It sees only the choices, never a gold value. It is a proxy: right about what the initial policy
 writes, less sure about what a better policy will write, and an online loop finds the answers where
 it is wrong. Choices between answers of many writers, from careless to careful, make a proxy that
-holds where a better policy goes (--writers varied).
+holds longer, but not for ever (--writers varied; docs/experiments.md).
 """
 
 import random
