@@ -91,10 +91,13 @@ from kernels.logprob import backbone, linear_logprob, lm_head
 from records import Stop, whole
 from stage import Stage, progress, ranks, run, say, seconds_since
 from training import checks, flags, fsdp, lora, network, speed
-from training.batches import (
+from training.batches import feed
+from training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from training.log import open_log, row_of_step, show
+from training.pairs import load_held_out, load_pairs
+from training.plans import (
     StepPlan,
     answer_lengths,
-    feed,
     indices_of,
     lengths_of,
     plan_all_steps,
@@ -102,10 +105,7 @@ from training.batches import (
     plan_step,
     shortest_and_longest,
 )
-from training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from training.log import open_log, row_of_step, show
-from training.pairs import load_held_out, load_pairs
-from training.reference import check_finite, load_reference, save_reference
+from training.reference import keep_reference, load_reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INTERRUPTED = 75  # the exit code EX_TEMPFAIL: for iterate.sh, an interruption and no failure
@@ -508,13 +508,7 @@ def train(policy, data: Data, args, stage: Stage, device) -> dict:
 
         began = time.monotonic()
         in_step = indices_of(plans[index])  # the pairs of all ranks
-        settings = StepSettings(
-            microbatch_count=len(plans[index][rank]),
-            pair_count=len(in_step),
-            beta=args.beta[index // data.steps_per_epoch],
-            learning_rate=learning_rate(index, steps, args),
-            signals=signals,
-        )
+        settings = settings_of_step(index, data, signals, args)
         step = training_step(policy, optimizer, batches, reference, settings, args)
         done = index + 1
         if not step.is_finite():
@@ -531,19 +525,30 @@ def train(policy, data: Data, args, stage: Stage, device) -> dict:
             log.write(row_of_step(done, data.steps_per_epoch, step, settings, tokens, seconds))
         show(bar, step.metrics, tokens / seconds)
 
-        if step.stop or checkpoint_is_due(done, steps, args.save_every):
-            save_checkpoint(stage.parts, policy, optimizer, done)
         if step.stop:
-            leave_interrupted(done, steps)
+            save_and_leave(stage, policy, optimizer, done, steps)
+        if checkpoint_is_due(done, steps, args.save_every):
+            save_checkpoint(stage.parts, policy, optimizer, done)
 
     if args.eval_pairs:
         evaluate(policy, data, steps, args, device, log)
         if is_any_told_to_stop(signals, device):
-            save_checkpoint(stage.parts, policy, optimizer, steps)
-            leave_interrupted(steps, steps)
+            save_and_leave(stage, policy, optimizer, steps, steps)
     bar.close()
     trained = [lengths_of(pairs[i]) for plan in plans[steps_done:] for i in indices_of(plan)]
     return speed.figures(policy, trained, total_seconds, device, args.dtype, world)
+
+
+def settings_of_step(index: int, data: Data, signals: StopSignals, args) -> StepSettings:
+    rank, _ = ranks()
+    plan = data.plans[index]
+    return StepSettings(
+        microbatch_count=len(plan[rank]),
+        pair_count=len(indices_of(plan)),
+        beta=args.beta[index // data.steps_per_epoch],
+        learning_rate=learning_rate(index, len(data.plans), args),
+        signals=signals,
+    )
 
 
 def make_optimizer(policy, args, device):
@@ -584,7 +589,8 @@ def is_any_told_to_stop(signals: StopSignals, device) -> bool:
     return votes.item() > 0
 
 
-def leave_interrupted(steps_done: int, steps: int) -> None:
+def save_and_leave(stage: Stage, policy, optimizer, steps_done: int, steps: int) -> None:
+    save_checkpoint(stage.parts, policy, optimizer, steps_done)
     say(f"interrupted: saved after step {steps_done} of {steps}; the same command resumes")
     fsdp.leave()
     sys.exit(INTERRUPTED)
@@ -711,12 +717,7 @@ def main():
     flags.settle_arguments(args, device.type, world)
     # The stage hashes its inputs. If the output exists and was made from the same inputs and flags,
     # it is done; if from others, this stops.
-    inputs = {
-        "model": args.model,
-        "ref_model": args.ref_model,
-        "pairs": args.pairs,
-        "eval_pairs": args.eval_pairs,
-    }
+    inputs = {name: getattr(args, name) for name in flags.INPUTS}
     stage = Stage(args, inputs, args.output, free=flags.FREE)
     if stage.done:
         fsdp.leave()
@@ -745,15 +746,12 @@ def main():
     first_epoch = plans[:steps_per_epoch] + eval_plans
     reference_file = stage.parts / "reference.npz"
     reference = load_reference(reference_file, len(pairs))
-    is_kept = reference is not None
-    if args.ref_model and not is_kept:
+    if args.ref_model and reference is None:
         reference = reference_of_another_model(args, config, pairs, first_epoch, longest, device)
     policy = load_policy(args.model, args, device, pairs, lora.factor_seed(args, model_hash))
     if reference is None:
         reference = all_logprobs(policy, pairs, first_epoch, args.packing, device)
-    check_finite(reference, pairs)
-    if not is_kept:
-        save_reference(reference_file, reference)
+    keep_reference(reference_file, reference, pairs)
 
     # 3. Audit the answers that this policy wrote, or its reference
     audit = audit_answers(policy, pairs, reference, stage.hashes, args, device)

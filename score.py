@@ -712,7 +712,7 @@ def load_function(spec: str) -> RewardFunction:
 def module_of(file: str) -> types.ModuleType:
     """A user's file as a module. Two functions of one file share it, and whatever it loads."""
     sys.path.append(os.path.dirname(file))  # so that it can import files beside it
-    name = f"reward functions of {file}"
+    name = "reward_functions_of_" + re.sub(r"\W", "_", file)  # no dots: it is in no package
     module_spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and pickle look a module up by its name

@@ -39,7 +39,7 @@ import dpo_train
 from arguments import parse
 from bench.headline import headline
 from records import CANDIDATES, dump, read_jsonl
-from training.batches import cost, microbatches
+from training.plans import cost, microbatches
 
 ROOT = Path(__file__).resolve().parent.parent
 MISTAKES = {

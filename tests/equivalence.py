@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dpo_train
-from training.batches import PARTS, collate, cost, microbatches
+from training.batches import PARTS, collate
+from training.plans import cost, microbatches
 
 rng = random.Random(0)
 pairs = [

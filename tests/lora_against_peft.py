@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import AutoModelForCausalLM
 
 import dpo_train
-from training.batches import PARTS, collate, cost, microbatches
+from training.batches import PARTS, collate
+from training.plans import cost, microbatches
 
 RANK, ALPHA = 4, 12.0
 OF_ANSWERS = torch.tensor([1.0, -0.5])  # the loss: the sum over pairs of l_w - 0.5 l_l

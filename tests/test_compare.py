@@ -86,7 +86,7 @@ def test_seeds_are_averaged_and_arms_stand_side_by_side(runs, told):
     differences = cells(printed, "Its difference to online", "offline")
     assert differences == ["3", "+0.000±0.000", "-0.100±0.000", "-0.400±0.000"]
     assert cells(printed, "Reward: the proxy", "online")[-1] == "4.000±0.000"
-    assert cells(printed, "What an arm was given", "offline") == ["20", "6", "560"]
+    assert cells(printed, "What an arm was given", "offline") == ["3", "20", "6", "560"]
     assert cells(printed, "Seeds in which it is above : below", "offline") == (
         ["3", *"0 : 0".split(), *"0 : 3".split(), *"0 : 3".split()]
     )

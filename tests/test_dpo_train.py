@@ -25,10 +25,12 @@ from kernels.attention import ATTENTION
 from records import dump
 from small_models import LLAMA4, causal_lm
 from stage import hash_path
-from training import batches, checks, network
-from training.batches import PARTS, collate, cost, microbatches, shortest_and_longest
+from training import checks, network
+from training import plans as planning
+from training.batches import PARTS, collate
 from training.flags import betas_of_epochs
 from training.pairs import few_steps
+from training.plans import cost, microbatches, shortest_and_longest
 
 
 def make_pairs(folder, model, n=24, seed=0, longest=20):
@@ -341,7 +343,7 @@ def plain_training(model, rows, plans, args):
     norms = []
     for number, plan in enumerate(plans):
         losses = []
-        for i in batches.indices_of(plan):
+        for i in planning.indices_of(plan):
             margin = 0.0
             for name, sign in (("chosen", 1), ("rejected", -1)):
                 ids = rows[i][f"{name}_token_ids"]
@@ -364,7 +366,7 @@ def test_a_training_is_a_plain_loop_over_its_steps(run):
     argv = run.argv("policy", *flags.split())
     args = dpo_train.arguments().parse_args(argv)
     args.packing = "prefix"
-    plans = batches.plan_all_steps(arrays(run.rows), args)
+    plans = planning.plan_all_steps(arrays(run.rows), args)
     expected, norms = plain_training(run.model, run.rows, plans, args)
 
     run("policy", *flags.split())
@@ -379,7 +381,7 @@ def test_the_order_of_the_pairs_is_another_in_each_epoch_and_for_each_seed():
     pairs = arrays(make_lengths([(3, 2, 2)] * 40))
     orders = []
     for args.seed in (0, 0, 1):
-        orders.append([batches.indices_of(plan) for plan in batches.plan_all_steps(pairs, args)])
+        orders.append([planning.indices_of(plan) for plan in planning.plan_all_steps(pairs, args)])
     assert orders[0] == orders[1]
     different = [*orders[0], *orders[2], list(range(40))]
     assert len({tuple(order) for order in different}) == 5
@@ -411,8 +413,8 @@ def test_pitfalls_23_weights_are_fp32_masters_and_all_of_them_move(run):
 def test_a_plan_keeps_to_the_batch_size_and_to_the_tokens_of_a_forward_pass():
     args = SimpleNamespace(num_train_epochs=1, batch_size=30, tokens_per_batch=70, seed=0)
     args.packing = "prefix"
-    plans = batches.plan_all_steps(arrays(make_lengths([(3, 2, 2)] * 40)), args)
-    assert [len(batches.indices_of(plan)) for plan in plans] == [30, 10]
+    plans = planning.plan_all_steps(arrays(make_lengths([(3, 2, 2)] * 40)), args)
+    assert [len(planning.indices_of(plan)) for plan in plans] == [30, 10]
     assert [[len(batch) for batch in plan[0]] for plan in plans] == [[10, 10, 10], [10]]
 
 

@@ -52,7 +52,7 @@ def fill(stage, path, stop_after=None):
     ("line", "says"),
     [
         ("{not json\n", "not JSON"),
-        ('["a list"]\n', "the row must be an object"),
+        ('["a list"]\n', "must be an object"),
         ('{"prompt": "x"}\n', 'key "id" is missing'),
         ('{"id": 7, "prompt": "x"}\n', 'key "id" must be a string'),
         ('{"id": "a", "prompt": []}\n', "conversation"),

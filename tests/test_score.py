@@ -815,7 +815,7 @@ def test_a_function_of_responses_that_fails_is_named_with_its_row(
 
 def test_reward_function_files_that_fail(tmp_path, run):
     refused(run, tmp_path, "no such file", "--reward_fn", tmp_path / "nowhere.py:f")
-    refused(run, tmp_path, "no such file", "--reward_fn", "length")
+    refused(run, tmp_path, "names no function", "--reward_fn", "length")
     (tmp_path / "bad.py").write_text("import no_such_module\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         run(tmp_path / "c.jsonl", tmp_path / "s.jsonl", "--reward_fn", tmp_path / "bad.py:f")

@@ -31,8 +31,9 @@ from kernels.logprob import backbone
 from records import Stop
 from stage import run, say
 from training import flags, lora, network
-from training.batches import collate, cost
+from training.batches import collate
 from training.fsdp import layers_of, room_to_stay_gathered
+from training.plans import cost
 
 # UltraFeedback's proportions: a prompt of 200 tokens and two answers of 350.
 PROMPT, ANSWER = 200, 350

@@ -5,6 +5,8 @@ from records import Stop
 from stage import say
 from training import lora, tracker
 
+INPUTS = ("model", "ref_model", "pairs", "eval_pairs")  # the result depends on their content
+
 # A run may be resumed with other values of these: at most the rounding changes.
 FREE = (
     "tokens_per_batch",

@@ -156,6 +156,10 @@ def is_named(path: str, target: str) -> bool:
     return path == target or path.endswith("." + target)
 
 
+def is_one_of(path: str, targets: list[str]) -> bool:
+    return any(is_named(path, target) for target in targets)
+
+
 def choose(found, targets: list[str] | None, others: list[str], name: str) -> list[str]:
     """The layers that --lora_targets names, all where it is None.
 
@@ -183,7 +187,7 @@ def choose(found, targets: list[str] | None, others: list[str], name: str) -> li
         )
     if targets is None:
         return list(found)
-    return [path for path in found if any(is_named(path, target) for target in targets)]
+    return [path for path in found if is_one_of(path, targets)]
 
 
 # ---- the factors -------------------------------------------------------------------------------

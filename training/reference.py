@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from records import Stop, whole
+from records import Stop, remove, whole
 from stage import ranks, say
 from training.checkpoints import from_rank_0
 
@@ -33,22 +33,22 @@ def read_reference(file: Path, pair_count: int) -> torch.Tensor | None:
             raise ValueError(f"it holds {logprobs.dtype} {logprobs.shape}")
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         say(f"{file}: is damaged ({e}); the reference is computed again")
+        remove(file)
         return None
     return torch.from_numpy(logprobs)
 
 
-def save_reference(file: Path, reference: torch.Tensor) -> None:
-    """reference: [n, 2] fp32, on the CPU."""
-    rank, _ = ranks()
-    if rank == 0:
-        with whole(file) as temporary, open(temporary, "wb") as out:
-            np.savez(out, logprobs=reference.numpy())
+def keep_reference(file: Path, reference: torch.Tensor, pairs: list[dict]) -> None:
+    """Rank 0 writes it, unless it was read from there. Raises Stop where it is not finite.
 
-
-def check_finite(reference: torch.Tensor, pairs: list[dict]) -> None:
-    """Stop where a log-prob of the reference is not finite, and name the pairs."""
+    reference: [n, 2] fp32, on the CPU.
+    """
     broken = ~reference.isfinite().all(1)  # [n]
     if broken.any():
         rows = broken.nonzero().flatten().tolist()
         bad = [pairs[row]["id"] for row in rows[:8]]
         raise Stop(f"the reference's log-probs are not finite for the pairs {bad}")
+    rank, _ = ranks()
+    if rank == 0 and not file.exists():
+        with whole(file) as temporary, open(temporary, "wb") as out:
+            np.savez(out, logprobs=reference.numpy())
