@@ -122,5 +122,7 @@ folders=()
 for reward in $REWARDS; do
     folders+=("$FOLDER/$reward")
 done
-"$PYTHON" tools/compare.py "${folders[@]}" --baseline "${ARMS%% *}" --output "$FOLDER/comparison" || failed=1
+baseline=()
+[[ $ARMS != *" "* ]] || baseline=(--baseline "${ARMS%% *}")
+"$PYTHON" tools/compare.py "${folders[@]}" "${baseline[@]}" --output "$FOLDER/comparison" || failed=1
 ((failed == 0)) || { echo "some of it has failed; the same command makes what is missing" >&2 && exit 1; }

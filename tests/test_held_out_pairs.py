@@ -327,7 +327,7 @@ def test_neither_side_may_be_empty(pair):
 def test_no_foreign_file_is_overwritten(pair):
     held_out = pair.folder / "held_out.jsonl"
     held_out.write_text("mine")
-    with pytest.raises(SystemExit, match="was not made by this stage"):
+    with pytest.raises(SystemExit, match="was not made together with"):
         pair()
     for taken in ("scored.jsonl", "pairs.jsonl"):
         flags = ["--eval_share", "0.1", "--eval_output", pair.folder / taken]
@@ -341,5 +341,28 @@ def test_a_file_that_is_gone_is_named(pair, monkeypatch):
     (pair.folder / "held_out.jsonl").unlink()
     argv = [word for word in sys.argv if word != "--overwrite"]
     monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit, match="is gone. --overwrite makes both files again"):
+    with pytest.raises(SystemExit, match="no such file, though .* is done"):
         make_pairs.main()
+
+
+def test_held_out_pairs_that_were_cut_are_not_taken_for_whole(pair, monkeypatch):
+    pair()
+    held_out = pair.folder / "held_out.jsonl"
+    held_out.write_text(held_out.read_text().partition("\n")[0] + "\n")
+    monkeypatch.setattr(sys, "argv", [word for word in sys.argv if word != "--overwrite"])
+    with pytest.raises(SystemExit, match="was damaged or edited"):
+        make_pairs.main()
+
+
+def test_held_out_pairs_replace_no_file_of_another_stage(pair, monkeypatch):
+    """Nor those of another output, nor what a stage removes when it is done."""
+    pair()
+    scored = pair.folder / "scored.jsonl"
+    for name in ("held_out.jsonl", "pairs.jsonl.parts/held_out.jsonl", "scored.jsonl.meta.json"):
+        argv = ["make_pairs.py", "--scored", scored, "--output", pair.folder / "others.jsonl"]
+        if name.startswith("pairs"):
+            argv[-1] = pair.folder / "pairs.jsonl"
+        argv += ["--eval_share", "0.3", "--eval_output", pair.folder / name, "--overwrite"]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        with pytest.raises(SystemExit, match="get in each other's way|was not made together"):
+            make_pairs.main()

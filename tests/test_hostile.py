@@ -17,9 +17,10 @@ import dpo_train
 import make_pairs
 import models
 import score
+from arguments import parse
 from candidates import merge_by_id
 from conftest import ROOT
-from records import PROMPT, SCORED, Stop, count_rows, dump, read_jsonl
+from records import NEW_PROMPT, PROMPT, SCORED, Stop, count_rows, dump, read_jsonl
 from small_models import causal_lm
 from stage import run
 from test_dpo_train import make_pairs as pair_rows_of
@@ -392,3 +393,63 @@ def test_rows_of_pairs_made_elsewhere_are_trained(tmp_path, call, model):
     rows = pair_rows_of(model, loaded)
     train(call, model, write(tmp_path / "pairs.jsonl", *rows), tmp_path / "policy")
     assert (tmp_path / "policy/model.safetensors").exists()
+
+
+# ---- found by an attacker ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"id": "a", "prompt": "first", "prompt": "second"}', 'key "prompt" stands there twice'),
+        ('{"id": "a", "prompt": "x", "iteration": 0}', "iteration"),
+        ('{"id": "a", "prompt": "x", "chosen_index": false}', "chosen_index"),
+        ("   ", "is blank"),
+    ],
+)
+def test_a_row_that_two_readers_would_read_in_two_ways_is_refused(tmp_path, line, says):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(Stop, match=f"p.jsonl:1.*{says}"):
+        list(read_jsonl(path, NEW_PROMPT))
+
+
+def test_a_mark_of_utf8_at_the_beginning_is_no_fault(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": "a", "prompt": "x"}\n')
+    assert list(read_jsonl(path, NEW_PROMPT)) == [{"id": "a", "prompt": "x"}]
+
+
+def test_an_empty_word_is_no_flag_that_was_left_out():
+    """As "$UNSET" gives it: training would have taken the policy as its own reference."""
+    command = ["--model", "m", "--pairs", "p", "--output", "o", "--ref_model", ""]
+    with pytest.raises(Stop, match="--ref_model is given, and empty"):
+        parse(dpo_train.arguments(), command)
+
+
+def test_a_folder_that_is_no_run_is_not_written_into(tmp_path):
+    """Its config.json may be a model's: to obey "remove it" would destroy that."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    environment = os.environ | {"RUN": str(tmp_path / "model"), "ITERS": "0"}
+    done = subprocess.run(
+        ["bash", ROOT / "iterate.sh"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "is no run, and holds" in done.stderr
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"GENERATE_ARGS": "--engine_args hf_token=hf_secret"},
+        {"JUDGE": "m", "JUDGE_SERVER_ARGS": "--hf-token hf_secret"},
+    ],
+)
+def test_a_token_in_a_setting_is_refused_before_it_is_written(tmp_path, setting):
+    environment = os.environ | {"RUN": str(tmp_path / "run"), "ITERS": "0"} | setting
+    done = subprocess.run(
+        ["bash", ROOT / "iterate.sh"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "put it into HF_TOKEN" in done.stderr
+    assert not (tmp_path / "run").exists()

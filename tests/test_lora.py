@@ -69,9 +69,9 @@ def look_at_training(run, look):
     """Call look(policy, pairs, plans, args, device) after the last step."""
     train = dpo_train.train
 
-    def train_and_look(policy, pairs, reference, plans, held_out, args, stage, device):
-        figures = train(policy, pairs, reference, plans, held_out, args, stage, device)
-        look(policy, pairs, plans, args, device)
+    def train_and_look(policy, data, args, stage, device):
+        figures = train(policy, data, args, stage, device)
+        look(policy, data.pairs, data.plans, args, device)
         return figures
 
     run.monkeypatch.setattr(dpo_train, "train", train_and_look)

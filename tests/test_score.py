@@ -1066,3 +1066,39 @@ def test_a_reference_of_one_prompt_token_and_no_answer(tmp_path, run, folder):
     path = write(tmp_path / "c.jsonl", data)
     run(path, tmp_path / "s.jsonl", "--ref_model", folder / "ref")
     assert read(tmp_path / "s.jsonl")[0]["candidates"][0]["ref_logprobs"] == {"ref": 0.0}
+
+
+def test_what_a_reward_function_does_to_its_arguments_stays_there(tmp_path, run):
+    (tmp_path / "f.py").write_text(
+        "def f(prompt, response, meta):\n"
+        "    prompt.append({'role': 'assistant', 'content': response})\n"
+        "    meta['seen'] = meta.get('seen', 0) + 1\n"
+        "    return float(len(prompt) + meta['seen'])\n"
+    )
+    data = rows(2)
+    path = write(tmp_path / "c.jsonl", data)
+    run(path, tmp_path / "s.jsonl", "--reward_fn", tmp_path / "f.py:f")
+    for before, after in zip(data, read(tmp_path / "s.jsonl"), strict=True):
+        assert after["prompt"] == before["prompt"] and after.get("meta") == before.get("meta")
+        assert len({one["reward"] for one in after["candidates"]}) == 1  # no call sees another
+
+
+def test_an_input_that_changes_while_it_is_read_stops_the_stage(tmp_path, run):
+    """Its hash is in the metadata: nobody would know what was scored."""
+    path = write(tmp_path / "c.jsonl", rows(3))
+    (tmp_path / "f.py").write_text(
+        "def f(prompt, response, meta):\n"
+        f"    with open({str(path)!r}, 'a') as file: file.write(' \\n')\n"
+        "    return 1.0\n"
+    )
+    with pytest.raises(records.Stop, match="c.jsonl: (was changed while it was read|is blank)"):
+        run(path, tmp_path / "s.jsonl", "--reward_fn", tmp_path / "f.py:f")
+    assert not (tmp_path / "s.jsonl").exists()
+    os.utime(path)
+    (tmp_path / "f.py").write_text(
+        f"import os\ndef f(prompt, response, meta):\n    os.utime({str(path)!r})\n    return 1.0\n"
+    )
+    write(path, rows(3))
+    with pytest.raises(records.Stop, match="c.jsonl: was changed while it was read"):
+        run(path, tmp_path / "t.jsonl", "--reward_fn", tmp_path / "f.py:f")
+    assert not (tmp_path / "t.jsonl").exists() and not (tmp_path / "t.jsonl.parts").exists()
