@@ -8,6 +8,7 @@ it is refused wherever a number is asked for; so is infinity.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -42,16 +43,15 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse
     words = sys.argv[1:] if argv is None else argv
     for word in words:
         check_utf8(word, "the command line")
-    args = p.parse_args([_with_underscores(word) for word in words])
-    check_not_empty(args)
-    return args
+    check_not_empty(words)
+    return p.parse_args([_with_underscores(word) for word in words])
 
 
-def check_not_empty(args: argparse.Namespace) -> None:
+def check_not_empty(words: list[str]) -> None:
     """Stop at an empty word, as a variable that is not set leaves it: it would count as no flag."""
-    for name, value in vars(args).items():
-        if value == "" or (isinstance(value, list) and "" in value):
-            raise Stop(f"--{name} is given, and empty: name something, or leave the flag out.")
+    for before, word in itertools.pairwise(["the command line", *words]):
+        if word == "":
+            raise Stop(f"{before} is given an empty word: name something, or leave the flag out.")
 
 
 def check_utf8(word: str, where: str) -> None:

@@ -280,7 +280,7 @@ class Policy:
         self.context = self.asked_context or positions(self.config)
         room = self.context - args.max_new_tokens
         self.max_prompt_length = min(room, args.max_prompt_length or room)
-        self.longest: int | None = None  # tokens of the longest prompt; check_prompts finds it
+        self.longest = self.max_prompt_length  # tokens of a prompt; check_prompts looks at all
 
     def encode(self, prompt: str | list[dict], where: str) -> list[int]:
         """Token ids of a prompt, with one BOS if the tokenizer adds one."""

@@ -441,7 +441,7 @@ def test_an_engine_wider_than_what_a_process_sees_is_refused(monkeypatch):
     """Two MIG devices are visible, and CUDA shows a process one of them."""
     pretend_gpus(monkeypatch, "MIG-cccc,MIG-dddd", count=1, rank=0, ranks=1)
     with pytest.raises(
-        records.Stop, match="--tensor_parallel_size 2 takes 2 GPUs: a process sees 1"
+        records.Stop, match="--tensor_parallel_size 2 takes 2 GPUs, and this process sees 1"
     ):
         generate.vllm_environment(SimpleNamespace(tensor_parallel_size=2))
 

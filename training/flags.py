@@ -265,6 +265,8 @@ def settle_arguments(args, device_type: str, world: int) -> None:
 
     A flag without effect is an error: the run is not what its author thinks.
     """
+    if args.loss_type == "ipo" and 0 in args.beta:  # of any iteration
+        raise Stop("--beta 0 with --loss_type ipo: its target is 1 / (2 beta)")
     args.beta = betas_of_epochs(args)
     if args.dtype == "auto":
         args.dtype = "bf16" if device_type == "cuda" else "fp32"
@@ -312,8 +314,6 @@ def check_loss_arguments(args) -> None:
         raise Stop("--loss_type robust needs --label_smoothing, between 0 and 0.5")
     if args.loss_type == "ipo" and args.length_coef is not None:
         raise Stop("--length_coef has no effect with --loss_type ipo")
-    if args.loss_type == "ipo" and 0 in args.beta:
-        raise Stop("--beta 0 with --loss_type ipo: its target is 1 / (2 beta)")
     if not any(args.beta) and args.nll_coef == 0:
         raise Stop("--beta 0 trains nothing, unless --nll_coef is above 0")
 
