@@ -246,6 +246,7 @@ class Done(Exception):
 def run_ours(task: dict, folder: Path, meter=None) -> dict:
     import dpo_train
     from training import fsdp
+    from training import log as train_log
 
     meter = meter or Meter()
 
@@ -267,7 +268,7 @@ def run_ours(task: dict, folder: Path, meter=None) -> dict:
 
     fully_shard, fsdp.fully_shard = fsdp.fully_shard, compiled
     meter.begin()
-    dpo_train.TrainLog = Log
+    train_log.TrainLog = Log
     flags = ["--model", task["model"], "--pairs", task["pairs"], "--output", folder / "policy"]
     flags += [
         "--batch_size",
