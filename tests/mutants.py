@@ -1082,7 +1082,7 @@ MUTANTS = [
     Mutant(
         "kl-with-the-other-sign",
         "The distance is log pi - log ref of the policy's own answers.",
-        "tools/report.py",
+        "tools/report_run.py",
         'candidate["logprob"] - ref_logprob',
         'ref_logprob - candidate["logprob"]',
         ("tests/test_report.py::test_figures_equal_those_on_paper",),
@@ -1090,7 +1090,7 @@ MUTANTS = [
     Mutant(
         "win-rate-of-win-rates",
         "A judge's win rate is not compared with another one as if it were a reward.",
-        "tools/report.py",
+        "tools/report_figures.py",
         "x not in win_rates:",
         "True:",
         ("tests/test_report.py::test_a_judges_figure_is_a_win_rate_and_there_is_none_of_it",),
@@ -1098,7 +1098,7 @@ MUTANTS = [
     Mutant(
         "score-without-the-penalty",
         "The score is the reward less the length penalty, which decided the pairs.",
-        "tools/report.py",
+        "tools/report_run.py",
         "rewards.length_penalty * length",
         "rewards.length_penalty",
         ("tests/test_report.py::test_a_length_penalty_is_in_the_score_that_decided_the_pairs",),

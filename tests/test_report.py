@@ -18,6 +18,7 @@ from stage import hash_path, write_meta
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import report
+import report_figures
 
 HOSTILE = '<script>alert("x")</script> & <b>bold</b> </textarea> None'
 
@@ -791,7 +792,7 @@ def test_clustered_error_is_that_of_repeated_draws():
                 "reward": [level + rng.gauss(0, 0.3) for _ in range(4)],
                 "length": [1] * 4,
             }
-        figures = report.heldout_figures(prompts, {})
+        figures = report_figures.heldout_figures(prompts, {})
         means.append(figures["reward"])
         errors.append(figures["reward_se"])
     spread = math.sqrt(sum(m * m for m in means) / len(means))

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from compare import cell, runs_within
 from records import SCORED, Stop, read_jsonl
-from report import plain
+from report_table import plain
 from stage import run
 
 

@@ -43,9 +43,10 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from compare_curves import Curve, Panel, Point, draw
 from records import NUMBER, TEXT, TEXTS, Stop, dump, optional, read_json, read_jsonl, write_whole
-from report import WIDTH, mean_and_error, plain
 from report_curves import Drawing
+from report_figures import mean_and_error
 from report_page import document, escape, figures, grid, paragraphs
+from report_table import WIDTH, plain
 from stage import run
 
 # Of a row of summary.jsonl, as report.py defines them.

@@ -24,7 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # records.py is in the root
 from arguments import integer_in, parse, parser
 from records import Stop, write_whole
-from report import Run, legend, plain, read_run, sources_of_pairs, table
+from report import Run, read_run
+from report_table import legend, plain, sources_of_pairs, table
 from stage import meta_path_of, read_meta, run
 
 DPO = "https://arxiv.org/abs/2305.18290"
