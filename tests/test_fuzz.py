@@ -76,11 +76,13 @@ def check_balance(output: Path, rows_in: int) -> None:
         raise Broken(f"{rows_in} rows in the file, {counts['rows']['in']} counted")
 
 
-def fuzz(request, name: str, strategy, once, files: int = 1) -> None:
+def fuzz(request, name: str, valid: bytes, strategy, once, files: int = 1) -> None:
     """Call once(bytes) -> outcome on many inputs, and fail with all that broke the rule.
 
+    valid: the input before it is damaged. Were it refused, all others would be for the same reason.
     files: how many tests share the number of --fuzz, one for each file that a tool reads.
     """
+    assert once(valid) == "accepted", f"{name}: the input is refused though nothing is damaged"
     many = request.config.getoption("--fuzz") // files
     outcomes: Counter = Counter()
     findings: dict[str, bytes] = {}  # what went wrong -> the shortest input
@@ -171,6 +173,10 @@ def pair_rows() -> list[dict]:
     return [with_ids, foreign, with_ids | {"id": "p2"}]
 
 
+def jsonl(rows: list[dict]) -> bytes:
+    return "".join(map(dump, rows)).encode()
+
+
 # ---- the stages --------------------------------------------------------------------------------
 
 
@@ -215,26 +221,26 @@ def of_a_file(tmp_path, main, flag: str, *arguments, rows_in: int | None = None)
 
 def test_make_pairs(request, tmp_path):
     once = of_a_file(tmp_path, make_pairs.main, "scored", "--length_penalty", 0.01)
-    fuzz(request, "make_pairs", damaged(scored_rows()), once)
+    fuzz(request, "make_pairs", jsonl(scored_rows()), damaged(scored_rows()), once)
 
 
 def test_generate(request, tmp_path, world):
     flags = ["--model", world.model, "--num_samples", 2, "--max_new_tokens", 3, "--backend", "hf"]
     once = of_a_file(tmp_path, generate.main, "prompts", *flags)
-    fuzz(request, "generate", damaged(PROMPTS), once)
+    fuzz(request, "generate", jsonl(PROMPTS), damaged(PROMPTS), once)
 
 
 def test_score(request, tmp_path, world):
-    flags = ["--reward_model", world.folder / "rm", "--ref_model", world.model]
+    flags = ["--reward_model", f"mine={world.folder / 'rm'}", "--ref_model", world.model]
     flags += ["--reward_fn", f"{world.folder / 'length.py'}:length"]
     once = of_a_file(tmp_path, score.main, "candidates", *flags)
-    fuzz(request, "score", damaged(scored_rows()), once)
+    fuzz(request, "score", jsonl(scored_rows()), damaged(scored_rows()), once)
 
 
 def test_judge(request, tmp_path, world):
     flags = ["--judge_url", world.url, "--judge_model", "m"]
     once = of_a_file(tmp_path, judge.main, "candidates", *flags)
-    fuzz(request, "judge", damaged(scored_rows()), once)
+    fuzz(request, "judge", jsonl(scored_rows()), damaged(scored_rows()), once)
 
 
 def test_judges_cache(request, tmp_path, world):
@@ -254,7 +260,7 @@ def test_judges_cache(request, tmp_path, world):
         return outcome
 
     replies = [{"key": f"{k:064x}", "reply": "Verdict: A"} for k in range(3)]
-    fuzz(request, "judge's cache", damaged(replies), once)
+    fuzz(request, "judge's cache", jsonl(replies), damaged(replies), once)
 
 
 def test_judges_opponent(request, tmp_path, world):
@@ -263,13 +269,13 @@ def test_judges_opponent(request, tmp_path, world):
     flags = ["--judge_url", world.url, "--judge_model", "m"]
     flags += ["--candidates", tmp_path / "ours.jsonl"]
     once = of_a_file(tmp_path, judge.main, "opponent", *flags, rows_in=len(PROMPTS))
-    fuzz(request, "judge's opponent", damaged(scored_rows()), once)
+    fuzz(request, "judge's opponent", jsonl(scored_rows()), damaged(scored_rows()), once)
 
 
 def test_dpo_train(request, tmp_path, world):
     flags = ["--model", world.model, "--learning_rate", 1e-3, "--dtype", "fp32"]
     once = of_a_file(tmp_path, dpo_train.main, "pairs", *flags)
-    fuzz(request, "dpo_train", damaged(pair_rows()), once)
+    fuzz(request, "dpo_train", jsonl(pair_rows()), damaged(pair_rows()), once)
 
 
 # ---- the tools ---------------------------------------------------------------------------------
@@ -279,12 +285,12 @@ def test_take_prompts(request, tmp_path):
     (tmp_path / "heldout.jsonl").write_text(dump({"id": "h", "prompt": "held out"}))
     flags = ["--heldout", tmp_path / "heldout.jsonl", "--iteration", 1, "--num_prompts", 2]
     once = of_a_file(tmp_path, take_prompts.main, "prompts", *flags)
-    fuzz(request, "take_prompts", damaged(PROMPTS), once)
+    fuzz(request, "take_prompts", jsonl(PROMPTS), damaged(PROMPTS), once)
 
 
 def test_prepare_prompts(request, tmp_path):
     once = of_a_file(tmp_path, prepare_prompts.main, "dataset", "--meta", "id")
-    fuzz(request, "prepare_prompts", damaged(PROMPTS), once)
+    fuzz(request, "prepare_prompts", jsonl(PROMPTS), damaged(PROMPTS), once)
 
 
 def test_prepare_prompts_from_an_array(request, tmp_path):
@@ -297,7 +303,8 @@ def test_prepare_prompts_from_an_array(request, tmp_path):
         argv = ["prepare_prompts.py", "--dataset", path, "--output", output]
         return run_once(prepare_prompts.main, argv, path)
 
-    fuzz(request, "prepare_prompts, an array", damaged_json(PROMPTS), once)
+    valid = json.dumps(PROMPTS).encode()
+    fuzz(request, "prepare_prompts, an array", valid, damaged_json(PROMPTS), once)
 
 
 RUN_FILES = [
@@ -333,7 +340,7 @@ def test_report(request, tmp_path, name):
             raise Broken("refused, and there is a report")
         return outcome
 
-    fuzz(request, f"report, {name}", strategy, once, len(RUN_FILES))
+    fuzz(request, f"report, {name}", text.encode(), strategy, once, len(RUN_FILES))
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -360,9 +367,9 @@ def test_model(request, tmp_path, world, name):
         (score.main, ["--ref_model", model, "--candidates", tmp_path / "scored.jsonl"]),
         (dpo_train.main, ["--model", model, "--pairs", tmp_path / "pairs.jsonl"]),
     ]
-    content = (world.model / name).read_bytes()
+    whole = (world.model / name).read_bytes()
     is_json = name.endswith(".json")
-    strategy = damaged_json(json.loads(content)) if is_json else damaged_bytes(content)
+    strategy = damaged_json(json.loads(whole)) if is_json else damaged_bytes(whole)
     shutil.copytree(world.model, model)
 
     def once(content: bytes) -> str:
@@ -372,4 +379,4 @@ def test_model(request, tmp_path, world, name):
         main, flags = stages[len(content) % 3]
         return run_once(main, ["stage.py", *flags, "--output", tmp_path / "out"], model)
 
-    fuzz(request, f"models, {name}", strategy, once, len(MODEL_FILES))
+    fuzz(request, f"models, {name}", whole, strategy, once, len(MODEL_FILES))
