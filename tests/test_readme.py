@@ -109,7 +109,7 @@ def test_the_demo_table_is_what_a_run_printed():
     shown = readme.split("<!-- demo table: begin -->")[1].split("<!-- demo table: end -->")[0]
     assert shown.strip().strip("`").strip() == saved.split("SEED=0\n")[1].split("\n\n")[0].strip()
     rises = [row.split()[5] for row in saved.splitlines() if row.startswith("   3 ")]
-    assert len(rises) == 3 and all(float(rise.split("±")[0]) > 0.15 for rise in rises)
+    assert len(rises) == 6 and all(float(rise.split("±")[0]) > 0.15 for rise in rises)
     assert all(rise.removeprefix("+").replace("±", " ± ") in readme for rise in rises)
 
 
