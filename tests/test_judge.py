@@ -28,6 +28,7 @@ from make_pairs import rank_pairs
 
 sys.path.insert(0, str(ROOT / "tools"))
 import report
+import report_figures
 
 PROMPT = "<{prompt}> A: <{answer_a}> B: <{answer_b}> Which?"
 
@@ -585,7 +586,7 @@ def test_pitfalls_43_a_heldout_curve_under_a_judge_can_move(judge, tmp_path, err
 
     # iteration 0: its own answers, a tie each, and nothing to ask
     assert (before["reward/judge"], before["reward/judge_se"]) == (0.5, 0.0)
-    assert before["opponent"] == report.INITIAL and "position_bias" not in before
+    assert before["opponent"] == report_figures.INITIAL and "position_bias" not in before
 
     # Phi(GAP / sd of a difference), as far as this judge sees it
     better = NormalDist().cdf(GAP / math.sqrt(2 + SPREAD**2))
