@@ -19,7 +19,8 @@ from records import dump
 
 # What transformers takes from the package when it is imported, doing nothing.
 STAND_IN = """
-CUDAProperties = Device = LayerRepository = LocalLayerRepository = Mode = ROCMProperties = object
+CUDAProperties = Device = KernelizeFallback = object
+LayerRepository = LocalLayerRepository = Mode = ROCMProperties = object
 
 
 def decorate(*_, **__):
