@@ -294,7 +294,10 @@ def scorer(kind: str, dtype: str) -> str:
     with fake_device(answers=True) as operations, torch.no_grad():
         if kind == "reference":
             model = network(AutoModelForCausalLM, dtype, ATTENTION).eval()
-            scored = score.Reference(network=model, head=lm_head(model), **common)
+            vocabulary = CONFIG["vocab_size"]
+            scored = score.Reference(
+                network=model, head=lm_head(model), vocabulary=vocabulary, **common
+            )
         else:
             model = network(AutoModelForSequenceClassification, dtype, ATTENTION).eval()
             # its last product in fp32, as load_reward_model makes it
