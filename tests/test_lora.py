@@ -187,7 +187,7 @@ def test_only_the_factors_are_trained_and_the_first_loss_is_ln_2(run, dtype):
     out = run("policy", *LORA, "--num_train_epochs", "2")
     assert "policy = reference makes it 0.6931472" in out
     assert run.log()[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert run.log()[-1]["loss"] < 0.6  # of pairs that were trained on once: 0.39 to 0.46
+    assert run.log()[-1]["loss"] < 0.6  # of pairs that were trained on once: 0.50 to 0.52
     assert re.search(r"differ by \S+e-0[67] nats", out)  # the audit: what generated is what trains
     assert found["frozen"] == {(dtype, False)} and found["factor"] == {(torch.float32, True)}
     assert found["in Adam"] == 2 * 7 * 2  # A and B of seven layers, in two decoder layers

@@ -46,13 +46,14 @@ def summarise(
         row |= sampled_figures(folder / "scored.jsonl", rewards)
         row["sampled/position_bias"] = position_bias(metas.get("scored", {}))
     if (folder / "pairs.jsonl").exists():
-        margins = [score_margin(pair) for pair in read_jsonl(folder / "pairs.jsonl", PAIR)]
+        pairs = read_jsonl(folder / "pairs.jsonl", PAIR)
+        margins = [score_margin(pair) for pair in pairs]
         row["pairs"] = len(margins)
         row["objective/scores_margin"] = fmean(margins)
 
     # all stages, and training
-    row["counts"] = {stage: meta["counts"] for stage, meta in metas.items() if meta.get("counts")}
-    row["seconds"] = {s: meta["seconds"] for s, meta in metas.items() if meta.get("seconds")}
+    row["counts"] = of_each_stage(metas, "counts")
+    row["seconds"] = of_each_stage(metas, "seconds")
     if steps:
         row["steps"] = len(steps)
         row["training"] = training_figures(steps)
@@ -61,6 +62,11 @@ def summarise(
     if "policy" in metas:
         row |= policy_figures(metas["policy"], row, reference)
     return {key: value for key, value in row.items() if value is not None and value != {}}
+
+
+def of_each_stage(metas: dict[str, dict], key: str) -> dict:
+    """What the stages have recorded under this key; stages without it are left out."""
+    return {stage: meta[key] for stage, meta in metas.items() if meta.get(key)}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
@@ -93,27 +99,51 @@ def heldout_figures(
     win_rates: names of figures that get no x_win, since they compare answers already.
     """
     answered = {id: measures for id, measures in now.items() if measures}
-    answers = sum(len(measures["reward"]) for measures in answered.values())
-    row = {"prompts": len(answered), "answers": answers}
+    row = {"prompts": len(answered)}
+    row["answers"] = sum(len(measures["reward"]) for measures in answered.values())
     for x in names_of(answered.values()):
-        known = {id: measures for id, measures in answered.items() if x in measures}
-        means = [fmean(measures[x]) for measures in known.values()]
+        measured = {id: measures for id, measures in answered.items() if x in measures}
+        means = [fmean(measures[x]) for measures in measured.values()]
         row[x], row[f"{x}_se"] = mean_and_error(means)
-
         if x.startswith("kl/"):
-            total = sum(sum(measures[x]) for measures in known.values())
-            tokens = sum(sum(measures["length"]) for measures in known.values())
-            row[f"{x}_per_token"] = total / tokens
-
+            row[f"{x}_per_token"] = mean_per_token(x, measured)
         is_reward = x in ("score", "gold") or x.startswith("reward")
-        compared = [id for id in known if initial and x in initial[id]]
-        if is_reward and compared:
-            differences = [fmean(now[id][x]) - fmean(initial[id][x]) for id in compared]
-            row[f"{x}_diff"], row[f"{x}_diff_se"] = mean_and_error(differences)
-        if is_reward and compared and x not in win_rates:
-            wins = [win_rate(now[id][x], initial[id][x]) for id in compared]
-            row[f"{x}_win"], row[f"{x}_win_se"] = mean_and_error(wins)
+        if is_reward and initial:
+            row |= compared_figures(x, measured, initial, has_win=x not in win_rates)
     return row
+
+
+def mean_per_token(x: str, measured: dict[str, Measures]) -> float:
+    """The sum of x over all answers, divided by all their tokens."""
+    total = 0.0
+    tokens = 0
+    for measures in measured.values():
+        total += sum(measures[x])
+        tokens += sum(measures["length"])
+    return total / tokens
+
+
+def compared_figures(
+    x: str, measured: dict[str, Measures], initial: dict[str, Measures], has_win: bool
+) -> dict:
+    """x_diff and x_win over the prompts that the initial policy has answered, too."""
+    differences = []
+    wins = []
+    for id, measures in measured.items():
+        if x not in initial[id]:
+            continue
+        ours = measures[x]
+        theirs = initial[id][x]
+        differences.append(fmean(ours) - fmean(theirs))
+        if has_win:
+            wins.append(win_rate(ours, theirs))
+
+    figures = {}
+    if differences:
+        figures[f"{x}_diff"], figures[f"{x}_diff_se"] = mean_and_error(differences)
+    if wins:
+        figures[f"{x}_win"], figures[f"{x}_win_se"] = mean_and_error(wins)
+    return figures
 
 
 def judge_figures(metas: dict[str, dict], initial: Iteration | None) -> dict:
