@@ -1091,8 +1091,8 @@ MUTANTS = [
         "win-rate-of-win-rates",
         "A judge's win rate is not compared with another one as if it were a reward.",
         "tools/report_figures.py",
-        "x not in win_rates:",
-        "True:",
+        "has_win=x not in win_rates",
+        "has_win=True",
         ("tests/test_report.py::test_a_judges_figure_is_a_win_rate_and_there_is_none_of_it",),
     ),
     Mutant(
